@@ -1,0 +1,15 @@
+//! `belay-checkpoint` takes, ships, keeps and restores reverse incremental checkpoints, and decides who may run the guest.
+//!
+//! It knows guests only through the traits of [`guest`], and the other host only through `belay-transport`.
+
+pub mod dirty;
+pub mod epoch;
+pub mod fold;
+pub mod guest;
+pub mod outbox;
+pub mod ownership;
+pub mod policy;
+pub mod record;
+pub mod ring;
+pub mod staging;
+pub mod tracker;

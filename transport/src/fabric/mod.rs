@@ -1,0 +1,242 @@
+//! The fabric contract: what a session offers for moving bytes, whatever carries them.
+//!
+//! ```text
+//!   owner (source)                                    initiator (destination)
+//!   exports guest RAM read-only  ── fault lanes ──>   demand reads
+//!                                ── bulk lanes ───>   background reads
+//!   exports the ring for writing <─ checkpoint lanes  writes, and the commit
+//! ```
+//! One-sided: the owner's code does not take part in a read or a write (`verbs`, `local`); `tcp` emulates it by a thread
+//! at the owner. The *owner* dials every lane, because the destination is the side that listens; requests still flow from
+//! initiator to owner. Control is not here: it is the session's own stream, so that no kind of traffic waits behind another.
+//!
+//! Rules every fabric keeps (and `conformance` tests):
+//! * Operations of one lane complete in the order in which they were posted. After the first failure the lane is broken:
+//!   every later call fails.
+//! * A batch is posted whole or not at all, and never beyond the lane's window (P7).
+//! * Keys carry rights: a read through a [`WriteKey`] or a write through a [`ReadKey`] does not type-check, and a key forged
+//!   by a peer is refused by the owner.
+//! * [`Lane::commit`] returns only when the fabric's commit rule (below) holds.
+//! * After [`Owner::revoke`] has returned, nothing the old initiator does can change the ring.
+
+pub mod local;
+pub mod tcp;
+
+use crate::deadline::Deadline;
+use crate::region::{Extent, Mapping, RamFile};
+use serde::{Deserialize, Serialize};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Which fabric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FabricKind {
+    /// Shared memory on one host, descriptors passed over a Unix socket.
+    Local,
+    /// TCP, with or without TLS; a thread at the owner answers.
+    Tcp,
+}
+
+/// What a lane is for. One lane of each kind a shard; two of `Checkpoint` (records; heartbeat and lease).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum LaneKind {
+    /// Demand reads. Nothing else is ever posted here.
+    Fault,
+    /// Background reads.
+    Bulk,
+    /// Checkpoint writes, reads of the source-written region, and commits.
+    Checkpoint,
+}
+
+/// Names one lane of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct LaneId {
+    pub kind: LaneKind,
+    /// 0-based among lanes of its kind.
+    pub index: u16,
+}
+
+/// Right to read one exported mapping of the owner. Valid for one session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ReadKey(pub u64);
+
+/// Right to write one exported mapping of the owner. Valid for one session, until revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct WriteKey(pub u64);
+
+/// Where in the owner-written region the owner epoch lies.
+pub const OWNER_EPOCH_OFFSET: usize = 0;
+
+/// Keys of the two regions of a checkpoint ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingKeys {
+    pub ring: WriteKey,
+    pub owner_region: ReadKey,
+}
+
+/// A mapping of the initiator made known to its fabric (an lkey, in verbs' words).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LocalKey(pub u32);
+
+/// Read `len` bytes of the owner's `remote` at `remote_offset` into the initiator's `local` at `local_offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Read {
+    /// Chosen by the caller, handed back by [`Lane::poll`].
+    pub id: u64,
+    pub remote: ReadKey,
+    pub remote_offset: u64,
+    pub local: LocalKey,
+    pub local_offset: u64,
+    pub len: u32,
+}
+
+/// Write `len` bytes of the initiator's `local` at `local_offset` to the owner's `remote` at `remote_offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Write {
+    /// Chosen by the caller, handed back by [`Lane::poll`].
+    pub id: u64,
+    pub remote: WriteKey,
+    pub remote_offset: u64,
+    pub local: LocalKey,
+    pub local_offset: u64,
+    pub len: u32,
+}
+
+/// The initiator's end of one lane. Used by one thread at a time; no call allocates or takes a lock that another lane holds.
+pub trait Lane: Send {
+    /// Which lane this is.
+    fn id(&self) -> LaneId;
+
+    /// Most operations that may be outstanding.
+    fn window(&self) -> usize;
+
+    /// Operations posted and not yet handed back by [`Lane::poll`].
+    fn outstanding(&self) -> usize;
+
+    /// Posts a batch of reads, whole or not at all ([`FabricError::WindowFull`]).
+    fn post_reads(&mut self, batch: &[Read]) -> Result<(), FabricError>;
+
+    /// Posts a batch of writes, whole or not at all ([`FabricError::WindowFull`]).
+    fn post_writes(&mut self, batch: &[Write]) -> Result<(), FabricError>;
+
+    /// Takes what has completed, without waiting: ids in posting order into `done`, their number returned. A read's bytes are
+    /// in place when its id comes back.
+    fn poll(&mut self, done: &mut [u64]) -> Result<usize, FabricError>;
+
+    /// A descriptor that polls readable when [`Lane::poll`] may have something, for a thread that waits on several things.
+    /// `None`: operations complete while they are posted, there is never anything to wait for.
+    fn readiness(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Waits until something has completed or `deadline` has passed ([`FabricError::TimedOut`]; the lane stays usable).
+    fn wait(&mut self, deadline: Deadline) -> Result<(), FabricError>;
+
+    /// Writes `trailer` after everything posted before it and returns once it is a *commit*:
+    /// `local`: trailer stored, sequentially consistent fence, owner epoch read again and unchanged;
+    /// `tcp`: the owner's thread has acknowledged it after placing it.
+    /// Completions of earlier writes that were not polled yet are consumed and dropped. [`FabricError::Revoked`] when the
+    /// owner has taken the session back; a deadline that passes breaks the lane, because whether the trailer was placed is
+    /// then unknown.
+    fn commit(&mut self, trailer: &Write, deadline: Deadline) -> Result<(), FabricError>;
+}
+
+/// Destination side of a session's data path.
+pub trait Initiator: Send {
+    /// Which fabric this is.
+    fn kind(&self) -> FabricKind;
+
+    /// Makes a mapping of ours usable as target or origin of operations. Kept until the initiator is dropped.
+    fn register_local(&mut self, mapping: &Arc<Mapping>) -> Result<LocalKey, FabricError>;
+
+    /// Opens lane `id` (the owner dials it; this waits for it). All local mappings must be registered before.
+    fn open_lane(&mut self, id: LaneId, window: usize, deadline: Deadline) -> Result<Box<dyn Lane>, FabricError>;
+}
+
+/// Source side of a session's data path.
+pub trait Owner: Send {
+    /// Which fabric this is.
+    fn kind(&self) -> FabricKind;
+
+    /// Exports the extents of `file` that hold data, for reading. Reads elsewhere in the file are refused where the fabric can
+    /// tell (`tcp`, `verbs`); `local` maps the file read-only as a whole.
+    fn export_read(
+        &mut self,
+        file: &RamFile,
+        mapping: &Arc<Mapping>,
+        extents: &[Extent],
+    ) -> Result<ReadKey, FabricError>;
+
+    /// Exports the checkpoint ring for writing, and beside it the region that only the owner writes (folded-up-to, lease
+    /// grant, …) for reading. The aligned u64 at [`OWNER_EPOCH_OFFSET`] of `owner_region` is the owner epoch, which revocation
+    /// bumps first. Once a session; every export comes before the first [`Owner::serve_lane`].
+    fn export_ring(
+        &mut self,
+        ring: (&RamFile, &Arc<Mapping>),
+        owner_region: (&RamFile, &Arc<Mapping>),
+    ) -> Result<RingKeys, FabricError>;
+
+    /// Dials and serves lane `id`.
+    fn serve_lane(&mut self, id: LaneId, deadline: Deadline) -> Result<(), FabricError>;
+
+    /// Shuts the old initiator out, in the order of DESIGN.md's table, and hands back the ring's bytes as they were at that
+    /// instant in private memory. Idempotent. `tcp`: sockets shut and their threads joined, then copied. `local`: owner epoch
+    /// bumped, fence, copied, file truncated to nothing.
+    fn revoke(&mut self, deadline: Deadline) -> Result<RevokedRing, FabricError>;
+
+    /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
+    /// cannot tell.
+    fn broken(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// The ring's bytes after revocation: private, nobody else can write them.
+#[derive(Debug)]
+pub struct RevokedRing {
+    pub bytes: Vec<u8>,
+}
+
+/// Why a fabric operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum FabricError {
+    #[error("{asked} operations posted with {outstanding} outstanding on a lane whose window is {window}")]
+    WindowFull { asked: usize, outstanding: usize, window: usize },
+    #[error("the owner has revoked this session (its owner epoch went from {was} to {is})")]
+    Revoked { was: u64, is: u64 },
+    #[error("the peer closed lane {lane:?}")]
+    PeerClosed { lane: LaneId },
+    #[error("the owner refused operation {id} on lane {lane:?}: {reason}")]
+    Refused { lane: LaneId, id: u64, reason: RefusedReason },
+    #[error("nothing completed on lane {lane:?} within {bound:?}")]
+    TimedOut { lane: LaneId, bound: Duration },
+    #[error("lane {lane:?} is broken by an earlier failure")]
+    Broken { lane: LaneId },
+    #[error("bytes {offset}+{len} are outside a registered mapping of {size} bytes")]
+    OutOfRange { offset: u64, len: u64, size: u64 },
+    #[error("{what}: key {key:#x} is not registered in this session")]
+    UnknownKey { what: &'static str, key: u64 },
+    #[error("lane {lane:?}: the peer broke the protocol: {what}")]
+    Protocol { lane: LaneId, what: String },
+    #[error("{doing}")]
+    Io {
+        doing: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Session(#[from] crate::session::SessionError),
+}
+
+/// Why an owner would not do what an initiator asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum RefusedReason {
+    #[error("no such key in this session")]
+    UnknownKey,
+    #[error("the key does not carry that right")]
+    NoRight,
+    #[error("the range is outside what was exported")]
+    OutOfRange,
+    #[error("the length is zero or above the limit")]
+    BadLength,
+    #[error("the session has been revoked")]
+    Revoked,
+}

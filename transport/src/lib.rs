@@ -1,0 +1,15 @@
+//! `belay-transport` moves pages between hosts. It knows regions, pages, fabrics and lanes; it knows no VM.
+//!
+//! Arrows go one way: everything above (checkpoints, VMM glue, the command) uses this crate and is not known to it.
+
+pub mod deadline;
+pub mod fabric;
+pub mod pages;
+pub mod pull;
+pub mod region;
+pub mod session;
+pub mod uffd;
+pub mod units;
+
+pub use deadline::Deadline;
+pub use units::{FrameIndex, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageSize, RegionId};

@@ -1,0 +1,3 @@
+//! (being built)
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {}
