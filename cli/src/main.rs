@@ -1,1 +1,95 @@
-fn main() {}
+//! The `belay` command: parses, wires and shows. It decides nothing of its own.
+
+mod check;
+mod demo;
+mod exit;
+mod keygen;
+mod observe;
+mod options;
+mod quantity;
+mod receive;
+mod report;
+mod send;
+mod signals;
+mod vmm;
+
+use clap::{Parser, Subcommand};
+use exit::Exit;
+use std::process::ExitCode;
+
+/// Post-copy live migration that survives the loss of its destination.
+///
+/// The guest moves at once and its memory follows by one-sided reads. Until the last page has arrived, the destination sends
+/// checkpoints back, so that the source can catch the guest if the destination or the network fails.
+#[derive(Debug, Parser)]
+#[command(name = "belay", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Examples:
+  belay demo                                   kill a destination in mid-pull and watch the guest come back
+  belay check                                  what this host can do, and how to mend what it cannot
+  belay receive --listen 127.0.0.1:7700        terminal 1: wait for a guest
+  belay send --to 127.0.0.1:7700               terminal 2: run a proof guest, move it there, tethered
+
+`belay help COMMAND` tells more of each; README.md tells how it works.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Move a guest, kill its destination in mid-pull, catch it, check every byte and packet
+    Demo(demo::DemoArgs),
+    /// Run a guest and move it to a waiting `belay receive`, tethered
+    Send(send::SendArgs),
+    /// Wait for a guest, pull its memory, send checkpoints back
+    Receive(receive::ReceiveArgs),
+    /// Make the certificates two hosts need to trust each other
+    Keygen(keygen::KeygenArgs),
+    /// Say what this host can do, and for each thing missing the command that mends it
+    Check(check::CheckArgs),
+    /// Watch a guest's output from outside and judge it
+    Observe(observe::ObserveArgs),
+    /// The VMM in a process of its own (started by send and receive with --vmm apart)
+    #[command(hide = true)]
+    Vmm(vmm::VmmArgs),
+    /// The small process that outlives a VMM (started by receive)
+    #[command(hide = true)]
+    Guard(vmm::GuardArgs),
+}
+
+fn main() -> ExitCode {
+    let exit = match Cli::parse().command {
+        Command::Demo(args) => demo::run(args),
+        Command::Send(args) => send::run(args),
+        Command::Receive(args) => receive::run(args),
+        Command::Keygen(args) => keygen::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Observe(args) => observe::run(args),
+        Command::Vmm(args) => vmm::run(args),
+        Command::Guard(args) => vmm::run_guard(args),
+    };
+    ExitCode::from(exit.code())
+}
+
+/// Prints an error with everything that caused it, and what to do next.
+pub(crate) fn complain(error: &dyn std::error::Error, advice: &str) {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    eprintln!("belay: {text}");
+    if !advice.is_empty() {
+        eprintln!("       {advice}");
+    }
+}
+
+/// The usual ending of a command line that asked for something impossible.
+pub(crate) fn usage(text: &str) -> Exit {
+    eprintln!("belay: {text}");
+    Exit::Usage
+}

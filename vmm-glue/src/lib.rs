@@ -1,1 +1,4 @@
+//! `belay-vmm-glue` plugs transport and checkpoint into VMMs: the two roles of a migration as mirror images, one folder a VMM,
+//! the guard that outlives a VMM, and the witness that tests believe.
 
+pub mod migrate;

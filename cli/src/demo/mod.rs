@@ -1,0 +1,507 @@
+//! `belay demo`: source, destination and an outside observer as separate processes; the destination is killed in mid-pull and
+//! the guest comes back; then every byte of RAM and every packet is checked.
+
+mod child;
+mod judge;
+mod timeline;
+
+use crate::exit::Exit;
+use crate::options::{ConfigFile, Drive, FabricChoice, GuestOptions ,OutputChoice, PolicyChoice, TetherOptions, VmmPlace};
+use crate::quantity::{Bytes, Span};
+use crate::{complain, report, usage};
+use belay_vmm_glue::migrate::observation::Kind;
+use child::{Proc, Role, Said};
+use clap::Args;
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use timeline::Story;
+
+/// Move a guest, kill its destination in mid-pull, catch it, check every byte and packet
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct DemoArgs {
+    #[command(flatten)]
+    guest: GuestOptions,
+    #[command(flatten)]
+    tether: TetherOptions,
+    /// What carries pages and checkpoints [default: local]
+    #[arg(long, value_enum)]
+    fabric: Option<FabricChoice>,
+    /// Encrypt TCP with a pair of certificates made for this run
+    #[arg(long)]
+    tls: bool,
+    /// Share of pages landed at which the destination is killed, in percent (10 to 90), or never: then it goes to release
+    #[arg(long, value_name = "PERCENT|never", default_value = "40")]
+    kill_at: KillAt,
+    /// How long the guest runs on after the catch (or the release) before everything is checked
+    #[arg(long, value_name = "TIME", default_value = "300ms")]
+    run_on: Span,
+    /// Give up after this long
+    #[arg(long, value_name = "TIME", default_value = "120s")]
+    deadline: Span,
+    /// Print every event of every process as JSON lines, then one report object
+    #[arg(long)]
+    json: bool,
+    /// Defaults from a TOML file
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  belay demo                                             256 MiB over shared memory, killed at 40 % landed
+  belay demo --fabric tcp --tls --vmm apart              over TLS, the VMM in a process of its own
+  belay demo --memory 1G --kill-at never --policy none   plain post-copy to the end, for comparison
+  belay demo --output lease                              see what a catch costs without output commit";
+
+/// When the destination dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum KillAt {
+    Never,
+    Percent(u8),
+}
+
+impl std::str::FromStr for KillAt {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.trim_end_matches('%') {
+            "never" => Ok(Self::Never),
+            number => match number.parse() {
+                Ok(percent @ 10..=90) => Ok(Self::Percent(percent)),
+                _ => Err("a percentage from 10 to 90, or never".to_owned()),
+            },
+        }
+    }
+}
+
+/// Runs the demo.
+pub fn run(mut args: DemoArgs) -> Exit {
+    if let Some(path) = &args.config {
+        match ConfigFile::read(path) {
+            Ok(file) => {
+                args.guest = args.guest.or(file.guest);
+                args.tether = args.tether.or(file.tether);
+            }
+            Err(error) => {
+                complain(&error, "Nothing was started.");
+                return Exit::Usage;
+            }
+        }
+    }
+    let fabric = args.fabric.unwrap_or(FabricChoice::Local);
+    if args.tls && fabric == FabricChoice::Local {
+        return usage("--tls goes with --fabric tcp: over local, control is a Unix socket that only this user can open");
+    }
+    if args.tether.policy == Some(PolicyChoice::None) && args.kill_at != KillAt::Never {
+        return usage("--policy none leaves nothing to catch the guest with: add --kill-at never, or drop --policy none");
+    }
+    let memory = args.guest.memory.unwrap_or(Bytes(256 << 20)).0;
+    if let Err(text) = enough_memory(memory, &args.tether) {
+        return usage(&text);
+    }
+    match Demo::new(args, fabric, memory).and_then(Demo::run) {
+        Ok(exit) => exit,
+        Err(error) => {
+            complain(&error, "Every process of the demo has been ended.");
+            Exit::Failed
+        }
+    }
+}
+
+/// Two copies of RAM, the overflow reservation, ring and staging, and the checker's own copy must fit in what is free.
+fn enough_memory(memory: u64, tether: &TetherOptions) -> Result<(), String> {
+    let ring = tether.ring.map_or(64 << 20, |bytes| bytes.0);
+    let overflow = if tether.policy == Some(PolicyChoice::None) { 0 } else { tether.overflow.map_or(memory, |bytes| bytes.0) };
+    let wanted = 3 * memory + overflow + 3 * ring + (128 << 20);
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available = available.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    match available {
+        Some(kib) if kib * 1024 < wanted => Err(format!(
+            "a guest of {} needs {} (two copies of RAM, the overflow reservation, ring, staging and the checker), and {} is available: choose a smaller --memory or --overflow",
+            report::bytes(memory),
+            report::bytes(wanted),
+            report::bytes(kib * 1024)
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// What can go wrong with the demo itself (a wrong result is a verdict, not one of these).
+#[derive(Debug, thiserror::Error)]
+enum DemoError {
+    #[error("cannot {doing}")]
+    Io { doing: &'static str, #[source] source: std::io::Error },
+    #[error("{who:?} ended before it was ready: {said}")]
+    EndedEarly { who: Role, said: String },
+    #[error("after {after:?} the demo still waited for {waiting_for}; what was said last: {said}")]
+    TookTooLong { after: Duration, waiting_for: &'static str, said: String },
+    #[error("interrupted by signal {0}")]
+    Interrupted(i32),
+    #[error("cannot make certificates")]
+    Keygen(#[source] belay_transport::session::SessionError),
+}
+
+fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> DemoError {
+    move |source| DemoError::Io { doing, source }
+}
+
+struct Demo {
+    args: DemoArgs,
+    fabric: FabricChoice,
+    memory: u64,
+    /// Sockets, certificates and packet logs; gone when the demo ends.
+    directory: Scratch,
+    said: Receiver<Said>,
+    say: Sender<Said>,
+    signals: Receiver<i32>,
+    started: Instant,
+    story: Story,
+    last_lines: Vec<String>,
+}
+
+/// A directory that is removed again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> std::io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("belay-demo-{}", std::process::id()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What was known when the destination was killed.
+#[derive(Debug, Clone, Copy, Default)]
+struct AtKill {
+    landed_frames: u64,
+    absent_frames: u64,
+    commits: u64,
+    newest_commit: u64,
+    released_packets: u64,
+    held_packets: u64,
+}
+
+impl AtKill {
+    fn landed_percent(&self) -> f64 {
+        self.landed_frames as f64 * 100.0 / (self.landed_frames + self.absent_frames).max(1) as f64
+    }
+}
+
+impl Demo {
+    fn new(args: DemoArgs, fabric: FabricChoice, memory: u64) -> Result<Self, DemoError> {
+        let (say, said) = unbounded();
+        Ok(Self {
+            args,
+            fabric,
+            memory,
+            directory: Scratch::new().map_err(io("make a directory for the demo's sockets"))?,
+            said,
+            say,
+            signals: crate::signals::termination().map_err(io("catch signals"))?,
+            started: Instant::now(),
+            story: Story::default(),
+            last_lines: Vec::new(),
+        })
+    }
+
+    fn run(mut self) -> Result<Exit, DemoError> {
+        let packets = self.directory.path("packets.log");
+        let mut observer = self.start(Role::Observer, self.observer_command(&packets)?)?;
+        let output_to = self.await_listening(Role::Observer)?;
+        let credentials = self.credentials()?;
+        let mut destination = self.start(Role::Destination, self.receive_command(&output_to, credentials)?)?;
+        let address = self.await_listening(Role::Destination)?;
+        let mut source = self.start(Role::Source, self.send_command(&address, &output_to, credentials)?)?;
+
+        let at_kill = match self.args.kill_at {
+            KillAt::Percent(percent) => {
+                let at_kill = self.await_kill_moment(percent)?;
+                destination.kill().map_err(io("kill the destination"))?;
+                self.story.killed_at_us = Some(belay_vmm_glue::migrate::observation::monotonic_us());
+                self.kill_vmm();
+                Some(at_kill)
+            }
+            KillAt::Never => None,
+        };
+        let holder = if at_kill.is_some() { Role::Source } else { Role::Destination };
+        self.await_end(holder)?;
+        // In a release the source ends by itself once it has been told farewell; after a catch the destination is dead.
+        for proc in [&mut source, &mut destination] {
+            if proc.role() == holder || at_kill.is_none() {
+                let bound = self.left().max(Duration::from_millis(100));
+                proc.wait(bound).map_err(io("wait for a process of the demo"))?;
+            }
+        }
+        observer.terminate();
+        observer.wait(Duration::from_secs(10)).map_err(io("wait for the observer"))?;
+        self.drain();
+        let verdict = judge::judge(&self.story, at_kill.as_ref(), &packets);
+        self.show(&verdict);
+        Ok(if verdict.passed() { Exit::Done } else { Exit::CheckFailed })
+    }
+
+    fn start(&self, role: Role, command: Command) -> Result<Proc, DemoError> {
+        Proc::start(role, command, self.say.clone()).map_err(io("start a process of the demo"))
+    }
+
+    fn belay(&self) -> Result<Command, DemoError> {
+        Ok(Command::new(std::env::current_exe().map_err(io("find belay's own program"))?))
+    }
+
+    fn listen_address(&self, name: &str) -> String {
+        match self.fabric {
+            FabricChoice::Local => format!("unix:{}", self.directory.path(name).display()),
+            FabricChoice::Tcp => "127.0.0.1:0".to_owned(),
+        }
+    }
+
+    fn observer_command(&self, packets: &Path) -> Result<Command, DemoError> {
+        let mut command = self.belay()?;
+        command.args(["observe", "--json", "--listen"]).arg(format!("unix:{}", self.directory.path("observer.sock").display()));
+        command.arg("--log").arg(packets);
+        Ok(command)
+    }
+
+    /// With --tls: makes both pairs of certificates. The two sides' file names differ only in who is self and who is peer.
+    fn credentials(&self) -> Result<bool, DemoError> {
+        if self.args.tls {
+            for name in ["source", "destination"] {
+                belay_transport::session::keygen(&self.directory.0, name).map_err(DemoError::Keygen)?;
+            }
+        }
+        Ok(self.args.tls)
+    }
+
+    fn add_credentials(&self, command: &mut Command, own: &str, peer: &str) {
+        command.arg("--cert").arg(self.directory.path(&format!("{own}.crt")));
+        command.arg("--key").arg(self.directory.path(&format!("{own}.key")));
+        command.arg("--peer-cert").arg(self.directory.path(&format!("{peer}.crt")));
+    }
+
+    fn receive_command(&self, output_to: &str, tls: bool) -> Result<Command, DemoError> {
+        let mut command = self.belay()?;
+        command.args(["receive", "--json", "--listen", &self.listen_address("receive.sock"), "--output-to", output_to]);
+        command.arg("--state-dir").arg(self.directory.path("destination"));
+        if let Some(place) = self.args.guest.vmm {
+            command.args(["--vmm", &place.to_string()]);
+        }
+        if let Some(drive) = self.args.guest.drive {
+            command.args(["--drive", &drive.to_string()]);
+        }
+        match self.args.kill_at {
+            // Hold the background pull where the kill is due, so that the moment can be met on a machine of any speed.
+            KillAt::Percent(percent) => command.args(["--hold-pull-at", &percent.to_string()]),
+            KillAt::Never => command.args(["--check", "--run-on", &self.args.run_on.to_string()]),
+        };
+        if tls {
+            self.add_credentials(&mut command, "destination", "source");
+        }
+        Ok(command)
+    }
+
+    fn send_command(&self, address: &str, output_to: &str, tls: bool) -> Result<Command, DemoError> {
+        let mut command = self.belay()?;
+        command.args(["send", "--json", "--to", address, "--output-to", output_to]);
+        command.arg("--state-dir").arg(self.directory.path("source"));
+        let (guest, tether) = (&self.args.guest, &self.args.tether);
+        let mut pass = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                command.arg(name).arg(value);
+            }
+        };
+        pass("--memory", Some(Bytes(self.memory).to_string()));
+        pass("--guest", guest.guest.map(|choice| choice.to_string()));
+        pass("--working-set", guest.working_set.map(|bytes| bytes.to_string()));
+        pass("--dirty-rate", guest.dirty_rate.map(|rate| rate.to_string()));
+        pass("--vcpus", guest.vcpus.map(|n| n.to_string()));
+        pass("--seed", guest.seed.map(|seed| seed.to_string()));
+        pass("--vmm", guest.vmm.map(|place: VmmPlace| place.to_string()));
+        pass("--drive", guest.drive.map(|drive: Drive| drive.to_string()));
+        pass("--policy", tether.policy.as_ref().map(ToString::to_string));
+        pass("--period", tether.period.map(|period| period.to_string()));
+        pass("--output", tether.output.map(|output: OutputChoice| output.to_string()));
+        pass("--tracker", tether.tracker.map(|tracker| tracker.to_string()));
+        pass("--lease", tether.lease.map(|lease| lease.to_string()));
+        pass("--ring", tether.ring.map(|ring| ring.to_string()));
+        pass("--overflow", tether.overflow.map(|overflow| overflow.to_string()));
+        pass("--release", tether.release.map(|release| release.to_string()));
+        pass("--shards", tether.shards.map(|shards| shards.to_string()));
+        pass("--pace", tether.pace.map(|pace| pace.to_string()));
+        if let KillAt::Percent(_) = self.args.kill_at {
+            command.args(["--check", "--run-on", &self.args.run_on.to_string()]);
+            if self.args.tether.output == Some(OutputChoice::Lease) {
+                // Under a lease the source catches only at the operator's word; in the demo the demo is the operator.
+                command.arg("--catch-on-loss");
+            }
+        }
+        if tls {
+            self.add_credentials(&mut command, "source", "destination");
+        }
+        Ok(command)
+    }
+
+    fn left(&self) -> Duration {
+        self.args.deadline.0.saturating_sub(self.started.elapsed())
+    }
+
+    /// Takes the next thing said, remembers it, and tells it to whoever watches.
+    fn next(&mut self, waiting_for: &'static str) -> Result<Said, DemoError> {
+        loop {
+            if let Ok(signal) = self.signals.try_recv() {
+                return Err(DemoError::Interrupted(signal));
+            }
+            match self.said.recv_timeout(self.left().min(Duration::from_millis(100))) {
+                Ok(said) => {
+                    self.remember(&said);
+                    return Ok(said);
+                }
+                Err(RecvTimeoutError::Timeout) if !self.left().is_zero() => {}
+                Err(_) => {
+                    let (after, said) = (self.args.deadline.0, self.last_words());
+                    return Err(DemoError::TookTooLong { after, waiting_for, said });
+                }
+            }
+        }
+    }
+
+    fn last_words(&self) -> String {
+        if self.last_lines.is_empty() { "nothing".to_owned() } else { self.last_lines.join(" | ") }
+    }
+
+    fn remember(&mut self, said: &Said) {
+        match said {
+            Said::Observation(role, observation) => {
+                if self.args.json
+                    && let Ok(line) = serde_json::to_string(observation)
+                {
+                    println!("{line}");
+                }
+                if let Kind::Failed { what, advice } = &observation.kind {
+                    self.last_lines.push(format!("{role:?}: {what} {advice}"));
+                }
+                match role {
+                    Role::Source => self.story.source.push((**observation).clone()),
+                    Role::Destination => self.story.destination.push((**observation).clone()),
+                    Role::Observer => self.story.observer.push((**observation).clone()),
+                }
+            }
+            Said::Line(role, line) => {
+                self.last_lines.push(format!("{role:?}: {line}"));
+                let surplus = self.last_lines.len().saturating_sub(8);
+                self.last_lines.drain(..surplus);
+            }
+            Said::Closed(_) => {}
+        }
+    }
+
+    /// Takes what has been said already, without waiting.
+    fn drain(&mut self) {
+        while let Ok(said) = self.said.try_recv() {
+            self.remember(&said);
+        }
+    }
+
+    fn await_listening(&mut self, who: Role) -> Result<String, DemoError> {
+        loop {
+            match self.next("a process to listen")? {
+                Said::Observation(role, observation) if role == who => {
+                    if let Kind::Listening { address } = observation.kind {
+                        return Ok(address);
+                    }
+                }
+                Said::Closed(role) if role == who => {
+                    return Err(DemoError::EndedEarly { who, said: self.last_words() });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits until the pull has come as far as asked, with at least three commits, a packet out and one held.
+    fn await_kill_moment(&mut self, percent: u8) -> Result<AtKill, DemoError> {
+        let bar = self.bar("pulling");
+        let mut seen = AtKill::default();
+        loop {
+            let said = self.next("the moment to kill the destination (pull in progress, three commits, a packet out and one held)")?;
+            match said {
+                Said::Observation(Role::Destination, observation) => match observation.kind {
+                    Kind::Committed { epoch, .. } => (seen.commits, seen.newest_commit) = (seen.commits + 1, epoch),
+                    Kind::Pull { landed_frames, absent_frames, held_packets, released_packets, .. } => {
+                        (seen.landed_frames, seen.absent_frames) = (landed_frames, absent_frames);
+                        (seen.held_packets, seen.released_packets) = (held_packets, released_packets);
+                        bar.set_length(landed_frames + absent_frames);
+                        bar.set_position(landed_frames);
+                        // Under a lease nothing is held, so a held packet is not waited for.
+                        let held = held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
+                        let far = seen.landed_percent() >= f64::from(percent);
+                        if far && seen.commits >= 3 && released_packets >= 1 && held {
+                            bar.finish_and_clear();
+                            return Ok(seen);
+                        }
+                    }
+                    _ => {}
+                },
+                Said::Closed(who @ (Role::Source | Role::Destination)) => {
+                    return Err(DemoError::EndedEarly { who, said: self.last_words() });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// With the VMM apart, the host's death takes it too.
+    fn kill_vmm(&self) {
+        let vmm = self.story.destination.iter().rev().find_map(|seen| match seen.kind {
+            Kind::VmmStarted { pid } => rustix::process::Pid::from_raw(pid as i32),
+            _ => None,
+        });
+        if let Some(pid) = vmm {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+
+    fn await_end(&mut self, who: Role) -> Result<(), DemoError> {
+        loop {
+            match self.next("the guest to run on and be checked")? {
+                Said::Observation(role, observation) if role == who && matches!(observation.kind, Kind::Ended { .. }) => {
+                    return Ok(());
+                }
+                Said::Closed(role) if role == who => return Ok(()),
+                _ => {}
+            }
+        }
+    }
+
+    fn bar(&self, what: &'static str) -> ProgressBar {
+        if self.args.json || !std::io::stderr().is_terminal() {
+            return ProgressBar::hidden();
+        }
+        let style = ProgressStyle::with_template("{msg:>12} [{bar:40}] {pos}/{len} pages").expect("the template is constant");
+        ProgressBar::no_length().with_style(style.progress_chars("=> ")).with_message(what)
+    }
+
+    fn show(&self, verdict: &judge::Verdict) {
+        let mut out = std::io::stdout().lock();
+        let text = if self.args.json {
+            serde_json::to_string(&verdict.report()).expect("a report is plain data") + "\n"
+        } else {
+            format!("{}\n{}\n{}", self.story.draw(), self.story.histogram(), verdict.text())
+        };
+        let _ = out.write_all(text.as_bytes());
+    }
+}

@@ -1,0 +1,335 @@
+//! Options shared by `demo`, `send` and `receive`, and the configuration file that gives them defaults.
+//!
+//! Precedence: command line, then the file named by `--config`, then the built-in defaults. A key the file has and belay does not
+//! know is an error, because a misspelt `output = "commit"` must not silently mean something else.
+
+use crate::quantity::{BitRate, Bytes, PerSecond, Span};
+use belay_checkpoint::guest::TrackerKind;
+use belay_checkpoint::outbox::OutputMode;
+use belay_checkpoint::policy::PolicySpec;
+use belay_transport::fabric::FabricKind;
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// How the guest is tethered, and what carries it.
+#[derive(Debug, Clone, Default, Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Tether")]
+pub struct TetherOptions {
+    /// How often a checkpoint is taken: fixed:10ms, dirty:4096,max=100ms, or none (no tether) [default: fixed:10ms]
+    #[arg(long, value_name = "POLICY")]
+    pub policy: Option<PolicyChoice>,
+    /// Shorthand for --policy fixed:TIME
+    #[arg(long, value_name = "TIME", conflicts_with = "policy")]
+    pub period: Option<Span>,
+    /// When output may leave the guest: when its checkpoint has committed, or while the lease is good (faster, and after a catch
+    /// the world may have seen output the guest does not remember) [default: commit]
+    #[arg(long, value_enum)]
+    pub output: Option<OutputChoice>,
+    /// How dirty pages are found [default: kvm-ring]
+    #[arg(long, value_enum)]
+    pub tracker: Option<TrackerChoice>,
+    /// How long a lease lasts [default: 1s]
+    #[arg(long, value_name = "TIME")]
+    pub lease: Option<Span>,
+    /// Size of the checkpoint ring at the source [default: 64M]
+    #[arg(long, value_name = "BYTES")]
+    pub ring: Option<Bytes>,
+    /// Source memory for epochs larger than the ring [default: the guest's size]
+    #[arg(long, value_name = "BYTES")]
+    pub overflow: Option<Bytes>,
+    /// When to let go of the tether: when-landed, never, or a time to keep it after the last page [default: when-landed]
+    #[arg(long, value_name = "WHEN")]
+    pub release: Option<ReleaseChoice>,
+    /// Threads that serve faults at the destination, each with its own userfaultfd [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub shards: Option<u16>,
+    /// Hold TCP to a link rate, for measuring: 1G, 10G [default: unpaced]
+    #[arg(long, value_name = "RATE")]
+    pub pace: Option<BitRate>,
+}
+
+/// The proof guest that the built-in VMM runs.
+#[derive(Debug, Clone, Default, Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Guest")]
+pub struct GuestOptions {
+    /// Which program the guest runs [default: ledger]
+    #[arg(long, value_enum)]
+    pub guest: Option<ProgramChoice>,
+    /// Guest RAM [default: 256M]
+    #[arg(long, value_name = "BYTES")]
+    pub memory: Option<Bytes>,
+    /// The part of RAM the guest keeps writing to [default: half of RAM]
+    #[arg(long, value_name = "BYTES")]
+    pub working_set: Option<Bytes>,
+    /// Page writes a second, a vCPU [default: 20k]
+    #[arg(long, value_name = "RATE")]
+    pub dirty_rate: Option<PerSecond>,
+    /// Virtual CPUs [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub vcpus: Option<u16>,
+    /// Seed of everything the guest does
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Run the VMM in the page server's process or in one of its own [default: in-process]
+    #[arg(long, value_enum)]
+    pub vmm: Option<VmmPlace>,
+    /// What drives the guest's memory: kvm, or threads of the host where there is no KVM [default: auto]
+    #[arg(long, value_enum)]
+    pub drive: Option<Drive>,
+}
+
+/// Who may talk to us, and who we are.
+#[derive(Debug, Clone, Default, Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Security")]
+pub struct SecurityOptions {
+    /// Our own certificate (belay keygen makes it)
+    #[arg(long, value_name = "FILE", requires_all = ["key", "peer_cert"])]
+    pub cert: Option<PathBuf>,
+    /// The key of our certificate
+    #[arg(long, value_name = "FILE", requires_all = ["cert", "peer_cert"])]
+    pub key: Option<PathBuf>,
+    /// The one certificate the peer must show
+    #[arg(long, value_name = "FILE", requires_all = ["cert", "key"])]
+    pub peer_cert: Option<PathBuf>,
+    /// Go without TLS beyond loopback: anybody on the link can read and change the guest
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub insecure: bool,
+}
+
+/// When a checkpoint is taken, or never.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PolicyChoice {
+    None,
+    Take(PolicySpec),
+}
+
+impl std::str::FromStr for PolicyChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            text => text.parse().map(Self::Take).map_err(|error: belay_checkpoint::policy::PolicyParseError| error.to_string()),
+        }
+    }
+}
+
+impl std::fmt::Display for PolicyChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Take(policy) => policy.fmt(f),
+        }
+    }
+}
+
+/// When the tether is let go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReleaseChoice {
+    WhenLanded,
+    Never,
+    After(Span),
+}
+
+impl std::str::FromStr for ReleaseChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "when-landed" => Ok(Self::WhenLanded),
+            "never" => Ok(Self::Never),
+            text => text.parse().map(Self::After).map_err(|error| format!("when-landed, never, or a time: {error}")),
+        }
+    }
+}
+
+impl std::fmt::Display for ReleaseChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::WhenLanded => f.write_str("when-landed"),
+            Self::Never => f.write_str("never"),
+            Self::After(span) => span.fmt(f),
+        }
+    }
+}
+
+macro_rules! text_serde {
+    ($type:ty) => {
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+    };
+}
+text_serde!(PolicyChoice);
+text_serde!(ReleaseChoice);
+
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize, Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub enum $name { $($(#[$vdoc])* $variant),+ }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.to_possible_value().expect("no variant is skipped").get_name())
+            }
+        }
+    };
+}
+
+choice! {
+    /// When output leaves.
+    OutputChoice {
+        /// Held until the checkpoint that covers it has committed
+        Commit,
+        /// Let go while the lease is good
+        Lease,
+    }
+}
+choice! {
+    /// How dirty pages are found.
+    TrackerChoice {
+        /// KVM's dirty bitmap: a bit a page
+        KvmLog,
+        /// KVM's dirty ring: cost follows what was written
+        KvmRing,
+        /// userfaultfd async write-protect and PAGEMAP_SCAN: for any VMM, Linux 6.7
+        UffdWp,
+    }
+}
+choice! {
+    /// Programs of the proof guest.
+    ProgramChoice {
+        /// Scattered writes, each depending on what was there before
+        Ledger,
+        /// Reads and checks everything, writes nothing
+        Scanner,
+    }
+}
+choice! {
+    /// Where the VMM runs.
+    VmmPlace {
+        /// In the page server's process
+        InProcess,
+        /// In a process of its own, which outlives the page server
+        Apart,
+    }
+}
+choice! {
+    /// What drives guest memory.
+    Drive {
+        /// KVM where it works, else threads
+        Auto,
+        /// KVM or an error
+        Kvm,
+        /// Host threads that write the same memory
+        Threads,
+    }
+}
+choice! {
+    /// What carries pages and checkpoints.
+    FabricChoice {
+        /// Shared memory on one host
+        Local,
+        /// TCP
+        Tcp,
+    }
+}
+
+impl From<OutputChoice> for OutputMode {
+    fn from(choice: OutputChoice) -> Self {
+        match choice {
+            OutputChoice::Commit => Self::Commit,
+            OutputChoice::Lease => Self::Lease,
+        }
+    }
+}
+
+impl From<TrackerChoice> for TrackerKind {
+    fn from(choice: TrackerChoice) -> Self {
+        match choice {
+            TrackerChoice::KvmLog => Self::KvmLog,
+            TrackerChoice::KvmRing => Self::KvmRing,
+            TrackerChoice::UffdWp => Self::UffdWp,
+        }
+    }
+}
+
+impl From<FabricChoice> for FabricKind {
+    fn from(choice: FabricChoice) -> Self {
+        match choice {
+            FabricChoice::Local => Self::Local,
+            FabricChoice::Tcp => Self::Tcp,
+        }
+    }
+}
+
+/// The configuration file: the same names as the long options, in tables by heading.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ConfigFile {
+    pub tether: TetherOptions,
+    pub guest: GuestOptions,
+    pub security: SecurityOptions,
+}
+
+/// Why a configuration file was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, #[source] source: std::io::Error },
+    #[error("{path} is not a belay configuration:\n{source}")]
+    Parse { path: PathBuf, source: Box<toml::de::Error> },
+}
+
+impl ConfigFile {
+    /// Reads `path`.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })
+    }
+}
+
+macro_rules! or_from {
+    ($self:ident, $file:ident: $($field:ident),+) => { $( if $self.$field.is_none() { $self.$field = $file.$field; } )+ };
+}
+
+impl TetherOptions {
+    /// Fills what the command line left open from the file.
+    pub fn or(mut self, mut file: Self) -> Self {
+        // Policy and period are one choice: either of them on the command line overrides both of the file.
+        if self.policy.is_some() || self.period.is_some() {
+            (file.policy, file.period) = (None, None);
+        }
+        or_from!(self, file: policy, period, output, tracker, lease, ring, overflow, release, shards, pace);
+        self
+    }
+}
+
+impl GuestOptions {
+    /// Fills what the command line left open from the file.
+    pub fn or(mut self, file: Self) -> Self {
+        or_from!(self, file: guest, memory, working_set, dirty_rate, vcpus, seed, vmm, drive);
+        self
+    }
+}
+
+impl SecurityOptions {
+    /// Fills what the command line left open from the file.
+    pub fn or(mut self, file: Self) -> Self {
+        or_from!(self, file: cert, key, peer_cert);
+        self.insecure |= file.insecure;
+        self
+    }
+}

@@ -1,0 +1,90 @@
+//! How observations reach the person or the program that runs belay: sentences on a terminal, JSON lines for programs.
+
+use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
+use std::io::Write;
+
+/// An observer that prints what is noted: one JSON object a line on stdout with `json`, else a sentence a line on stderr.
+pub fn reporter(role: &'static str, json: bool) -> Observer {
+    let started = std::time::Instant::now();
+    Observer::new(role, move |observation| {
+        if json {
+            let line = serde_json::to_string(observation).expect("an observation is plain data");
+            // A reader that went away must not end the migration; the exit code still tells how it went.
+            let _ = writeln!(std::io::stdout().lock(), "{line}");
+        } else if let Some(sentence) = sentence(&observation.kind) {
+            let _ = writeln!(std::io::stderr().lock(), "{:>10.3} s  {sentence}", started.elapsed().as_secs_f64());
+        }
+    })
+}
+
+/// Reads one JSON line back.
+pub fn parse(line: &str) -> Option<Observation> {
+    serde_json::from_str(line).ok()
+}
+
+/// Microseconds for people: µs below a millisecond, ms below ten seconds.
+pub fn time(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} µs"),
+        1000..10_000_000 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.1} s", us as f64 / 1e6),
+    }
+}
+
+/// Bytes for people, powers of 1024.
+pub fn bytes(n: u64) -> String {
+    match n {
+        0..1024 => format!("{n} B"),
+        1024..1_048_576 => format!("{:.1} KiB", n as f64 / 1024.0),
+        1_048_576..1_073_741_824 => format!("{:.1} MiB", n as f64 / 1_048_576.0),
+        _ => format!("{:.2} GiB", n as f64 / 1_073_741_824.0),
+    }
+}
+
+/// What a person is told, or nothing for what only programs want.
+fn sentence(kind: &Kind) -> Option<String> {
+    Some(match kind {
+        Kind::State { state, why } => format!("{state}: {why}"),
+        Kind::Listening { address } => format!("listening on {address}"),
+        Kind::GuestStarted { memory_bytes, vcpus, driven_by, .. } => {
+            format!("guest runs: {} of RAM, {vcpus} vCPU(s), driven by {driven_by}", bytes(*memory_bytes))
+        }
+        Kind::Connected { peer, fabric, tls, protocol } => {
+            let how = if *tls { "TLS 1.3" } else { "no TLS" };
+            format!("connected to {peer} over {fabric} ({how}, protocol {protocol})")
+        }
+        Kind::Allocated { bytes: n, took_us } => format!("allocated {} in {}", bytes(*n), time(*took_us)),
+        Kind::Prepared { took_us } => format!("prepared in {}; the guest has not been touched", time(*took_us)),
+        Kind::Paused { .. } => "guest paused for the switch".to_owned(),
+        Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes } => format!(
+            "switch sent: {peer_frames} pages to pull, {zero_frames} zero, {} of device state",
+            bytes(*device_state_bytes)
+        ),
+        Kind::Resumed { load_us, .. } => format!("guest runs at the destination (state loaded in {})", time(*load_us)),
+        Kind::Blackout { took_us } => format!("blackout {}", time(*took_us)),
+        Kind::AllLanded { took_us, bytes: n, faults } => {
+            format!("all pages landed after {}: {} pulled, {faults} faults served", time(*took_us), bytes(*n))
+        }
+        Kind::Noticed { by } => format!("the destination is lost: {by}"),
+        Kind::Revoked { took_us } => format!("the old destination is shut out ({})", time(*took_us)),
+        Kind::Recovered { epoch, pages, took_us, resent_packets } => format!(
+            "checkpoint {epoch} is in RAM ({pages} pages folded last, {}); {resent_packets} packets sent again",
+            time(*took_us)
+        ),
+        Kind::Caught { epoch, noticed_to_running_us, .. } => {
+            format!("caught at checkpoint {epoch}: guest runs here again {} after the loss was noticed", time(*noticed_to_running_us))
+        }
+        Kind::ReleaseRecorded { path } => format!("release written to {path}: this host will never resume this guest"),
+        Kind::Released { total_us } => format!("released; the migration took {}", time(*total_us)),
+        Kind::Checked { bytes: n, wrong_bytes: 0, detail, took_us, .. } => {
+            format!("checked {} of RAM in {}: every byte is what it must be{detail}", bytes(*n), time(*took_us))
+        }
+        Kind::Checked { wrong_bytes, detail, .. } => format!("CHECK FAILED: {wrong_bytes} wrong bytes: {detail}"),
+        Kind::TetherSummary { epochs, pages, pause_p50_us, pause_p99_us, age_p99_us, .. } => format!(
+            "tether: {epochs} checkpoints, {pages} pages; pause p50 {pause_p50_us:.0} µs, p99 {pause_p99_us:.0} µs; commit age p99 {age_p99_us:.0} µs"
+        ),
+        Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),
+        Kind::Ended { outcome, exit_code } => format!("ended: {outcome} (exit code {exit_code})"),
+        Kind::Pull { .. } | Kind::Committed { .. } | Kind::Folded { .. } | Kind::Latency { .. } | Kind::CpuTime { .. } => return None,
+    })
+}

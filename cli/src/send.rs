@@ -1,0 +1,223 @@
+//! `belay send`: runs the proof guest and moves it to a waiting `belay receive`; catches it if that fails.
+
+use crate::exit::Exit;
+use crate::options::{ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions, TrackerChoice};
+use crate::quantity::Span;
+use crate::{complain, holder, report, signals};
+use belay_checkpoint::outbox::{Outbox, OutputMode};
+use belay_checkpoint::policy::PolicySpec;
+use belay_transport::session::{Address, SessionConfig};
+use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
+use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
+use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
+use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError, Word};
+use clap::Args;
+use crossbeam_channel::bounded;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Run a guest and move it to a waiting `belay receive`, tethered
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct SendArgs {
+    /// Where `belay receive` listens: HOST:PORT (tcp), or unix:/path (shared memory on one host)
+    #[arg(long, value_name = "ADDR")]
+    to: Address,
+    #[command(flatten)]
+    guest: GuestOptions,
+    #[command(flatten)]
+    tether: TetherOptions,
+    #[command(flatten)]
+    security: SecurityOptions,
+    /// Where the guest's output goes: the address of a `belay observe` [default: nowhere]
+    #[arg(long, value_name = "ADDR")]
+    output_to: Option<String>,
+    /// Where the release record is written [default: /var/lib/belay, or ~/.local/state/belay without root]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// How long the guest runs here before it is moved, once it has filled its memory
+    #[arg(long, value_name = "TIME", default_value = "200ms")]
+    run_before: Span,
+    /// After a catch: end this long after it (without this the guest runs until a signal)
+    #[arg(long, value_name = "TIME")]
+    run_on: Option<Span>,
+    /// At the end compare all of guest RAM with what it must be
+    #[arg(long)]
+    check: bool,
+    /// Under --output lease: order the catch as soon as the destination is lost. You then vouch that it shows no more output
+    #[arg(long)]
+    catch_on_loss: bool,
+    /// Events as JSON lines on stdout
+    #[arg(long)]
+    json: bool,
+    /// Defaults from a TOML file, see cluster-configs/
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  belay send --to 127.0.0.1:7700                                       beside `belay receive --listen 127.0.0.1:7700`
+  belay send --to unix:/run/belay/receive.sock --memory 1G             over shared memory
+  belay send --to host-b:7700 --cert source.crt --key source.key --peer-cert destination.crt
+  belay send --to host-b:7700 --config cluster-configs/plain-tcp.toml --release never
+
+SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught; once it runs here again, the guest is ended.";
+
+/// Runs the command.
+pub fn run(mut args: SendArgs) -> Exit {
+    if let Some(path) = &args.config {
+        match ConfigFile::read(path) {
+            Ok(file) => {
+                args.guest = args.guest.or(file.guest);
+                args.tether = args.tether.or(file.tether);
+                args.security = args.security.or(file.security);
+            }
+            Err(error) => {
+                complain(&error, "Nothing was started.");
+                return Exit::Usage;
+            }
+        }
+    }
+    let observer = report::reporter("source", args.json);
+    let exit = send(&args, &observer);
+    observer.note(None, Kind::Ended { outcome: format!("{exit:?}"), exit_code: exit.code() });
+    exit
+}
+
+fn send(args: &SendArgs, observer: &Observer) -> Exit {
+    let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
+        report::failed(observer, what, advice);
+        exit
+    };
+    let spec = guest_spec(&args.guest);
+    let security = match args.security.security() {
+        Ok(security) => security,
+        Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
+    };
+    let words = match signals::termination() {
+        Ok(signals) => signals,
+        Err(error) => return fail(&error, "", Exit::Failed),
+    };
+    let tether = tether_settings(&args.tether);
+    let output = match holder::output(args.output_to.as_deref()) {
+        Ok(emitter) => match Outbox::open(holder::OUTBOX_BOUNDS, emitter) {
+            Ok(outbox) => outbox,
+            Err(error) => return fail(&error, "", Exit::Failed),
+        },
+        Err(error) => return fail(&error, "Start `belay observe --listen ADDR` first, or leave --output-to out.", Exit::Usage),
+    };
+    let tracker = tether.as_ref().map(|tether| tether.tracker);
+    let mut guest = match holder::start_guest(&spec, &args.guest, tracker, &output, observer) {
+        Ok(guest) => guest,
+        Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
+    };
+    if let Err(error) = guest.warm_up(args.run_before.0) {
+        return fail(&error, "The guest was not moved.", Exit::Failed);
+    }
+    let mut session = SessionConfig::new(security);
+    session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
+    let config = SourceConfig {
+        address: args.to.clone(),
+        session,
+        ring_bytes: args.tether.ring.map_or(64 << 20, |ring| ring.0 as usize),
+        overflow_bytes: args.tether.overflow.map_or(holder::overflow_for(spec.memory_bytes), |bytes| bytes.0),
+        proposal: Proposal {
+            protocol: PROTOCOL_VERSION,
+            vmm: VmmSpec::Kvm(spec.clone()),
+            tether,
+            output_to: args.output_to.clone(),
+            release: release_policy(args.tether.release),
+            shards: args.tether.shards.unwrap_or(1),
+            nonces: guest.nonces().to_vec(),
+        },
+        state_dir: args.state_dir.clone().unwrap_or_else(holder::default_state_dir),
+        bounds: Bounds::default(),
+        catch_on_loss: args.catch_on_loss,
+    };
+    let (word, operator) = bounded(4);
+    let forward = words.clone();
+    let pass_on = std::thread::spawn(move || {
+        while forward.recv().is_ok() {
+            if word.send(Word::Cancel).is_err() {
+                return;
+            }
+        }
+    });
+    let outcome = source::run(&config, guest.guest(), &output, observer, &operator);
+    drop(operator);
+    drop(pass_on);
+    match outcome {
+        Ok(Outcome::Released) => Exit::Done,
+        Ok(Outcome::Caught { nonce, .. }) => {
+            guest.add_nonce(nonce);
+            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::Caught)
+        }
+        Ok(Outcome::NotMoved { why }) => {
+            let advice = "The guest was not moved and runs on here.";
+            report::failed_text(observer, &why, advice);
+            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::NotMoved)
+        }
+        Ok(Outcome::AwaitsOperator) => {
+            let advice = "Make sure that the destination host is off, then run the catch: --catch-on-loss gives the order beforehand.";
+            report::failed_text(observer, "the destination is lost, and --output lease forbids an automatic catch", advice);
+            Exit::CatchNeedsOperator
+        }
+        Ok(Outcome::Lost { why }) => {
+            report::failed_text(observer, &why, "Neither host can run this guest.");
+            Exit::Lost
+        }
+        Err(error) => {
+            let exit = match &error {
+                SourceError::Connect { .. } => Exit::NoSession,
+                SourceError::Cancelled => Exit::Interrupted,
+                _ => Exit::NotMoved,
+            };
+            report::failed(observer, &error, "The guest was not touched; is `belay receive` running there with matching --cert and --insecure?");
+            exit
+        }
+    }
+}
+
+/// What the guest is asked to do, with the defaults of the command.
+pub fn guest_spec(options: &GuestOptions) -> GuestSpec {
+    let defaults = GuestSpec::default();
+    let memory_bytes = options.memory.map_or(256 << 20, |bytes| bytes.0);
+    GuestSpec {
+        program: match options.guest {
+            Some(ProgramChoice::Scanner) => Program::Scanner,
+            Some(ProgramChoice::Ledger) | None => Program::Ledger,
+        },
+        memory_bytes,
+        working_set_bytes: options.working_set.map_or(memory_bytes / 2, |bytes| bytes.0),
+        rate_pages_per_s: options.dirty_rate.map_or(defaults.rate_pages_per_s, |rate| rate.0),
+        vcpus: options.vcpus.unwrap_or(1),
+        seed: options.seed.unwrap_or(defaults.seed),
+        ..defaults
+    }
+}
+
+/// The tether, with the defaults of the command; `None` with `--policy none`.
+pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
+    let policy = match (&options.policy, options.period) {
+        (Some(PolicyChoice::None), _) => return None,
+        (Some(PolicyChoice::Take(policy)), _) => policy.clone(),
+        (None, Some(period)) => PolicySpec::Fixed(period.0),
+        (None, None) => PolicySpec::Fixed(Duration::from_millis(10)),
+    };
+    Some(TetherSettings {
+        tracker: options.tracker.unwrap_or(TrackerChoice::KvmRing).into(),
+        policy,
+        output: options.output.map_or(OutputMode::Commit, Into::into),
+        lease: LeaseSettings { length: options.lease.map_or(LeaseSettings::default().length, |lease| lease.0), ..LeaseSettings::default() },
+    })
+}
+
+fn release_policy(choice: Option<ReleaseChoice>) -> ReleasePolicy {
+    match choice {
+        None | Some(ReleaseChoice::WhenLanded) => ReleasePolicy::WhenLanded,
+        Some(ReleaseChoice::Never) => ReleasePolicy::Never,
+        Some(ReleaseChoice::After(span)) => ReleasePolicy::After(span.0),
+    }
+}

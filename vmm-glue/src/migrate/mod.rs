@@ -1,0 +1,15 @@
+//! One migration: the two roles and the protocol between them.
+//!
+//! [`source`] and [`destination`] read as mirror images: prepare, switch, serve (or pull and tether), then release or catch.
+//! Who may run the guest is decided by `belay_checkpoint::ownership` alone; the roles carry its actions out.
+
+pub mod destination;
+pub mod lane_watch;
+pub mod lease;
+pub mod observation;
+pub mod peer;
+pub mod protocol;
+pub mod release;
+pub mod settings;
+pub mod source;
+pub mod switch_map;

@@ -1,0 +1,136 @@
+//! What happened, told as it happens (P9): each observation has an id, its cause's id, a time and a kind with its values.
+//!
+//! Ids name their process (`source-4711-3`), so that a story can be followed across both hosts: a message carries the id of the
+//! observation that made the peer send it, and what follows from it there names that id as its parent.
+
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Identifies one observation among all of both hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ObservationId(pub String);
+
+/// One thing that happened.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Observation {
+    pub id: ObservationId,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub parent: Option<ObservationId>,
+    /// CLOCK_MONOTONIC of the host it happened on, in microseconds. Comparable within one host only.
+    pub at_us: u64,
+    #[serde(flatten)]
+    pub kind: Kind,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Kind {
+    /// A state of `ownership` was entered.
+    State { state: String, why: String },
+    /// The destination listens.
+    Listening { address: String },
+    /// The guest runs, before any migration.
+    GuestStarted { nonce: u64, memory_bytes: u64, vcpus: u32, driven_by: String },
+    /// The VMM runs in a process of its own.
+    VmmStarted { pid: u32 },
+    /// The two hosts have agreed on a session.
+    Connected { peer: String, fabric: String, tls: bool, protocol: u16 },
+    /// Destination RAM has been allocated.
+    Allocated { bytes: u64, took_us: u64 },
+    /// Everything before the switch is done.
+    Prepared { took_us: u64 },
+    /// The guest is paused for the switch.
+    Paused { steps: Vec<u64> },
+    /// The switch was sent: pages by class, and bytes of device state.
+    SwitchSent { peer_frames: u64, zero_frames: u64, device_state_bytes: u64 },
+    /// The guest runs at the destination.
+    Resumed { nonce: u64, load_us: u64 },
+    /// What the guest went without, seen by the source: pause to the destination's word that it runs.
+    Blackout { took_us: u64 },
+    /// How far the pull is.
+    Pull { landed_frames: u64, absent_frames: u64, faults: u64, bytes: u64, held_packets: u64, released_packets: u64 },
+    /// Every frame has landed.
+    AllLanded { took_us: u64, bytes: u64, faults: u64 },
+    /// A checkpoint has committed.
+    Committed { epoch: u64, pages: u64, bytes: u64, pause_us: u64, commit_us: u64, age_us: u64 },
+    /// A checkpoint has been taken into the source's RAM.
+    Folded { epoch: u64, pages: u64, took_us: u64 },
+    /// The destination is thought dead, and what said so.
+    Noticed { by: String },
+    /// The old destination is shut out.
+    Revoked { took_us: u64 },
+    /// Every committed checkpoint is in RAM.
+    Recovered { epoch: u64, pages: u64, total_pages: u64, took_us: u64, resent_packets: u64 },
+    /// The guest runs at the source again.
+    Caught { epoch: u64, nonce: u64, noticed_to_running_us: u64, steps: Vec<u64> },
+    /// The release is on disk: this host will never resume this guest.
+    ReleaseRecorded { path: String },
+    /// The destination owns the guest.
+    Released { total_us: u64 },
+    /// All of RAM and every step was compared with what it must be.
+    Checked { bytes: u64, wrong_bytes: u64, steps: Vec<u64>, detail: String, took_us: u64 },
+    /// A latency distribution, in microseconds.
+    Latency { what: String, count: u64, p50_us: f64, p90_us: f64, p99_us: f64, p999_us: f64, max_us: f64, buckets: Vec<(f64, u64)> },
+    /// How the tether went.
+    TetherSummary { epochs: u64, pages: u64, bytes: u64, pause_p50_us: f64, pause_p99_us: f64, age_p50_us: f64, age_p99_us: f64, stop_p50_us: f64, save_p50_us: f64, harvest_p50_us: f64, stage_p50_us: f64 },
+    /// Processor time this process has used.
+    CpuTime { user_us: u64, system_us: u64, wall_us: u64 },
+    /// Something failed; what to do is said with it.
+    Failed { what: String, advice: String },
+    /// The process ends.
+    Ended { outcome: String, exit_code: u8 },
+}
+
+/// Takes observations. Cheap to clone; every part of a process shares one.
+#[derive(Clone)]
+pub struct Observer {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    prefix: String,
+    next: AtomicU64,
+    take: Box<dyn Fn(&Observation) + Send + Sync>,
+}
+
+impl Observer {
+    /// An observer whose ids start with `role` and this process's number.
+    pub fn new(role: &str, take: impl Fn(&Observation) + Send + Sync + 'static) -> Self {
+        let prefix = format!("{role}-{}", std::process::id());
+        Self { inner: Arc::new(Inner { prefix, next: AtomicU64::new(1), take: Box::new(take) }) }
+    }
+
+    /// One that drops everything (for tests and benches that look elsewhere).
+    pub fn silent() -> Self {
+        Self::new("silent", |_| {})
+    }
+
+    /// Notes `kind`, caused by `parent`, and gives the id under which it goes.
+    pub fn note(&self, parent: Option<&ObservationId>, kind: Kind) -> ObservationId {
+        let number = self.inner.next.fetch_add(1, Ordering::Relaxed);
+        let id = ObservationId(format!("{}-{number}", self.inner.prefix));
+        let observation = Observation { id: id.clone(), parent: parent.cloned(), at_us: monotonic_us(), kind };
+        (self.inner.take)(&observation);
+        id
+    }
+}
+
+impl std::fmt::Debug for Observer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Observer").field("prefix", &self.inner.prefix).finish()
+    }
+}
+
+/// CLOCK_MONOTONIC in microseconds.
+pub fn monotonic_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+}
+
+/// A duration in whole microseconds.
+pub fn us(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

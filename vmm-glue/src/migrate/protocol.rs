@@ -1,0 +1,113 @@
+//! Messages of the control stream between source and destination.
+//!
+//! ```text
+//! source                                         destination
+//!   Hello (geometry, Proposal) ─────────────────────►           session; not downtime
+//!   ◄───────────────────────── Hello (accepted or why not)
+//!   Prepare (keys, ring) ───────────────────────────►
+//!   dials every lane, and the guard ────────────────►            RAM allocated, VMM started, lanes open
+//!   ◄──────────────────────────────── Prepared (death sign)
+//!   pauses the guest
+//!   Switch (map, device state, nonce) ──────────────►            blackout begins at the pause
+//!   ◄───────────────────────────────── Loaded                    faults are served, state is loaded, guest still stopped
+//!   Go (owner epoch) ────────────────────────────────►            until this was sent the source may simply resume
+//!   ◄──────────────────────────────── Resumed                    blackout ends
+//!          pages by one-sided reads, checkpoints by one-sided writes
+//!   ◄──────────────────────────────── AllLanded
+//!   ◄──────────────────────────────── ReleaseAsked
+//!   writes the release record, fsync
+//!   Released ────────────────────────────────────────►           only this ends a migration (P6)
+//!   ◄──────────────────────────────── Farewell                   the acknowledgement is acknowledged
+//! ```
+//! Either side may say `Failed` at any time and closes then. A closed stream without `Released` is a failure.
+//!
+//! Encoding: postcard, one message a frame. A message's number is its position in the enum; new ones are added at the end, and
+//! a change of meaning raises [`PROTOCOL_VERSION`].
+
+use super::observation::ObservationId;
+use super::switch_map::RegionClasses;
+use belay_checkpoint::ownership::{Fate, OwnerEpoch};
+use belay_transport::RegionId;
+use belay_transport::fabric::{ReadKey, RingKeys};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Version of the messages below, beside the session's own.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// From source to destination.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToDestination {
+    Prepare { ram: Vec<(RegionId, ReadKey)>, ring: RingKeys, ring_geometry: RingOffer, because: ObservationId },
+    Switch { map: Vec<RegionClasses>, device_state: Vec<u8>, nonce: u64, because: ObservationId },
+    Go { owner_epoch: OwnerEpoch, because: ObservationId },
+    Released { because: ObservationId },
+    ReleaseRefused { because: ObservationId },
+    Fate { fate: Fate, because: ObservationId },
+    Failed { reason: String, because: ObservationId },
+}
+
+/// From destination to source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum ToSource {
+    Prepared { death_sign: Option<[u8; 32]>, because: ObservationId },
+    Loaded { because: ObservationId },
+    Resumed { because: ObservationId },
+    AllLanded { because: ObservationId },
+    ReleaseAsked { all_landed: bool, because: ObservationId },
+    Farewell,
+    FateAsked { owner_epoch: OwnerEpoch },
+    GuestGone { because: ObservationId },
+    Failed { reason: String, because: ObservationId },
+}
+
+/// The source's checkpoint ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingOffer {
+    /// Bytes of the region the destination writes.
+    pub bytes: u64,
+    /// Nonce of this session, in every segment.
+    pub nonce: u64,
+    /// Memory at the source for an epoch larger than the ring.
+    pub overflow_bytes: u64,
+}
+
+/// A message as bytes.
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    postcard::to_stdvec(message).expect("a message of plain data always encodes")
+}
+
+/// Bytes as a message; bytes left over are an error too.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((message, [])) => Ok(message),
+        Ok((_, rest)) => Err(ProtocolError::Trailing { bytes: bytes.len(), rest: rest.len() }),
+        Err(source) => Err(ProtocolError::Malformed { bytes: bytes.len(), source }),
+    }
+}
+
+/// Why a message was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    #[error("a control message of {bytes} bytes is malformed")]
+    Malformed { bytes: usize, #[source] source: postcard::Error },
+    #[error("a control message of {bytes} bytes has {rest} bytes too many")]
+    Trailing { bytes: usize, rest: usize },
+    #[error("the peer sent {got} where {wanted} was due")]
+    Unexpected { got: String, wanted: &'static str },
+}
+
+/// An error with everything that caused it, on one line.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        let said = next.to_string();
+        // Transparent errors repeat what they wrap.
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        cause = next.source();
+    }
+    text
+}

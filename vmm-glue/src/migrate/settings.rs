@@ -1,0 +1,114 @@
+//! What a migration is asked to be. The source decides and proposes; the destination accepts or says why not.
+
+use crate::kvm::guests::GuestSpec;
+use belay_checkpoint::guest::TrackerKind;
+use belay_checkpoint::outbox::OutputMode;
+use belay_checkpoint::policy::PolicySpec;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The source's wishes, in its Hello's opaque blob.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// [`super::protocol::PROTOCOL_VERSION`] of the source.
+    pub protocol: u16,
+    /// What the destination has to build to run the guest.
+    pub vmm: VmmSpec,
+    /// `None`: move without a tether (the guest is lost if the destination dies).
+    pub tether: Option<TetherSettings>,
+    /// Where the guest's output goes; the destination may have an address of its own for the same observer.
+    pub output_to: Option<String>,
+    pub release: ReleasePolicy,
+    /// Userfaultfds and engine threads at the destination; the source dials one fault and one bulk lane for each.
+    pub shards: u16,
+    /// Incarnation nonces the guest was given so far, in order; its witness wants to know.
+    pub nonces: Vec<u64>,
+}
+
+/// Which VMM, and what it needs to know. Later VMMs are added at the end.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum VmmSpec {
+    Kvm(GuestSpec),
+}
+
+/// How the guest is tethered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TetherSettings {
+    pub tracker: TrackerKind,
+    pub policy: PolicySpec,
+    pub output: OutputMode,
+    pub lease: LeaseSettings,
+}
+
+/// The lease and the signs of life it rests on. Clocks of the two hosts are never compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseSettings {
+    /// How long a granted lease lasts, counted by the destination from when it posted the renewal.
+    pub length: Duration,
+    /// What the source waits beyond length and drift.
+    pub margin: Duration,
+    /// How often the destination renews.
+    pub heartbeat: Duration,
+}
+
+impl Default for LeaseSettings {
+    fn default() -> Self {
+        Self {
+            length: Duration::from_secs(1),
+            margin: Duration::from_millis(100),
+            heartbeat: Duration::from_millis(2),
+        }
+    }
+}
+
+impl LeaseSettings {
+    /// Silence after which the source may hold the lease for run out: length, 200 ppm of drift (twice what a quartz clock is
+    /// allowed), and margin.
+    pub fn silence_bound(&self) -> Duration {
+        self.length + self.length / 5000 + self.margin
+    }
+}
+
+/// When the destination asks to be released.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReleasePolicy {
+    /// As soon as every page has landed.
+    WhenLanded,
+    /// So long after every page has landed: the tether is kept meanwhile.
+    After(Duration),
+    /// Not by itself: the tether is kept until the operator ends it.
+    Never,
+}
+
+/// Bounds of the waits of a migration (P7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Connecting, and each step of the handshake.
+    pub handshake: Duration,
+    /// Prepare to Prepared: allocating RAM is in it.
+    pub prepare: Duration,
+    /// Switch sent to Resumed.
+    pub switch: Duration,
+    /// One stop of the guest.
+    pub stop: Duration,
+    /// A release asked to its answer.
+    pub release: Duration,
+    /// Revocation.
+    pub revoke: Duration,
+    /// A demand read: beyond this the source is held for silent.
+    pub demand: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            handshake: Duration::from_secs(10),
+            prepare: Duration::from_secs(120),
+            switch: Duration::from_secs(10),
+            stop: Duration::from_secs(2),
+            release: Duration::from_secs(30),
+            revoke: Duration::from_secs(5),
+            demand: Duration::from_secs(5),
+        }
+    }
+}
