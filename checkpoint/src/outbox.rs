@@ -1,1 +1,8 @@
-//! (being built)
+//! outbox
+use serde::{Deserialize, Serialize};
+/// mode
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum OutputMode {
+    Commit,
+    Lease,
+}
