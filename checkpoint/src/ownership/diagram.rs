@@ -208,6 +208,20 @@ fn p2_under_lease_nothing_is_caught_without_proof_or_the_operators_word_and_an_e
 }
 
 #[test]
+fn p2_a_lease_is_never_taken_for_run_out_while_renewals_are_granted() {
+    use source::{Action, Lease, State};
+    for state in source_states() {
+        let State::Serving(before) = state else { continue };
+        for event in source_events() {
+            let Ok((State::Serving(after), actions)) = source::step(&state, &event) else { continue };
+            let (was, is) = (before.lease == Lease::Granted, after.lease == Lease::Granted);
+            assert_eq!(was && !is, actions.contains(&Action::WithdrawLease), "{before:?} {event:?}");
+            assert!(was || !is || actions.contains(&Action::GrantLease), "{before:?} {event:?}");
+        }
+    }
+}
+
+#[test]
 fn p5_folding_waits_for_revocation_and_resuming_for_folding() {
     use source::{Action, CatchStep, Event, State};
     for state in source_states() {

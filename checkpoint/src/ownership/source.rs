@@ -116,7 +116,7 @@ pub enum Action {
     GrantLease,
     /// Grant no more renewals; answered by [`Event::LeaseRanOut`] in time.
     WithdrawLease,
-    /// Shut the old session out and bump the owner epoch to this; answered by [`Event::Revoked`] or [`Event::CatchFailed`].
+    /// Shut the old session out, grant it no more renewals, and bump the owner epoch to this; answered by [`Event::Revoked`] or [`Event::CatchFailed`].
     Revoke { owner_epoch: OwnerEpoch },
     /// Read the ring for the last time, fold, load; answered by [`Event::Folded`] or [`Event::CatchFailed`].
     FoldAndLoad,
