@@ -1,0 +1,5 @@
+//! What the demo, the tests and the benchmarks believe: the checker of memory and the observer of output.
+
+pub mod model;
+pub mod packet;
+pub mod proof;

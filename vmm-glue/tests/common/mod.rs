@@ -1,0 +1,110 @@
+//! What the tests of the kvm VMM share.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink};
+use belay_transport::region::{Mapping, RamFile};
+use belay_transport::{Deadline, PageSize};
+use belay_vmm_glue::kvm::guests::GuestSpec;
+use belay_vmm_glue::kvm::{KvmGuest, KvmOptions};
+use belay_vmm_glue::witness::model::Model;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// Says why and is true where there is no /dev/kvm.
+pub fn no_kvm() -> bool {
+    match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => false,
+        Err(error) => {
+            eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+            true
+        }
+    }
+}
+
+/// A deadline that only a broken test reaches.
+pub fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(20))
+}
+
+/// Collects packets.
+#[derive(Default)]
+pub struct Collected(pub Mutex<Vec<Packet>>);
+
+impl PacketSink for Collected {
+    fn emit(&self, packet: Packet) {
+        self.0.lock().unwrap().push(packet);
+    }
+    fn has_room(&self) -> bool {
+        true
+    }
+}
+
+/// Guest RAM with its alias.
+pub struct Ram {
+    pub file: Arc<RamFile>,
+    pub alias: Arc<Mapping>,
+}
+
+impl Ram {
+    pub fn of(spec: &GuestSpec) -> Self {
+        let file = RamFile::memfd("belay-test-ram", spec.memory_bytes as usize, PageSize::Small).expect("memfd");
+        let alias = Arc::new(file.map().expect("map"));
+        Self { file: Arc::new(file), alias }
+    }
+}
+
+/// A guest with its RAM and its output.
+pub struct Rig {
+    pub spec: GuestSpec,
+    pub options: KvmOptions,
+    pub ram: Ram,
+    pub sink: Arc<Collected>,
+    pub guest: KvmGuest,
+    pub issued: Vec<u64>,
+}
+
+impl Rig {
+    /// A guest at its start, paused.
+    pub fn boot(spec: GuestSpec, options: KvmOptions) -> Self {
+        let (ram, sink) = (Ram::of(&spec), Arc::new(Collected::default()));
+        let mut guest = KvmGuest::new(&spec, &options, ram.file.clone(), ram.alias.clone(), sink.clone()).expect("VM");
+        guest.boot().expect("boot");
+        let mut rig = Self { spec, options, ram, sink, guest, issued: Vec::new() };
+        rig.new_incarnation();
+        rig
+    }
+
+    pub fn new_incarnation(&mut self) {
+        let nonce = 0x1000 + self.issued.len() as u64 * 0x77;
+        self.issued.push(nonce);
+        self.guest.set_incarnation(nonce).expect("nonce");
+    }
+
+    /// Saves the paused guest and goes on with it in a new VM over the same RAM.
+    pub fn move_to_new_vm(&mut self) -> Result<(), GuestError> {
+        let mut state = Vec::new();
+        self.guest.save(&mut state)?;
+        let (file, alias, sink) = (self.ram.file.clone(), self.ram.alias.clone(), self.sink.clone());
+        let mut next = KvmGuest::new(&self.spec, &self.options, file, alias, sink)?;
+        next.load(&state)?;
+        self.guest = next;
+        self.new_incarnation();
+        Ok(())
+    }
+
+    /// Lets the guest run to a step, and checks all of its memory and output.
+    pub fn run_to_and_check(&mut self, step: u64) -> Model {
+        self.guest.park_at_step(step);
+        self.guest.resume().expect("resume");
+        let steps = self.guest.wait_parked(soon()).expect("parked");
+        let model = Model::new(&self.spec, &steps, &self.ram.alias, &self.issued).expect("model");
+        let comparison = model.compare(&self.ram.alias, 8);
+        assert!(comparison.is_equal(), "steps {steps:?}: {comparison}");
+        let packets = self.sink.0.lock().unwrap();
+        assert!(packets.iter().zip(0..).all(|(packet, sequence)| packet.sequence == sequence), "a gap in the output");
+        let seen = model.check_packets(packets.iter().map(|packet| (packet.sequence, packet.bytes.as_slice())));
+        assert_eq!(seen.unwrap_or_else(|error| panic!("steps {steps:?}: {error}")), model.packets_due());
+        drop(packets);
+        model
+    }
+}

@@ -1,0 +1,73 @@
+//! Every guest does what its model says, whatever it is stopped by, saved into and moved to.
+
+mod common;
+
+use belay_checkpoint::guest::Guest;
+use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, Program};
+use belay_vmm_glue::kvm::{KvmOptions, Tracking};
+use common::{Rig, no_kvm, soon};
+use std::time::Duration;
+
+fn spec(program: Program, vcpus: u16, seed: u64) -> GuestSpec {
+    GuestSpec {
+        program,
+        memory_bytes: 24 << 20,
+        working_set_bytes: 8 << 20,
+        rate_pages_per_s: 0,
+        batch_steps: 64,
+        packet_interval_steps: 128,
+        vcpus,
+        seed,
+        filled_of_256: 192,
+        filler: if seed.is_multiple_of(2) { Filler::Guest } else { Filler::Host },
+        metronome_spin_ticks: 100_000,
+    }
+}
+
+fn guests() -> impl Iterator<Item = GuestSpec> {
+    let programs = [(Program::Ledger, 1), (Program::Ledger, 2), (Program::Scanner, 1), (Program::Scanner, 2)];
+    let programs = programs.into_iter().chain([(Program::Metronome, 1)]);
+    programs.zip(10..).map(|((program, vcpus), seed)| spec(program, vcpus, seed))
+}
+
+/// Numbers for choosing when to stop, from a seed.
+fn numbers(mut seed: u64) -> impl FnMut(u64) -> u64 {
+    move |below| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % below
+    }
+}
+
+#[test]
+fn every_guest_runs_identically_with_and_without_a_stop_in_the_middle() {
+    if no_kvm() {
+        return;
+    }
+    for spec in guests() {
+        let options = KvmOptions { tracking: Tracking::None, irqchip: spec.seed.is_multiple_of(3) };
+        let mut straight = Rig::boot(spec.clone(), options.clone());
+        straight.run_to_and_check(20_000);
+
+        let mut stopped = Rig::boot(spec.clone(), options);
+        let mut number = numbers(spec.seed);
+        for stop in 0..12 {
+            if stop == 4 {
+                // The first stops fall into the fill, the others into the steps.
+                stopped.run_to_and_check(1);
+                stopped.guest.unpark();
+            }
+            stopped.guest.resume().expect("resume");
+            std::thread::sleep(Duration::from_micros(number(8000)));
+            stopped.guest.pause(soon()).expect("pause");
+            if number(3) > 0 {
+                stopped.move_to_new_vm().expect("save and load");
+            }
+        }
+        let reached = stopped.guest.steps().into_iter().max().unwrap_or(0);
+        let model = stopped.run_to_and_check(reached + 20_000);
+        if spec.program != Program::Scanner {
+            let seen: usize = model.nonces_seen().iter().map(Vec::len).sum();
+            assert!(seen > 1, "no incarnation after the first was noticed");
+        }
+    }
+}
