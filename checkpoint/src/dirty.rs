@@ -132,6 +132,38 @@ impl DirtySet {
         })
     }
 
+    /// The pages of one region as runs (first page, count), ascending. Takes no memory, unlike [`DirtySet::iter`]; needs the
+    /// set for itself because it puts the list of words in use in order.
+    pub fn runs(&mut self, id: RegionId) -> impl Iterator<Item = (PageIndex, u64)> + '_ {
+        let region = self.region(id);
+        region.used.sort_unstable();
+        let (words, used) = (&region.words, &region.used);
+        // `at`: place in `used`; `bits`: what is left of that word.
+        let (mut at, mut bits) = (0, used.first().map_or(0, |&word| words[word as usize]));
+        std::iter::from_fn(move || {
+            let mut word = *used.get(at)?;
+            let mut bit = bits.trailing_zeros();
+            let first = u64::from(word) * 64 + u64::from(bit);
+            let mut count = 0;
+            loop {
+                let ones = (bits >> bit).trailing_ones();
+                count += u64::from(ones);
+                let ended = bit + ones < 64;
+                bits = if ended { bits & (u64::MAX << (bit + ones)) } else { 0 };
+                if bits == 0 {
+                    at += 1;
+                    bits = used.get(at).map_or(0, |&next| words[next as usize]);
+                }
+                let goes_on = !ended && used.get(at) == Some(&(word + 1)) && bits & 1 == 1;
+                if !goes_on {
+                    return Some((PageIndex(first), count));
+                }
+                word += 1;
+                bit = 0;
+            }
+        })
+    }
+
     /// Empties the set and keeps its memory.
     pub fn clear(&mut self) {
         for region in &mut self.regions {
@@ -184,6 +216,9 @@ mod tests {
             }
             prop_assert_eq!(set.len(), model.len() as u64);
             prop_assert!(set.iter().map(|(_, page)| page.0).eq(model.iter().copied()));
+            let runs: Vec<_> = set.runs(id).map(|(first, count)| (first.0, count)).collect();
+            prop_assert!(runs.iter().flat_map(|&(first, count)| first..first + count).eq(model.iter().copied()));
+            prop_assert!(runs.windows(2).all(|pair| pair[0].0 + pair[0].1 < pair[1].0), "runs are as long as they can be");
             set.clear();
             prop_assert!(set.is_empty() && set.iter().next().is_none());
         }

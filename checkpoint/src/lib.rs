@@ -12,4 +12,6 @@ pub mod policy;
 pub mod record;
 pub mod ring;
 pub mod staging;
+#[cfg(test)]
+mod testing;
 pub mod tracker;

@@ -1,1 +1,317 @@
-//! (being built)
+//! Staging slots: where an epoch is put together, with the guest stopped, exactly as it will lie in the ring.
+//!
+//! The pause pays for copying page bytes and nothing else: no memory is allocated (a slot's memory is taken and touched when
+//! it is made), and checksums, sequence numbers and the trailer are left to the thread that ships.
+//!
+//! An epoch larger than a slot leaves in several *parts*: when a slot is full it is exchanged for an empty one
+//! ([`Exchange`]) and the guest stays stopped meanwhile.
+
+use crate::dirty::DirtySet;
+use crate::guest::{Epoch, RamBlock};
+use crate::record::{CRITICAL, HEADER, Head, Run, SectionHeader, TRAILER, Trailer, encoding, kind, stride};
+use crate::ring::RingShape;
+use belay_transport::fabric::{FabricError, Initiator, LocalKey};
+use belay_transport::region::{Mapping, RamFile};
+use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageSize, RegionId};
+use rustix::fs::FallocateFlags;
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// A segment staged and not yet sealed: its header's bytes are still to be written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Staged {
+    /// Where in the slot it starts.
+    pub offset: usize,
+    /// All but the checksum.
+    pub section: SectionHeader,
+}
+
+/// Memory for one part of a record.
+#[derive(Debug)]
+pub struct Slot {
+    mapping: Arc<Mapping>,
+    key: LocalKey,
+    body_max: usize,
+    used: usize,
+    segments: Vec<Staged>,
+    epoch: Epoch,
+    last: bool,
+}
+
+/// Why an epoch could not be staged.
+#[derive(Debug, thiserror::Error)]
+pub enum StageError {
+    #[error("a staging slot of {bytes} bytes is too small for this ring; it takes at least {least}")]
+    SlotTooSmall { bytes: usize, least: usize },
+    #[error("no memory for a staging slot of {bytes} bytes")]
+    NoMemory {
+        bytes: usize,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    #[error("{epoch} takes more than the {limit} bytes its record may have (--overflow at the source)")]
+    EpochTooLarge { epoch: Epoch, limit: u64 },
+    #[error("no staging slot came free within {bound:?}: the source takes nothing in")]
+    NoSlot { bound: std::time::Duration },
+    #[error("shipping has ended")]
+    ShippingEnded,
+    #[error("{region} is not one of the guest's")]
+    UnknownRegion { region: RegionId },
+}
+
+impl Slot {
+    /// A slot of `bytes` bytes, allocated, touched and registered, for a ring of `shape`.
+    pub fn new(initiator: &mut dyn Initiator, bytes: usize, shape: RingShape) -> Result<Self, StageError> {
+        let bytes = bytes.next_multiple_of(PAGE_SIZE);
+        let least = stride(shape.body_max) + TRAILER;
+        if bytes < least {
+            return Err(StageError::SlotTooSmall { bytes, least });
+        }
+        let no_memory = |source| StageError::NoMemory { bytes, source };
+        let file = RamFile::memfd("belay-staging", bytes, PageSize::Small).map_err(no_memory)?;
+        // Allocated before it is touched, so that missing memory is an error here and not a SIGBUS.
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).map_err(|e| no_memory(e.into()))?;
+        let mapping = Arc::new(file.map().map_err(no_memory)?);
+        mapping.zero(0, bytes);
+        let key = initiator.register_local(&mapping)?;
+        // Streams and indexes fill whole segments; only each region's last index and data segment may be short.
+        let segments = Vec::with_capacity(bytes / stride(PAGE_SIZE) + 64);
+        Ok(Self { mapping, key, body_max: shape.body_max, used: 0, segments, epoch: Epoch(0), last: false })
+    }
+
+    /// Bytes staged in it.
+    pub fn staged_bytes(&self) -> usize {
+        self.used
+    }
+
+    /// The epoch it holds a part of.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Whether it holds the record's last part.
+    pub fn is_last(&self) -> bool {
+        self.last
+    }
+
+    pub(crate) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    pub(crate) fn key(&self) -> LocalKey {
+        self.key
+    }
+
+    pub(crate) fn segments(&self) -> &[Staged] {
+        &self.segments
+    }
+
+    fn begin(&mut self, epoch: Epoch) {
+        self.used = 0;
+        self.segments.clear();
+        self.epoch = epoch;
+        self.last = false;
+    }
+
+    /// Most bytes a next segment's body can have; the trailer's room is kept.
+    fn room(&self) -> usize {
+        let full = self.segments.len() + 2 > self.segments.capacity();
+        let left = self.mapping.len().saturating_sub(self.used + TRAILER + HEADER);
+        if full { 0 } else { left.min(self.body_max) }
+    }
+
+    /// Lists a segment whose body of `len` bytes lies behind its header's place.
+    fn push(&mut self, mut section: SectionHeader, len: usize) {
+        section.len = (len as u32).into();
+        self.segments.push(Staged { offset: self.used, section });
+        self.used += stride(len);
+    }
+}
+
+/// Takes a full slot away and gives an empty one.
+pub trait Exchange {
+    /// Hands `full` to shipping; waits for another.
+    fn exchange(&mut self, full: Slot) -> Result<Slot, StageError>;
+}
+
+/// Puts one epoch's record together.
+pub struct Stager<'a> {
+    slot: Option<Slot>,
+    exchange: &'a mut dyn Exchange,
+    epoch: Epoch,
+    limit: u64,
+    sent: u64,
+    pages: u64,
+}
+
+impl<'a> Stager<'a> {
+    /// Begins `epoch` in `slot`. The whole record may have `limit` bytes: what the source has reserved.
+    pub fn begin(
+        mut slot: Slot,
+        exchange: &'a mut dyn Exchange,
+        epoch: Epoch,
+        regions: usize,
+        taken_at_ns: u64,
+        limit: u64,
+    ) -> Result<Self, StageError> {
+        slot.begin(epoch);
+        let mut stager = Self { slot: Some(slot), exchange, epoch, limit, sent: 0, pages: 0 };
+        let head =
+            Head { page_shift: PAGE_SHIFT.into(), regions: (regions as u32).into(), taken_at_ns: taken_at_ns.into() };
+        stager.stream(kind::HEAD, 0, head.as_bytes())?;
+        Ok(stager)
+    }
+
+    fn slot(&mut self) -> &mut Slot {
+        self.slot.as_mut().expect("a slot is always held but while it is exchanged")
+    }
+
+    /// Room for at least `least` bytes of body in the current slot, exchanging it when it is full.
+    fn room(&mut self, least: usize) -> Result<usize, StageError> {
+        let room = self.slot().room();
+        if room >= least {
+            return Ok(room);
+        }
+        let full = self.slot.take().expect("held, as above");
+        self.sent += full.used as u64;
+        let mut fresh = self.exchange.exchange(full)?;
+        fresh.begin(self.epoch);
+        let room = fresh.room();
+        self.slot = Some(fresh);
+        Ok(room)
+    }
+
+    fn push(&mut self, section: SectionHeader, len: usize) -> Result<(), StageError> {
+        let (epoch, limit, sent) = (self.epoch, self.limit, self.sent);
+        let slot = self.slot();
+        slot.push(section, len);
+        if sent + (slot.used + TRAILER) as u64 > limit {
+            return Err(StageError::EpochTooLarge { epoch, limit });
+        }
+        Ok(())
+    }
+
+    /// Adds a stream's bytes, in as many sections as it takes.
+    pub fn stream(&mut self, kind: u16, id: u16, bytes: &[u8]) -> Result<(), StageError> {
+        let section = SectionHeader {
+            kind: kind.into(),
+            flags: CRITICAL.into(),
+            id: id.into(),
+            encoding: encoding::NONE.into(),
+            ..Default::default()
+        };
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            // A stream may be cut anywhere, but a fixed-size section may not: those are all shorter than this.
+            let room = self.room(rest.len().min(64))?;
+            let (now, later) = rest.split_at(rest.len().min(room));
+            let slot = self.slot();
+            slot.mapping.write(slot.used + HEADER, now);
+            self.push(section, now.len())?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Adds runs of pages as `kind` ([`kind::PAGE_INDEX`] or [`kind::DISCARDS`]), region by region.
+    fn runs_of(&mut self, kind: u16, set: &mut DirtySet, region: RegionId) -> Result<(), StageError> {
+        let mut section = SectionHeader {
+            kind: kind.into(),
+            flags: CRITICAL.into(),
+            id: region.0.into(),
+            encoding: encoding::RUNS.into(),
+            ..Default::default()
+        };
+        let (mut len, mut room) = (0, 0);
+        for (first, count) in set.runs(region) {
+            let run = Run { first: first.0.into(), count: count.into() };
+            let bytes = run.as_bytes();
+            if len + bytes.len() > room {
+                if len > 0 {
+                    section.items = ((len / size_of::<Run>()) as u32).into();
+                    self.push(section, len)?;
+                }
+                room = self.room(bytes.len())?;
+                len = 0;
+            }
+            let slot = self.slot();
+            slot.mapping.write(slot.used + HEADER + len, bytes);
+            len += bytes.len();
+        }
+        if len > 0 {
+            section.items = ((len / size_of::<Run>()) as u32).into();
+            self.push(section, len)?;
+        }
+        Ok(())
+    }
+
+    /// Adds discarded pages, which will read as zero.
+    pub fn discards(&mut self, set: &mut DirtySet, memory: &[RamBlock]) -> Result<(), StageError> {
+        for block in memory {
+            self.runs_of(kind::DISCARDS, set, block.id)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the pages of `set` with their bytes as they are now in the guest's memory.
+    pub fn pages(&mut self, set: &mut DirtySet, memory: &[RamBlock]) -> Result<(), StageError> {
+        for block in memory {
+            self.runs_of(kind::PAGE_INDEX, set, block.id)?;
+            self.page_data(set, block)?;
+        }
+        Ok(())
+    }
+
+    fn page_data(&mut self, set: &mut DirtySet, block: &RamBlock) -> Result<(), StageError> {
+        let mut section = SectionHeader {
+            kind: kind::PAGE_DATA.into(),
+            flags: CRITICAL.into(),
+            id: block.id.0.into(),
+            encoding: encoding::RAW_4K.into(),
+            ..Default::default()
+        };
+        let (mut len, mut room) = (0, 0);
+        for (first, count) in set.runs(block.id) {
+            let (mut from, mut left) = (first.offset(), count as usize * PAGE_SIZE);
+            while left > 0 {
+                if room - len < PAGE_SIZE {
+                    if len > 0 {
+                        section.items = ((len / PAGE_SIZE) as u32).into();
+                        self.push(section, len)?;
+                    }
+                    room = self.room(PAGE_SIZE)?;
+                    len = 0;
+                }
+                let take = left.min((room - len) / PAGE_SIZE * PAGE_SIZE);
+                let slot = self.slot();
+                slot.mapping.copy_from(slot.used + HEADER + len, &block.alias, from, take);
+                len += take;
+                from += take;
+                left -= take;
+            }
+            self.pages += count;
+        }
+        if len > 0 {
+            section.items = ((len / PAGE_SIZE) as u32).into();
+            self.push(section, len)?;
+        }
+        Ok(())
+    }
+
+    /// Pages of data added so far.
+    pub fn page_count(&self) -> u64 {
+        self.pages
+    }
+
+    /// Ends the record with its trailer (filled in when it is shipped) and gives the last part, and the bytes of all parts.
+    pub fn finish(mut self) -> Result<(Slot, u64), StageError> {
+        let section = SectionHeader { kind: kind::TRAILER.into(), flags: CRITICAL.into(), ..Default::default() };
+        self.slot().push(section, size_of::<Trailer>());
+        let mut slot = self.slot.take().expect("held, as above");
+        slot.last = true;
+        let bytes = self.sent + slot.used as u64;
+        Ok((slot, bytes))
+    }
+}

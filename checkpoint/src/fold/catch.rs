@@ -1,0 +1,104 @@
+//! The catch: what is still in the ring after revocation is folded, and the guest's newest committed state handed out.
+//!
+//! ```text
+//! Folder::stop ─> Catch ── Owner::revoke ──> RevokedRing ─> Catch::finish ─> Recovered
+//! ```
+//! The order is in the types: a [`Catch`] has no thread that looks at the ring any more, and finishing takes the ring's bytes
+//! as they were when the old destination was shut out (P5).
+
+use super::{FoldError, FoldState};
+use crate::guest::{Epoch, Packet};
+use crate::ring::{RingReader, Step};
+use belay_transport::fabric::RevokedRing;
+use std::time::{Duration, Instant};
+
+/// A stopped folder, waiting for the revoked ring.
+#[derive(Debug)]
+pub struct Catch {
+    reader: RingReader,
+    state: FoldState,
+    failed: Option<FoldError>,
+    stopping: Duration,
+}
+
+/// The guest as of its newest committed epoch. Its RAM is already in the blocks that were folded into.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Which epoch; 0 is the state at the switch.
+    pub epoch: Epoch,
+    /// For [`crate::guest::Guest::load`].
+    pub device_state: Vec<u8>,
+    /// Committed output not known to have left, ascending: to be sent again, byte for byte, before the guest emits anything.
+    pub outputs_to_resend: Vec<Packet>,
+    /// Pages folded over the whole migration.
+    pub folded_pages: u64,
+    /// Where the time went.
+    pub timings: CatchTimings,
+}
+
+/// What a catch took, on this side.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CatchTimings {
+    /// Until the background thread had stopped.
+    pub stopping: Duration,
+    /// Reading the revoked ring for the last time and folding what was in it.
+    pub last_read: Duration,
+    /// Epochs and pages folded in that last read.
+    pub epochs: u64,
+    pub pages: u64,
+}
+
+/// The catch cannot give the newest committed epoch.
+#[derive(Debug, thiserror::Error)]
+pub enum CatchError {
+    /// The ring holds something this source will not take: a newer epoch may have been promised to the world than the one that
+    /// can be recovered. Going on with `older` is a decision for an operator, never for a program.
+    #[error("the ring cannot be read past {}", older.epoch)]
+    Unreadable {
+        #[source]
+        source: FoldError,
+        older: Box<Recovered>,
+    },
+}
+
+impl Catch {
+    pub(super) fn new(reader: RingReader, state: FoldState, failed: Option<FoldError>, stopping: Duration) -> Self {
+        Self { reader, state, failed, stopping }
+    }
+
+    /// Reads the revoked ring for the last time, folds every committed record in it, in order, and gives the newest state.
+    pub fn finish(mut self, ring: &RevokedRing) -> Result<Recovered, CatchError> {
+        let began = Instant::now();
+        let (epoch, pages) = (self.state.epoch(), self.state.folded_pages());
+        let failed = match self.failed.take() {
+            Some(failed) => Some(failed),
+            None => self.last_read(&ring.bytes).err(),
+        };
+        let timings = CatchTimings {
+            stopping: self.stopping,
+            last_read: began.elapsed(),
+            epochs: self.state.epoch().0 - epoch.0,
+            pages: self.state.folded_pages() - pages,
+        };
+        let (epoch, device_state, outputs_to_resend, folded_pages) = self.state.into_parts();
+        let recovered = Recovered { epoch, device_state, outputs_to_resend, folded_pages, timings };
+        match failed {
+            None => Ok(recovered),
+            Some(source) => Err(CatchError::Unreadable { source, older: Box::new(recovered) }),
+        }
+    }
+
+    fn last_read(&mut self, ring: &[u8]) -> Result<(), FoldError> {
+        loop {
+            match self.reader.step(ring)? {
+                Step::NotYet => return Ok(()),
+                Step::Spooled => {}
+                Step::Committed(_) => {
+                    let image = self.reader.record().expect("a committed record is there");
+                    self.state.fold(image, || ())?;
+                    self.reader.clear();
+                }
+            }
+        }
+    }
+}

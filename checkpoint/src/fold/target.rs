@@ -1,0 +1,134 @@
+//! The guest RAM that records are folded into, and which of its pages are allocated.
+
+use super::FoldError;
+use crate::guest::RamBlock;
+use crate::record::RecordView;
+use belay_transport::{PAGE_SIZE, PageSize, RegionId};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use std::io;
+use std::ops::Range;
+
+/// Pages copied between two calls of `between`: about half a millisecond.
+const BREATH: usize = 1024;
+
+/// Guest RAM as a place to fold into.
+#[derive(Debug)]
+pub struct FoldTarget {
+    blocks: Vec<Block>,
+}
+
+#[derive(Debug)]
+struct Block {
+    ram: RamBlock,
+    /// A bit a page: the file holds it, so writing it takes no new memory.
+    allocated: Vec<u64>,
+}
+
+impl FoldTarget {
+    /// Guest RAM of the source. Looks up which parts of the files hold data.
+    pub fn new(memory: &[RamBlock]) -> io::Result<Self> {
+        let blocks = memory.iter().map(|ram| Block::new(ram.clone())).collect::<io::Result<_>>()?;
+        Ok(Self { blocks })
+    }
+
+    /// Regions and their sizes in pages.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionId, u64)> + '_ {
+        self.blocks.iter().map(|block| (block.ram.id, (block.ram.alias.len() / PAGE_SIZE) as u64))
+    }
+
+    fn block(&mut self, id: RegionId) -> &mut Block {
+        let found = self.blocks.iter_mut().find(|block| block.ram.id == id);
+        found.expect("the record was checked against these regions")
+    }
+
+    /// Allocates every page the record will fill.
+    pub(super) fn reserve(&mut self, record: &RecordView<'_>) -> Result<(), FoldError> {
+        for run in &record.pages {
+            let pages = run.first.0..run.first.0 + (run.bytes.len() / PAGE_SIZE) as u64;
+            self.block(run.region).allocate(pages)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the record. Everything it needs was reserved.
+    pub(super) fn apply(&mut self, record: &RecordView<'_>, between: &mut impl FnMut()) {
+        for (region, pages) in &record.discards {
+            self.block(*region).zero(pages.clone());
+            between();
+        }
+        let mut pages = 0;
+        for run in &record.pages {
+            self.block(run.region).ram.alias.write(run.first.offset(), run.bytes);
+            pages += run.bytes.len() / PAGE_SIZE;
+            if pages >= BREATH {
+                pages = 0;
+                between();
+            }
+        }
+    }
+}
+
+impl Block {
+    fn new(ram: RamBlock) -> io::Result<Self> {
+        let pages = ram.alias.len() / PAGE_SIZE;
+        let mut block = Self { allocated: vec![0; pages.div_ceil(64)], ram };
+        if block.ram.page_size == PageSize::Huge {
+            // A shared mapping of huge pages has reserved them all when it was made; hugetlbfs cannot tell holes anyway.
+            block.allocated.fill(u64::MAX);
+            return Ok(block);
+        }
+        let (file, len) = (block.ram.file.clone(), block.ram.alias.len() as u64);
+        let mut at = 0;
+        while at < len {
+            let start = match seek(&*file, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                Err(Errno::NXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            at = seek(&*file, SeekFrom::Hole(start))?.min(len);
+            block.mark(start / PAGE_SIZE as u64..at / PAGE_SIZE as u64);
+        }
+        Ok(block)
+    }
+
+    fn is_allocated(&self, page: u64) -> bool {
+        self.allocated[(page / 64) as usize] >> (page % 64) & 1 == 1
+    }
+
+    fn mark(&mut self, pages: Range<u64>) {
+        for page in pages {
+            self.allocated[(page / 64) as usize] |= 1 << (page % 64);
+        }
+    }
+
+    /// Makes the file hold all of `pages`.
+    fn allocate(&mut self, pages: Range<u64>) -> Result<(), FoldError> {
+        if pages.clone().all(|page| self.is_allocated(page)) {
+            return Ok(());
+        }
+        let (offset, bytes) = (pages.start * PAGE_SIZE as u64, (pages.end - pages.start) * PAGE_SIZE as u64);
+        let done = rustix::io::retry_on_intr(|| fallocate(&*self.ram.file, FallocateFlags::empty(), offset, bytes));
+        done.map_err(|errno| {
+            let reason = io::Error::from(errno).kind();
+            FoldError::NoMemory { region: self.ram.id, offset, bytes, reason }
+        })?;
+        self.mark(pages);
+        Ok(())
+    }
+
+    /// Makes pages read as zero. Holes do already. Others are overwritten and not punched out: they may be registered with a
+    /// device, whose pin would keep the old page.
+    fn zero(&mut self, pages: Range<u64>) {
+        let mut at = pages.start;
+        while at < pages.end {
+            let end = (at..pages.end).find(|&page| !self.is_allocated(page)).unwrap_or(pages.end);
+            if end == at {
+                at += 1;
+                continue;
+            }
+            self.ram.alias.zero(at as usize * PAGE_SIZE, (end - at) as usize * PAGE_SIZE);
+            at = end;
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The source's reader: takes segments out of the ring into reserved private memory, one record at a time.
+
+use super::{RingShape, RingTooSmall, SEGMENTS_OFFSET};
+use crate::guest::Epoch;
+use crate::record::{ALIGN, FIRST, HEADER, SegmentHeader, TRAILER, Trailer, VERSION, crc, kind};
+use belay_transport::region::Mapping;
+use zerocopy::{FromZeros, IntoBytes};
+
+/// Bytes of a ring region: the live mapping, or what revocation handed back.
+pub trait RingBytes {
+    /// Length in bytes.
+    fn len(&self) -> usize;
+    /// Whether it has none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Copies bytes out.
+    fn read(&self, offset: usize, into: &mut [u8]);
+}
+
+impl RingBytes for Mapping {
+    fn len(&self) -> usize {
+        Mapping::len(self)
+    }
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        Mapping::read(self, offset, into);
+    }
+}
+
+impl RingBytes for [u8] {
+    fn len(&self) -> usize {
+        <[u8]>::len(self)
+    }
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        into.copy_from_slice(&self[offset..offset + into.len()]);
+    }
+}
+
+/// What one look at the ring found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing that is whole.
+    NotYet,
+    /// A segment was taken; its room in the ring is free.
+    Spooled,
+    /// The record of this epoch is complete: [`RingReader::record`] has it.
+    Committed(Epoch),
+}
+
+/// A whole header said what no writer of ours says, or memory could not be had.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    #[error(transparent)]
+    TooSmall(#[from] RingTooSmall),
+    #[error("the ring has {found} bytes; it had {wanted} when the session began")]
+    Resized { found: usize, wanted: usize },
+    #[error("segment {sequence} has format version {found}; this belay reads {known}")]
+    Version { sequence: u64, found: u16, known: u16 },
+    #[error("segment {found} where {wanted} must be")]
+    Ahead { found: u64, wanted: u64 },
+    #[error("segment {sequence} has a body of {len} bytes; the limit here is {limit}")]
+    BadLength { sequence: u64, len: usize, limit: usize },
+    #[error("segment {sequence} belongs to {found}; {wanted} is the next")]
+    WrongEpoch { sequence: u64, found: Epoch, wanted: Epoch },
+    #[error("segment {sequence} says it is {said} of its record and it is not")]
+    OutOfPlace { sequence: u64, said: &'static str },
+    #[error("{epoch} does not fit into the {reserved} bytes reserved for a record (--overflow)")]
+    RecordTooLarge { epoch: Epoch, reserved: usize },
+    #[error(
+        "{asked} bytes of memory for records in the making (--overflow) cannot be reserved; {available} are available"
+    )]
+    NoMemory { asked: usize, available: u64 },
+}
+
+/// Reads one session's ring.
+#[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
+pub struct RingReader {
+    shape: RingShape,
+    nonce: u64,
+    /// Of the last segment taken.
+    sequence: u64,
+    /// Ring bytes taken since the session began.
+    consumed: u64,
+    /// Last committed epoch.
+    epoch: Epoch,
+    /// The record being put together. Reserved and touched at start, so that memory is found missing before the guest leaves.
+    arena: Vec<u8>,
+    used: usize,
+    complete: bool,
+}
+
+impl RingReader {
+    /// A reader for a ring region of `region_len` bytes in the session `nonce`, with `overflow_bytes` reserved for the largest
+    /// record. Takes the time to touch every byte reserved.
+    pub fn new(region_len: usize, nonce: u64, overflow_bytes: usize) -> Result<Self, RingError> {
+        let shape = RingShape::of(region_len)?;
+        let available = available_memory();
+        let none = RingError::NoMemory { asked: overflow_bytes, available };
+        if overflow_bytes as u64 > available {
+            return Err(none);
+        }
+        let mut arena = Vec::new();
+        arena.try_reserve_exact(overflow_bytes).map_err(|_| none)?;
+        arena.resize(overflow_bytes, 0);
+        Ok(Self { shape, nonce, sequence: 0, consumed: 0, epoch: Epoch(0), arena, used: 0, complete: false })
+    }
+
+    /// Ring bytes taken since the session began: what the destination may use again.
+    pub fn consumed(&self) -> u64 {
+        self.consumed
+    }
+
+    /// The newest epoch whose record was complete; 0 before the first.
+    pub fn committed(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The complete record, from [`Step::Committed`] to [`RingReader::clear`].
+    pub fn record(&self) -> Option<&[u8]> {
+        self.complete.then(|| &self.arena[..self.used])
+    }
+
+    /// The ring's sizes.
+    pub fn shape(&self) -> RingShape {
+        self.shape
+    }
+
+    /// Makes room for the next record.
+    pub fn clear(&mut self) {
+        assert!(self.complete, "only a complete record is cleared");
+        self.used = 0;
+        self.complete = false;
+    }
+
+    /// Looks for the next segment in `ring` and takes it if it is whole.
+    pub fn step<R: RingBytes + ?Sized>(&mut self, ring: &R) -> Result<Step, RingError> {
+        if self.complete {
+            return Ok(Step::Committed(self.epoch));
+        }
+        let wanted = SEGMENTS_OFFSET + self.shape.bytes as usize;
+        if ring.len() < wanted {
+            return Err(RingError::Resized { found: ring.len(), wanted });
+        }
+        let (offset, room) = self.shape.place(self.consumed);
+        let mut header = SegmentHeader::new_zeroed();
+        ring.read(offset, header.as_mut_bytes());
+        if !header.is_whole() || header.nonce.get() != self.nonce {
+            return Ok(Step::NotYet);
+        }
+        let (sequence, next) = (header.sequence.get(), self.sequence + 1);
+        if sequence < next {
+            return Ok(Step::NotYet);
+        }
+        self.check(&header, room)?;
+        if header.section.kind.get() == kind::PAD {
+            self.sequence = sequence;
+            self.consumed += room as u64;
+            return Ok(Step::Spooled);
+        }
+        self.take(ring, offset, &header)
+    }
+
+    /// Checks what a whole header says before any of it is used.
+    fn check(&self, header: &SegmentHeader, room: usize) -> Result<(), RingError> {
+        let (sequence, wanted) = (header.sequence.get(), self.sequence + 1);
+        if sequence != wanted {
+            return Err(RingError::Ahead { found: sequence, wanted });
+        }
+        let found = header.version.get();
+        if found != VERSION {
+            return Err(RingError::Version { sequence, found, known: VERSION });
+        }
+        let len = header.section.len.get() as usize;
+        if header.section.kind.get() == kind::PAD {
+            let limit = room - HEADER;
+            return if len == limit { Ok(()) } else { Err(RingError::BadLength { sequence, len, limit }) };
+        }
+        let limit = self.shape.body_max.min(room - HEADER);
+        if len > limit {
+            return Err(RingError::BadLength { sequence, len, limit });
+        }
+        let (found, wanted) = (Epoch(header.epoch.get()), self.epoch.next());
+        if found != wanted {
+            return Err(RingError::WrongEpoch { sequence, found, wanted });
+        }
+        let first = header.flags.get() & FIRST != 0;
+        if first != (self.used == 0) {
+            let said = if first { "the first" } else { "a later one" };
+            return Err(RingError::OutOfPlace { sequence, said });
+        }
+        Ok(())
+    }
+
+    /// Copies a segment whose header is believed, and keeps it if its body's checksum is right.
+    fn take<R: RingBytes + ?Sized>(
+        &mut self,
+        ring: &R,
+        offset: usize,
+        header: &SegmentHeader,
+    ) -> Result<Step, RingError> {
+        let (stride, len) = (header.stride(), header.section.len.get() as usize);
+        let Some(place) = self.arena.get_mut(self.used..self.used + stride) else {
+            return Err(RingError::RecordTooLarge { epoch: self.epoch.next(), reserved: self.arena.len() });
+        };
+        let (place_header, rest) = place.split_at_mut(HEADER);
+        let (body, padding) = rest.split_at_mut(len);
+        ring.read(offset + HEADER, body);
+        if crc(body) != header.section.checksum.get() {
+            return Ok(Step::NotYet);
+        }
+        place_header.copy_from_slice(header.as_bytes());
+        padding.fill(0);
+        self.used += stride;
+        self.sequence += 1;
+        self.consumed += stride as u64;
+        if header.section.kind.get() != kind::TRAILER {
+            return Ok(Step::Spooled);
+        }
+        self.complete = true;
+        self.epoch = self.epoch.next();
+        Ok(Step::Committed(self.epoch))
+    }
+}
+
+const _: () = assert!(TRAILER == HEADER + (size_of::<Trailer>()).next_multiple_of(ALIGN));
+
+/// MemAvailable in bytes; everything where /proc does not say.
+fn available_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib.saturating_mul(1024))
+}
