@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod exit;
+mod holder;
 mod keygen;
 mod observe;
 mod options;
@@ -75,14 +76,7 @@ fn main() -> ExitCode {
 
 /// Prints an error with everything that caused it, and what to do next.
 pub(crate) fn complain(error: &dyn std::error::Error, advice: &str) {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    eprintln!("belay: {text}");
+    eprintln!("belay: {}", belay_vmm_glue::migrate::protocol::explain(error));
     if !advice.is_empty() {
         eprintln!("       {advice}");
     }

@@ -7,7 +7,7 @@ use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
-use belay_transport::fabric::FabricKind;
+use belay_transport::session::{Credentials, Security, SessionError};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -266,15 +266,6 @@ impl From<TrackerChoice> for TrackerKind {
     }
 }
 
-impl From<FabricChoice> for FabricKind {
-    fn from(choice: FabricChoice) -> Self {
-        match choice {
-            FabricChoice::Local => Self::Local,
-            FabricChoice::Tcp => Self::Tcp,
-        }
-    }
-}
-
 /// The configuration file: the same names as the long options, in tables by heading.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
@@ -326,6 +317,15 @@ impl GuestOptions {
 }
 
 impl SecurityOptions {
+    /// Who may be at the other end: the pinned certificate, anybody, or only this host.
+    pub fn security(&self) -> Result<Security, SessionError> {
+        match (&self.cert, &self.key, &self.peer_cert) {
+            (Some(cert), Some(key), Some(peer)) => Ok(Security::Tls(Credentials::load(cert, key, peer)?)),
+            _ if self.insecure => Ok(Security::Insecure),
+            _ => Ok(Security::LoopbackOnly),
+        }
+    }
+
     /// Fills what the command line left open from the file.
     pub fn or(mut self, file: Self) -> Self {
         or_from!(self, file: cert, key, peer_cert);

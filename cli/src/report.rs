@@ -1,6 +1,7 @@
 //! How observations reach the person or the program that runs belay: sentences on a terminal, JSON lines for programs.
 
 use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
+use belay_vmm_glue::migrate::protocol::explain;
 use std::io::Write;
 
 /// An observer that prints what is noted: one JSON object a line on stdout with `json`, else a sentence a line on stderr.
@@ -15,6 +16,16 @@ pub fn reporter(role: &'static str, json: bool) -> Observer {
             let _ = writeln!(std::io::stderr().lock(), "{:>10.3} s  {sentence}", started.elapsed().as_secs_f64());
         }
     })
+}
+
+/// Notes a failure with all that caused it.
+pub fn failed(observer: &Observer, error: &dyn std::error::Error, advice: &str) {
+    failed_text(observer, &explain(error), advice);
+}
+
+/// Notes a failure.
+pub fn failed_text(observer: &Observer, what: &str, advice: &str) {
+    observer.note(None, Kind::Failed { what: what.to_owned(), advice: advice.to_owned() });
 }
 
 /// Reads one JSON line back.
@@ -46,9 +57,10 @@ fn sentence(kind: &Kind) -> Option<String> {
     Some(match kind {
         Kind::State { state, why } => format!("{state}: {why}"),
         Kind::Listening { address } => format!("listening on {address}"),
-        Kind::GuestStarted { memory_bytes, vcpus, driven_by, .. } => {
-            format!("guest runs: {} of RAM, {vcpus} vCPU(s), driven by {driven_by}", bytes(*memory_bytes))
+        Kind::GuestStarted { driven_by, spec, .. } => {
+            format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)
         }
+        Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
         Kind::Connected { peer, fabric, tls, protocol } => {
             let how = if *tls { "TLS 1.3" } else { "no TLS" };
             format!("connected to {peer} over {fabric} ({how}, protocol {protocol})")
@@ -60,7 +72,8 @@ fn sentence(kind: &Kind) -> Option<String> {
             "switch sent: {peer_frames} pages to pull, {zero_frames} zero, {} of device state",
             bytes(*device_state_bytes)
         ),
-        Kind::Resumed { load_us, .. } => format!("guest runs at the destination (state loaded in {})", time(*load_us)),
+        Kind::Loaded { took_us } => format!("state loaded in {}", time(*took_us)),
+        Kind::Resumed { .. } => "guest runs at the destination".to_owned(),
         Kind::Blackout { took_us } => format!("blackout {}", time(*took_us)),
         Kind::AllLanded { took_us, bytes: n, faults } => {
             format!("all pages landed after {}: {} pulled, {faults} faults served", time(*took_us), bytes(*n))
@@ -76,10 +89,10 @@ fn sentence(kind: &Kind) -> Option<String> {
         }
         Kind::ReleaseRecorded { path } => format!("release written to {path}: this host will never resume this guest"),
         Kind::Released { total_us } => format!("released; the migration took {}", time(*total_us)),
-        Kind::Checked { bytes: n, wrong_bytes: 0, detail, took_us, .. } => {
-            format!("checked {} of RAM in {}: every byte is what it must be{detail}", bytes(*n), time(*took_us))
+        Kind::Checked { pages, wrong_pages: 0, took_us, .. } => {
+            format!("checked all {pages} pages of RAM in {}: every byte is what it must be", time(*took_us))
         }
-        Kind::Checked { wrong_bytes, detail, .. } => format!("CHECK FAILED: {wrong_bytes} wrong bytes: {detail}"),
+        Kind::Checked { detail, .. } => format!("CHECK FAILED: {detail}"),
         Kind::TetherSummary { epochs, pages, pause_p50_us, pause_p99_us, age_p99_us, .. } => format!(
             "tether: {epochs} checkpoints, {pages} pages; pause p50 {pause_p50_us:.0} µs, p99 {pause_p99_us:.0} µs; commit age p99 {age_p99_us:.0} µs"
         ),

@@ -53,7 +53,7 @@ impl Story {
             lines.push((at, "source", text));
         }
         if let Some((at, load)) = Self::first(&self.destination, |kind| match kind {
-            Kind::Resumed { load_us, .. } => Some(*load_us),
+            Kind::Loaded { took_us } => Some(*took_us),
             _ => None,
         }) {
             let blackout = Self::first(&self.source, |kind| match kind {

@@ -3,6 +3,8 @@
 //! Ids name their process (`source-4711-3`), so that a story can be followed across both hosts: a message carries the id of the
 //! observation that made the peer send it, and what follows from it there names that id as its parent.
 
+use crate::kvm::guests::GuestSpec;
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,7 +35,7 @@ pub enum Kind {
     /// The destination listens.
     Listening { address: String },
     /// The guest runs, before any migration.
-    GuestStarted { nonce: u64, memory_bytes: u64, vcpus: u32, driven_by: String },
+    GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
     /// The two hosts have agreed on a session.
@@ -46,8 +48,10 @@ pub enum Kind {
     Paused { steps: Vec<u64> },
     /// The switch was sent: pages by class, and bytes of device state.
     SwitchSent { peer_frames: u64, zero_frames: u64, device_state_bytes: u64 },
+    /// The destination serves faults and has loaded the guest's state; the guest is still stopped.
+    Loaded { took_us: u64 },
     /// The guest runs at the destination.
-    Resumed { nonce: u64, load_us: u64 },
+    Resumed { nonce: u64 },
     /// What the guest went without, seen by the source: pause to the destination's word that it runs.
     Blackout { took_us: u64 },
     /// How far the pull is.
@@ -71,13 +75,24 @@ pub enum Kind {
     /// The destination owns the guest.
     Released { total_us: u64 },
     /// All of RAM and every step was compared with what it must be.
-    Checked { bytes: u64, wrong_bytes: u64, steps: Vec<u64>, detail: String, took_us: u64 },
+    Checked {
+        pages: u64,
+        wrong_pages: u64,
+        /// Steps done by each vCPU.
+        steps: Vec<u64>,
+        /// (step, nonce) as each vCPU saw them.
+        nonces: Vec<Vec<(u64, u64)>>,
+        /// Every nonce issued, in order.
+        issued: Vec<u64>,
+        detail: String,
+        took_us: u64,
+    },
     /// A latency distribution, in microseconds.
     Latency { what: String, count: u64, p50_us: f64, p90_us: f64, p99_us: f64, p999_us: f64, max_us: f64, buckets: Vec<(f64, u64)> },
     /// How the tether went.
     TetherSummary { epochs: u64, pages: u64, bytes: u64, pause_p50_us: f64, pause_p99_us: f64, age_p50_us: f64, age_p99_us: f64, stop_p50_us: f64, save_p50_us: f64, harvest_p50_us: f64, stage_p50_us: f64 },
     /// Processor time this process has used.
-    CpuTime { user_us: u64, system_us: u64, wall_us: u64 },
+    CpuTime { user_us: u64, system_us: u64 },
     /// Something failed; what to do is said with it.
     Failed { what: String, advice: String },
     /// The process ends.
@@ -133,4 +148,32 @@ pub fn monotonic_us() -> u64 {
 /// A duration in whole microseconds.
 pub fn us(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A histogram of nanoseconds as an observation, in power-of-two buckets of microseconds as QEMU's own statistics have them;
+/// nothing if it is empty.
+pub fn latency(what: &str, histogram: &Histogram<u64>) -> Option<Kind> {
+    if histogram.is_empty() {
+        return None;
+    }
+    let at = |quantile: f64| histogram.value_at_quantile(quantile) as f64 / 1e3;
+    let mut buckets: Vec<(f64, u64)> = Vec::new();
+    for recorded in histogram.iter_recorded() {
+        let microseconds = recorded.value_iterated_to() as f64 / 1e3;
+        let upper = microseconds.max(1.0).log2().floor().exp2() * 2.0;
+        match buckets.last_mut() {
+            Some((last, count)) if *last == upper => *count += recorded.count_at_value(),
+            _ => buckets.push((upper, recorded.count_at_value())),
+        }
+    }
+    Some(Kind::Latency {
+        what: what.to_owned(),
+        count: histogram.len(),
+        p50_us: at(0.5),
+        p90_us: at(0.9),
+        p99_us: at(0.99),
+        p999_us: at(0.999),
+        max_us: histogram.max() as f64 / 1e3,
+        buckets,
+    })
 }

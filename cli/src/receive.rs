@@ -1,0 +1,141 @@
+//! `belay receive`: waits for a guest, pulls its memory, tethers it, and owns it once the source has let go.
+
+use crate::exit::Exit;
+use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
+use crate::quantity::Span;
+use crate::{complain, holder, report, signals};
+use belay_transport::session::{Address, Listener, SessionConfig};
+use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
+use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::migrate::settings::Bounds;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Wait for a guest, pull its memory, send checkpoints back
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct ReceiveArgs {
+    /// Where to listen: HOST:PORT (tcp; port 0 takes a free one), or unix:/path (shared memory on one host)
+    #[arg(long, value_name = "ADDR")]
+    listen: Address,
+    #[command(flatten)]
+    guest: PlaceOptions,
+    #[command(flatten)]
+    security: SecurityOptions,
+    /// Where the guest's output goes, if it is another address here than at the source
+    #[arg(long, value_name = "ADDR")]
+    output_to: Option<String>,
+    /// Where page states are kept [default: /run/belay, or a directory of the user's without root]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Hold the background pull once this share of pages is here, and serve only faults (for demonstrations and tests)
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    hold_pull_at: Option<u8>,
+    /// After a release: end this long after it (without this the guest runs until a signal)
+    #[arg(long, value_name = "TIME")]
+    run_on: Option<Span>,
+    /// At the end compare all of guest RAM with what it must be
+    #[arg(long)]
+    check: bool,
+    /// Events as JSON lines on stdout
+    #[arg(long)]
+    json: bool,
+    /// Defaults from a TOML file, see cluster-configs/
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// Where and how the VMM runs here; what it runs is the source's to say.
+#[derive(Debug, Clone, Default, Args)]
+pub struct PlaceOptions {
+    /// Run the VMM in the page server's process or in one of its own [default: in-process]
+    #[arg(long, value_enum)]
+    vmm: Option<crate::options::VmmPlace>,
+    /// What drives the guest's memory: kvm, or threads of the host where there is no KVM [default: auto]
+    #[arg(long, value_enum)]
+    drive: Option<crate::options::Drive>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  belay receive --listen 127.0.0.1:7700                    for a `belay send` on this host
+  belay receive --listen unix:/run/belay/receive.sock      over shared memory
+  belay receive --listen 0.0.0.0:7700 --cert destination.crt --key destination.key --peer-cert source.crt
+
+SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's memory is given up; an owned guest is ended.";
+
+/// Runs the command.
+pub fn run(mut args: ReceiveArgs) -> Exit {
+    if let Some(path) = &args.config {
+        match ConfigFile::read(path) {
+            Ok(file) => {
+                let place = GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
+                let place = place.or(file.guest);
+                args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
+                args.security = args.security.or(file.security);
+            }
+            Err(error) => {
+                complain(&error, "Nothing was started.");
+                return Exit::Usage;
+            }
+        }
+    }
+    let observer = report::reporter("destination", args.json);
+    let exit = receive(&args, &observer);
+    observer.note(None, Kind::Ended { outcome: format!("{exit:?}"), exit_code: exit.code() });
+    exit
+}
+
+fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
+    let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
+        report::failed(observer, what, advice);
+        exit
+    };
+    let security = match args.security.security() {
+        Ok(security) => security,
+        Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
+    };
+    let words = match signals::termination() {
+        Ok(signals) => signals,
+        Err(error) => return fail(&error, "", Exit::Failed),
+    };
+    let listener = match Listener::bind(&args.listen, SessionConfig::new(security)) {
+        Ok(listener) => listener,
+        Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
+    };
+    observer.note(None, Kind::Listening { address: listener.address().to_string() });
+    let config = DestinationConfig {
+        output_to: args.output_to.clone(),
+        state_dir: args.state_dir.clone().unwrap_or_else(holder::default_run_dir),
+        hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
+        bounds: Bounds::default(),
+    };
+    let mut host = holder::Host::new(args.guest.vmm, args.guest.drive, observer.clone());
+    match destination::run(&config, &listener, &mut host, observer, &words) {
+        Ok(Ended { outcome: Outcome::Owner, output, nonces, .. }) => {
+            let mut guest = host.into_guest(nonces);
+            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::Done)
+        }
+        Ok(Ended { outcome, why, .. }) => {
+            let (exit, advice) = match outcome {
+                Outcome::Owner => (Exit::Done, ""),
+                Outcome::Aborted => (Exit::NotMoved, "The guest runs on at the source."),
+                Outcome::Retired => (Exit::Retired, "The source has taken the guest back; what was here is void."),
+                Outcome::Fenced => (Exit::Fenced, "The guest was stopped and its memory given up at your word."),
+                Outcome::Lost => (Exit::Lost, "Neither host can run this guest."),
+                Outcome::Interrupted => (Exit::Interrupted, "No guest was here."),
+            };
+            report::failed_text(observer, &why, advice);
+            exit
+        }
+        Err(error) => {
+            let exit = match &error {
+                DestinationError::Session(_) | DestinationError::Refused(_) => Exit::NoSession,
+                DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
+                _ => Exit::NotMoved,
+            };
+            report::failed(observer, &error, "The guest runs on at the source. `belay check` says what this host lacks.");
+            exit
+        }
+    }
+}
