@@ -8,6 +8,8 @@ pub mod pages;
 pub mod pull;
 pub mod region;
 pub mod session;
+#[cfg(test)]
+mod testing;
 pub mod uffd;
 pub mod units;
 
