@@ -1,1 +1,451 @@
-//! (being built)
+//! Where a guest's output waits until it may be shown to the world.
+//!
+//! Rules of this room:
+//! * Under `commit` a packet leaves only when the epoch it was emitted in has committed (P4). Under `lease` it leaves at once, but the
+//!   lease is asked at **every** emission.
+//! * Packets leave in the order of their sequence numbers, each until the emitter has taken it: a failed emission is tried again,
+//!   whole, for ever. Nothing is dropped and nothing overtakes.
+//! * What is held is bounded (P7): at the bound [`PacketSink::has_room`] says no and vCPUs park; they hear of new room.
+//! * Only the emitting thread emits. vCPUs, the tether loop and the fence touch the queue, never the wire, so a slow observer holds
+//!   up neither a pause nor a fence.
+//! * A gate that is shut stays shut until it is opened by name; what it holds stays.
+
+mod resend;
+
+pub use resend::{Resend, ResendError};
+
+use crate::guest::{Epoch, Packet, PacketSink};
+use belay_transport::Deadline;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// First and longest pause between two tries to emit a packet that the emitter would not take.
+const FIRST_RETRY: Duration = Duration::from_millis(1);
+const LONGEST_RETRY: Duration = Duration::from_millis(100);
+/// How often a lease that is not valid is asked again while packets wait for it.
+const LEASE_LOOK: Duration = Duration::from_millis(1);
+
+/// When a tethered guest's output may leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutputMode {
+    /// Once the checkpoint that covers it has committed: no gap and no contradiction after a catch.
+    #[default]
+    Commit,
+    /// At once, while the lease is good: faster, and after a catch the world may have seen what never was.
+    Lease,
+}
+
+impl fmt::Display for OutputMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Commit => "commit",
+            Self::Lease => "lease",
+        })
+    }
+}
+
+/// A text that is no output mode.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not an output mode; write commit or lease")]
+pub struct OutputModeError(String);
+
+impl FromStr for OutputMode {
+    type Err = OutputModeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "commit" => Ok(Self::Commit),
+            "lease" => Ok(Self::Lease),
+            _ => Err(OutputModeError(text.to_owned())),
+        }
+    }
+}
+
+/// The world: takes packets one at a time, in order.
+pub trait Emitter: Send {
+    /// Shows one packet. Must return within a second or so, and either take the packet whole or fail; after a failure the same
+    /// packet is given again, so the world may see it twice, byte for byte the same.
+    fn send(&mut self, packet: &Packet) -> io::Result<()>;
+}
+
+/// Whether this host may show output now, by its own clock (CLOCK_BOOTTIME), counted from when it posted the renewal that succeeded.
+pub trait LeaseClock: Send + Sync {
+    /// Asked before every emission; must not block.
+    fn valid(&self) -> bool;
+}
+
+/// Most that an outbox holds before it has no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    pub bytes: u64,
+    pub packets: usize,
+}
+
+/// What an outbox holds and has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxFacts {
+    pub held_packets: usize,
+    pub held_bytes: u64,
+    pub sent_packets: u64,
+    /// Emissions that failed and were tried again.
+    pub failed_emissions: u64,
+    /// What the last of them said.
+    pub last_failure: Option<String>,
+}
+
+/// What decides whether a packet may leave.
+#[derive(Clone)]
+enum Gate {
+    /// Everything may.
+    Open,
+    /// What has committed may.
+    Commit,
+    /// Everything may while the lease is valid.
+    Lease(Arc<dyn LeaseClock>),
+}
+
+struct State {
+    gate: Gate,
+    shut: bool,
+    stopping: bool,
+    /// All that has not left, in order: first what may leave (`cleared` packets), then closed epochs, then the open one.
+    held: VecDeque<Packet>,
+    held_bytes: u64,
+    cleared: usize,
+    /// Epochs closed and not committed, with their number of packets.
+    closed: VecDeque<(Epoch, usize)>,
+    /// The emitting thread is inside [`Emitter::send`] with a copy of `held`'s first packet.
+    sending: bool,
+    released_up_to: Option<u64>,
+    facts_sent: u64,
+    failures: u64,
+    last_failure: Option<String>,
+}
+
+type RoomCallback = Box<dyn Fn() + Send + Sync>;
+
+struct Shared {
+    bounds: Bounds,
+    state: Mutex<State>,
+    /// The emitting thread waits here for something that may leave.
+    work: Condvar,
+    /// Everybody else waits here for room, or for the emitting thread.
+    progress: Condvar,
+    on_room: Mutex<Option<RoomCallback>>,
+}
+
+/// Holds a guest's output and shows it when it may be shown. A VMM puts packets in through [`Outbox::sink`].
+pub struct Outbox {
+    shared: Arc<Shared>,
+    emitting: Option<JoinHandle<()>>,
+}
+
+impl Outbox {
+    /// An outbox of a guest that nobody else can run: output leaves at once.
+    pub fn open(bounds: Bounds, out: Box<dyn Emitter>) -> io::Result<Self> {
+        Self::start(Gate::Open, bounds, out)
+    }
+
+    /// An outbox under `--output commit`.
+    pub fn commit(bounds: Bounds, out: Box<dyn Emitter>) -> io::Result<Self> {
+        Self::start(Gate::Commit, bounds, out)
+    }
+
+    /// An outbox under `--output lease`.
+    pub fn lease(bounds: Bounds, lease: Arc<dyn LeaseClock>, out: Box<dyn Emitter>) -> io::Result<Self> {
+        Self::start(Gate::Lease(lease), bounds, out)
+    }
+
+    fn start(gate: Gate, bounds: Bounds, mut out: Box<dyn Emitter>) -> io::Result<Self> {
+        let state = State {
+            gate,
+            shut: false,
+            stopping: false,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            cleared: 0,
+            closed: VecDeque::new(),
+            sending: false,
+            released_up_to: None,
+            facts_sent: 0,
+            failures: 0,
+            last_failure: None,
+        };
+        let shared = Arc::new(Shared {
+            bounds,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            progress: Condvar::new(),
+            on_room: Mutex::new(None),
+        });
+        let emitting = {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name("belay-outbox".into())
+                .spawn(move || shared.emit_until_stopped(&mut *out))?
+        };
+        Ok(Self { shared, emitting: Some(emitting) })
+    }
+
+    /// The end that a VMM's vCPUs put packets into.
+    pub fn sink(&self) -> Arc<dyn PacketSink> {
+        Arc::new(Sink(Arc::clone(&self.shared)))
+    }
+
+    /// Has `wake` called whenever there is room again after there was none, from a thread of the outbox's or its user's, without
+    /// a lock that the outbox needs.
+    pub fn on_room(&self, wake: impl Fn() + Send + Sync + 'static) {
+        *lock(&self.shared.on_room) = Some(Box::new(wake));
+    }
+
+    /// Closes the open epoch under the name `epoch` and returns the output that its record must carry: under `commit` all that was
+    /// emitted in it, otherwise all that has not left yet. Guest paused.
+    pub fn close_epoch(&self, epoch: Epoch) -> Vec<Packet> {
+        let mut state = self.shared.lock();
+        if !matches!(state.gate, Gate::Commit) {
+            return state.held.iter().cloned().collect();
+        }
+        if let Some(&(last, _)) = state.closed.back() {
+            assert!(last < epoch, "{epoch} is closed after {last}");
+        }
+        let first = state.first_open();
+        let packets: Vec<Packet> = state.held.range(first..).cloned().collect();
+        state.closed.push_back((epoch, packets.len()));
+        packets
+    }
+
+    /// `epoch` and all before it have committed: their output may leave.
+    pub fn committed(&self, epoch: Epoch) {
+        let mut state = self.shared.lock();
+        while let Some(&(closed, packets)) = state.closed.front() {
+            if closed > epoch {
+                break;
+            }
+            state.closed.pop_front();
+            state.cleared += packets;
+        }
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
+    /// Puts packets before everything held, to leave first: what [`Resend::finish`] gave. Only while nothing is held or sent.
+    pub fn resend(&self, packets: Vec<Packet>) {
+        let mut state = self.shared.lock();
+        assert!(
+            state.held.is_empty() && !state.sending,
+            "output is sent again after {} packets were held",
+            state.held.len()
+        );
+        state.cleared = packets.len();
+        state.held_bytes = packets.iter().map(|packet| packet.bytes.len() as u64).sum();
+        state.held = packets.into();
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
+    /// Highest sequence number that was handed to the world.
+    pub fn released_up_to(&self) -> Option<u64> {
+        self.shared.lock().released_up_to
+    }
+
+    /// Shuts the gate: no emission *begins* from here on. One that is under way may end; see [`Outbox::wait_quiet`].
+    pub fn shut(&self) {
+        self.shared.lock().shut = true;
+    }
+
+    /// Opens a shut gate again, under the rule it had.
+    pub fn reopen(&self) {
+        self.shared.lock().shut = false;
+        self.shared.work.notify_all();
+    }
+
+    /// Lets everything out from here on, what is held first: this host alone can run the guest.
+    pub fn open_for_good(&self) {
+        let mut state = self.shared.lock();
+        state.gate = Gate::Open;
+        state.shut = false;
+        state.closed.clear();
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
+    /// Waits until no emission is under way; whether that was so by `deadline`. After [`Outbox::shut`] none begins either.
+    pub fn wait_quiet(&self, deadline: Deadline) -> bool {
+        self.shared.wait(deadline, |state| !state.sending)
+    }
+
+    /// Waits until everything that may leave has left; whether that was so by `deadline`.
+    pub fn wait_sent(&self, deadline: Deadline) -> bool {
+        self.shared.wait(deadline, |state| !state.sending && !state.may_send())
+    }
+
+    /// Waits for room; whether there was any by `deadline`.
+    pub fn wait_for_room(&self, deadline: Deadline) -> bool {
+        let bounds = self.shared.bounds;
+        self.shared.wait(deadline, |state| state.has_room(bounds))
+    }
+
+    /// What it holds and has done.
+    pub fn facts(&self) -> OutboxFacts {
+        let state = self.shared.lock();
+        OutboxFacts {
+            held_packets: state.held.len(),
+            held_bytes: state.held_bytes,
+            sent_packets: state.facts_sent,
+            failed_emissions: state.failures,
+            last_failure: state.last_failure.clone(),
+        }
+    }
+}
+
+impl Drop for Outbox {
+    /// Ends the emitting thread after the emission that is under way. What is still held is the owner's to have waited for.
+    fn drop(&mut self) {
+        self.shared.lock().stopping = true;
+        self.shared.work.notify_all();
+        if let Some(emitting) = self.emitting.take() {
+            let _ = emitting.join();
+        }
+    }
+}
+
+struct Sink(Arc<Shared>);
+
+impl PacketSink for Sink {
+    fn emit(&self, packet: Packet) {
+        let mut state = self.0.lock();
+        state.held_bytes += packet.bytes.len() as u64;
+        // vCPUs draw their numbers under the device's lock but may arrive here in another order.
+        let open = state.first_open();
+        let mut at = state.held.len();
+        while at > open && state.held[at - 1].sequence > packet.sequence {
+            at -= 1;
+        }
+        state.held.insert(at, packet);
+        drop(state);
+        self.0.work.notify_all();
+    }
+
+    fn has_room(&self) -> bool {
+        self.0.lock().has_room(self.0.bounds)
+    }
+}
+
+/// A panic while a lock was held leaves nothing half done here: every change of the state is a few assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    /// Index of the first packet of the open epoch. The one that is being sent is never overtaken, whatever the gate.
+    fn first_open(&self) -> usize {
+        let closed: usize = self.closed.iter().map(|&(_, packets)| packets).sum();
+        (self.cleared + closed).max(usize::from(self.sending))
+    }
+
+    fn has_room(&self, bounds: Bounds) -> bool {
+        self.held.len() < bounds.packets && self.held_bytes < bounds.bytes
+    }
+
+    /// Whether the first packet may leave, the lease aside.
+    fn cleared_to_send(&self) -> bool {
+        let cleared = match self.gate {
+            Gate::Commit => self.cleared > 0,
+            Gate::Open | Gate::Lease(_) => !self.held.is_empty(),
+        };
+        cleared && !self.shut && !self.stopping
+    }
+
+    /// Whether the first packet may leave now.
+    fn may_send(&self) -> bool {
+        self.cleared_to_send()
+            && match &self.gate {
+                // What is sent again was committed once and needs no lease.
+                Gate::Lease(lease) => self.cleared > 0 || lease.valid(),
+                Gate::Open | Gate::Commit => true,
+            }
+    }
+
+    /// The first packet has left.
+    fn sent(&mut self) {
+        let packet = self.held.pop_front().expect("the packet that was sent is held until it is");
+        self.held_bytes -= packet.bytes.len() as u64;
+        self.cleared = self.cleared.saturating_sub(1);
+        self.released_up_to = self.released_up_to.max(Some(packet.sequence));
+        self.facts_sent += 1;
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    fn wait(&self, deadline: Deadline, mut until: impl FnMut(&State) -> bool) -> bool {
+        let waited = self.progress.wait_timeout_while(self.lock(), deadline.left(), |state| !until(state));
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        until(&state)
+    }
+
+    /// The emitting thread.
+    fn emit_until_stopped(&self, out: &mut dyn Emitter) {
+        let mut retry = FIRST_RETRY;
+        while let Some(packet) = self.next_to_send() {
+            // The lock is not held here; `sending` says that the first packet is on its way.
+            let result = out.send(&packet);
+            let mut state = self.lock();
+            state.sending = false;
+            let had_room = state.has_room(self.bounds);
+            match result {
+                Ok(()) => {
+                    state.sent();
+                    retry = FIRST_RETRY;
+                }
+                Err(error) => {
+                    state.failures += 1;
+                    state.last_failure = Some(error.to_string());
+                    self.progress.notify_all();
+                    let waited = self.work.wait_timeout_while(state, retry, |state| !state.stopping);
+                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    retry = (retry * 2).min(LONGEST_RETRY);
+                }
+            }
+            let room_came = !had_room && state.has_room(self.bounds);
+            drop(state);
+            self.progress.notify_all();
+            if room_came && let Some(wake) = &*lock(&self.on_room) {
+                wake();
+            }
+        }
+    }
+
+    /// Waits for a packet that may leave and marks it as being sent; `None` once the outbox is being dropped.
+    fn next_to_send(&self) -> Option<Packet> {
+        let mut state = self.lock();
+        loop {
+            if state.stopping {
+                return None;
+            }
+            if state.may_send() {
+                state.sending = true;
+                return state.held.front().cloned();
+            }
+            state = if state.cleared_to_send() {
+                let waited = self.work.wait_timeout(state, LEASE_LOOK);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            } else {
+                self.work.wait(state).unwrap_or_else(PoisonError::into_inner)
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,340 @@
+//! The destination's side of ownership. The diagram is in [`super`].
+
+use super::{Fate, Illegal, Named, OwnerEpoch};
+use serde::{Deserialize, Serialize};
+
+/// Where the destination stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum State {
+    /// Memory and VMM are made, state is loaded. `owner_epoch` is there once the source has said go.
+    Preparing { owner_epoch: Option<OwnerEpoch>, all_landed: bool },
+    /// The guest runs here and is checkpointed to the source.
+    Tethered { owner_epoch: OwnerEpoch, all_landed: bool },
+    /// Cut off: gate shut, guest stopped, memory kept.
+    Fenced(Fenced),
+    /// The guest is this host's own. Final.
+    Owner,
+    /// The guest never ran here. Final.
+    Aborted,
+    /// The source has the guest. Final.
+    Retired,
+    /// Neither host can run the guest. Final.
+    Lost,
+}
+
+/// What a fenced destination knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Fenced {
+    pub owner_epoch: OwnerEpoch,
+    pub all_landed: bool,
+    /// The fabric said that this session is revoked; the guest is given up as soon as it stands still.
+    pub revoked: bool,
+    /// The VMM has ended.
+    pub guest_dead: bool,
+    /// Somebody who must know said that the source will not come back.
+    pub source_dead: bool,
+}
+
+/// What happens to a destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The source says go: from here on the guest may run here.
+    HandedOver { owner_epoch: OwnerEpoch },
+    /// [`Action::ResumeGuest`] is done.
+    GuestResumed,
+    /// Preparing, loading or resuming failed, or the source called it off.
+    PrepareFailed,
+    /// The operator cancelled.
+    Cancelled,
+    /// The control connection or a lane ended without a word.
+    ConnectionClosed,
+    /// Every page is here.
+    AllLanded,
+    /// Policy or operator wants the tether ended.
+    ReleaseWanted,
+    /// The source has written the release down.
+    ReleaseAcknowledged,
+    /// The source has not.
+    ReleaseRefused,
+    /// The lease has run out by this host's own clock, counted from when it posted the renewal that succeeded.
+    LeaseExpired,
+    /// A commit failed or had no answer by its deadline.
+    CommitFailed,
+    /// The fabric says that the source has revoked this session.
+    SourceRevoked,
+    /// [`Action::StopGuest`] is done.
+    GuestStopped,
+    /// [`Action::StopGuest`] had no end by its deadline (a vCPU waits on a page that will not come).
+    StopTimedOut,
+    /// The VMM has ended (its pidfd says so).
+    GuestDied,
+    /// The source answers [`Action::AskFate`].
+    FateAnswered(Fate),
+    /// The operator, a fence hook or an arbiter says that the source will not come back.
+    SourceDead,
+    /// The operator or an arbiter gives the guest to this host, knowing that the source does not run it.
+    Promoted,
+}
+
+/// What the destination is to do, in the order given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Let the guest run; answered by [`Event::GuestResumed`], [`Event::PrepareFailed`] or [`Event::GuestDied`].
+    ResumeGuest,
+    /// Tell the source that the guest runs here.
+    SendResumed,
+    /// Tell the source that it will not.
+    SendSwitchFailed,
+    /// Take checkpoints from now on, over a session under this owner epoch.
+    StartTether { owner_epoch: OwnerEpoch },
+    /// Take no more checkpoints.
+    StopTether,
+    /// Let nothing out from here on, at once.
+    ShutGate,
+    /// Let out again what may leave (committed, or under a good lease).
+    OpenGate,
+    /// Let everything out, what is held first: nobody else can run this guest.
+    OpenGateForGood,
+    /// Stop the guest; answered by [`Event::GuestStopped`] or [`Event::StopTimedOut`].
+    StopGuest,
+    /// Keep guest RAM.
+    KeepMemory,
+    /// Ask the source, again and again with a deadline each, what became of the guest.
+    AskFate { owner_epoch: OwnerEpoch },
+    /// Tell the source that the guest's VMM has provably ended here.
+    SendGuestGone,
+    /// Ask the source to let go.
+    AskRelease,
+    /// End the VMM and give its memory back.
+    DiscardGuest,
+    /// Tell the operator.
+    Report(Named),
+}
+
+impl State {
+    /// A destination that has just been asked to take a guest.
+    pub fn new() -> Self {
+        Self::Preparing { owner_epoch: None, all_landed: false }
+    }
+
+    /// Its name in the diagram.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Preparing { .. } => "Preparing",
+            Self::Tethered { .. } => "Tethered",
+            Self::Fenced(_) => "Fenced",
+            Self::Owner => "Owner",
+            Self::Aborted => "Aborted",
+            Self::Retired => "Retired",
+            Self::Lost => "Lost",
+        }
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Event {
+    /// Its name in the diagram.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::HandedOver { .. } => "HandedOver",
+            Self::GuestResumed => "GuestResumed",
+            Self::PrepareFailed => "PrepareFailed",
+            Self::Cancelled => "Cancelled",
+            Self::ConnectionClosed => "ConnectionClosed",
+            Self::AllLanded => "AllLanded",
+            Self::ReleaseWanted => "ReleaseWanted",
+            Self::ReleaseAcknowledged => "ReleaseAcknowledged",
+            Self::ReleaseRefused => "ReleaseRefused",
+            Self::LeaseExpired => "LeaseExpired",
+            Self::CommitFailed => "CommitFailed",
+            Self::SourceRevoked => "SourceRevoked",
+            Self::GuestStopped => "GuestStopped",
+            Self::StopTimedOut => "StopTimedOut",
+            Self::GuestDied => "GuestDied",
+            Self::FateAnswered(_) => "FateAnswered",
+            Self::SourceDead => "SourceDead",
+            Self::Promoted => "Promoted",
+        }
+    }
+}
+
+type Step = (State, Vec<Action>);
+
+/// The next state and what to do now. An event without meaning in `state` is an error and changes nothing; one that merely comes
+/// late changes nothing either and is no error.
+pub fn step(state: &State, event: &Event) -> Result<Step, Illegal> {
+    let taken = match *state {
+        State::Preparing { owner_epoch, all_landed } => preparing(owner_epoch, all_landed, event),
+        State::Tethered { owner_epoch, all_landed } => tethered(owner_epoch, all_landed, event),
+        State::Fenced(now) => fenced(now, event),
+        State::Owner => owner(event),
+        State::Aborted | State::Retired | State::Lost => over(state, event),
+    };
+    taken.ok_or_else(|| Illegal { role: "destination", state: state.name(), event: format!("{event:?}") })
+}
+
+fn preparing(owner_epoch: Option<OwnerEpoch>, all_landed: bool, event: &Event) -> Option<Step> {
+    let stay = |actions| Some((State::Preparing { owner_epoch, all_landed }, actions));
+    match *event {
+        Event::HandedOver { owner_epoch: given } if owner_epoch.is_none() => {
+            Some((State::Preparing { owner_epoch: Some(given), all_landed }, vec![Action::ResumeGuest]))
+        }
+        Event::GuestResumed => {
+            let owner_epoch = owner_epoch?;
+            let actions = vec![Action::OpenGate, Action::StartTether { owner_epoch }, Action::SendResumed];
+            Some((State::Tethered { owner_epoch, all_landed }, actions))
+        }
+        Event::AllLanded => Some((State::Preparing { owner_epoch, all_landed: true }, vec![])),
+        // The gate has been shut all along and no checkpoint was committed, so whatever the guest did here never was.
+        Event::PrepareFailed
+        | Event::Cancelled
+        | Event::ConnectionClosed
+        | Event::SourceRevoked
+        | Event::GuestDied
+        | Event::SourceDead => {
+            let actions = vec![
+                Action::ShutGate,
+                Action::StopGuest,
+                Action::SendSwitchFailed,
+                Action::DiscardGuest,
+                Action::Report(Named::Aborted),
+            ];
+            Some((State::Aborted, actions))
+        }
+        Event::Promoted => stay(vec![Action::Report(Named::PagesMissing)]),
+        _ => None,
+    }
+}
+
+fn tethered(owner_epoch: OwnerEpoch, all_landed: bool, event: &Event) -> Option<Step> {
+    let stay = |actions| Some((State::Tethered { owner_epoch, all_landed }, actions));
+    let now = Fenced { owner_epoch, all_landed, revoked: false, guest_dead: false, source_dead: false };
+    match *event {
+        Event::AllLanded => Some((State::Tethered { owner_epoch, all_landed: true }, vec![])),
+        Event::ReleaseWanted if all_landed => stay(vec![Action::AskRelease]),
+        Event::ReleaseWanted => stay(vec![Action::Report(Named::PagesMissing)]),
+        Event::ReleaseRefused => stay(vec![Action::Report(Named::ReleaseRefused)]),
+        Event::ReleaseAcknowledged if all_landed => {
+            let actions = vec![Action::StopTether, Action::OpenGateForGood, Action::Report(Named::Owner)];
+            Some((State::Owner, actions))
+        }
+        Event::ConnectionClosed | Event::LeaseExpired | Event::CommitFailed => Some(fence(now)),
+        Event::SourceRevoked => Some(fence(Fenced { revoked: true, ..now })),
+        Event::GuestDied => Some(fence(Fenced { guest_dead: true, ..now })),
+        Event::SourceDead => Some(fence(Fenced { source_dead: true, ..now })),
+        // Late ends of a stop or a resume that this state has overtaken; a promotion while all is well changes nothing.
+        Event::GuestResumed
+        | Event::GuestStopped
+        | Event::StopTimedOut
+        | Event::FateAnswered(Fate::StillTethered)
+        | Event::Promoted => stay(vec![]),
+        _ => None,
+    }
+}
+
+/// Gate first: that is what keeps P2, and it takes no time.
+fn fence(now: Fenced) -> Step {
+    let mut actions = vec![Action::ShutGate, Action::StopTether];
+    if now.guest_dead {
+        actions.push(Action::SendGuestGone);
+    } else {
+        actions.push(Action::StopGuest);
+    }
+    actions.extend([Action::KeepMemory, Action::Report(Named::Fenced)]);
+    if !now.revoked {
+        actions.push(Action::AskFate { owner_epoch: now.owner_epoch });
+    }
+    (State::Fenced(now), actions)
+}
+
+fn fenced(mut now: Fenced, event: &Event) -> Option<Step> {
+    let retire = || Some((State::Retired, vec![Action::DiscardGuest, Action::Report(Named::Retired)]));
+    let mut actions = vec![];
+    match *event {
+        Event::AllLanded => now.all_landed = true,
+        Event::FateAnswered(Fate::Revoked) | Event::SourceRevoked => return retire(),
+        Event::GuestStopped | Event::StopTimedOut if now.revoked => return retire(),
+        Event::GuestStopped => {}
+        Event::StopTimedOut => actions.push(Action::Report(Named::StopTimedOut)),
+        Event::FateAnswered(Fate::StillTethered) if now.revoked => {}
+        Event::FateAnswered(Fate::StillTethered) if now.guest_dead => actions.push(Action::SendGuestGone),
+        Event::FateAnswered(Fate::StillTethered) => {
+            let Fenced { owner_epoch, all_landed, .. } = now;
+            let actions = vec![
+                Action::OpenGate,
+                Action::StartTether { owner_epoch },
+                Action::ResumeGuest,
+                Action::Report(Named::TetheredAgain),
+            ];
+            return Some((State::Tethered { owner_epoch, all_landed }, actions));
+        }
+        // A source that releases was told that every page had landed; one that does so all the same breaks the protocol.
+        Event::FateAnswered(Fate::Released) | Event::ReleaseAcknowledged if now.all_landed && !now.revoked => {
+            return Some(if now.guest_dead { lose() } else { own() });
+        }
+        Event::Promoted if now.revoked || now.guest_dead => actions.push(Action::Report(Named::Fenced)),
+        Event::Promoted if !now.all_landed => actions.push(Action::Report(Named::PagesMissing)),
+        Event::Promoted => return Some(own()),
+        Event::SourceDead => {
+            now.source_dead = true;
+            actions.push(Action::Report(if now.all_landed { Named::AwaitingPromotion } else { Named::PagesMissing }));
+        }
+        Event::GuestDied => {
+            now.guest_dead = true;
+            actions.push(Action::SendGuestGone);
+        }
+        Event::ReleaseRefused
+        | Event::ReleaseWanted
+        | Event::ConnectionClosed
+        | Event::LeaseExpired
+        | Event::CommitFailed => {}
+        // A resume that was under way when the fence came down.
+        Event::GuestResumed => actions.push(Action::StopGuest),
+        _ => return None,
+    }
+    // Pages of the last operations may still land while the guest is being stopped, so this is not decided at the fence itself.
+    let decides = matches!(event, Event::SourceDead | Event::GuestDied | Event::GuestStopped | Event::StopTimedOut);
+    let cannot_run = now.guest_dead || !now.all_landed;
+    if decides && now.source_dead && cannot_run && !now.revoked {
+        return Some(lose());
+    }
+    Some((State::Fenced(now), actions))
+}
+
+fn own() -> Step {
+    (State::Owner, vec![Action::OpenGateForGood, Action::ResumeGuest, Action::Report(Named::Owner)])
+}
+
+fn lose() -> Step {
+    (State::Lost, vec![Action::KeepMemory, Action::Report(Named::Lost)])
+}
+
+/// Nothing the source says or fails to say matters any more.
+fn owner(event: &Event) -> Option<Step> {
+    match *event {
+        Event::HandedOver { .. } | Event::PrepareFailed | Event::Cancelled => None,
+        // An owner is never revoked: a source that says so has broken its own record.
+        Event::FateAnswered(Fate::Revoked) | Event::SourceRevoked => None,
+        _ => Some((State::Owner, vec![])),
+    }
+}
+
+/// A guest that is not ours any more must not start running because an order to run it was already on its way.
+fn over(state: &State, event: &Event) -> Option<Step> {
+    let actions = match *event {
+        Event::GuestResumed => vec![Action::StopGuest],
+        Event::HandedOver { .. } | Event::Promoted | Event::ReleaseWanted => vec![Action::Report(match state {
+            State::Aborted => Named::Aborted,
+            State::Retired => Named::Retired,
+            _ => Named::Lost,
+        })],
+        Event::ReleaseAcknowledged | Event::FateAnswered(Fate::Released) => return None,
+        _ => vec![],
+    };
+    Some((*state, actions))
+}

@@ -1,0 +1,458 @@
+//! The source's side of ownership. The diagram is in [`super`].
+
+use super::{Fate, Illegal, Named, OwnerEpoch};
+use crate::outbox::OutputMode;
+use serde::{Deserialize, Serialize};
+
+/// Where the source stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum State {
+    /// The guest runs here.
+    Running { owner_epoch: OwnerEpoch },
+    /// The guest is paused; its state goes to the destination. Once `handed_over`, the destination may already run.
+    Switching { mode: OutputMode, owner_epoch: OwnerEpoch, handed_over: bool },
+    /// The guest runs at the destination, pages are served, checkpoints come in.
+    Serving(Serving),
+    /// The guest is being taken back.
+    Revoking { owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool },
+    /// A release was written down and fsynced. Final.
+    Released { owner_epoch: OwnerEpoch },
+    /// Neither host can run the guest. Final.
+    Lost { owner_epoch: OwnerEpoch },
+}
+
+/// What the source knows while it serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Serving {
+    pub mode: OutputMode,
+    pub owner_epoch: OwnerEpoch,
+    pub lease: Lease,
+    /// A death sign, a closed connection or silence was seen, and the destination has not come back since.
+    pub failed: bool,
+    /// The destination's VMM has provably ended (pidfd on that host, or a fence hook that succeeded).
+    pub death_proven: bool,
+    /// The operator ordered a catch.
+    pub catch_ordered: bool,
+    /// A release is being written; whether it is on disk is not known until its event says so, and until then nothing is caught.
+    pub recording_release: bool,
+}
+
+/// The lease by which the destination may show output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Lease {
+    /// Renewals are granted.
+    Granted,
+    /// No more renewals; one granted before may still be good.
+    Withdrawn,
+    /// Lease, drift and margin have passed since the last one could have been granted.
+    RanOut,
+}
+
+/// The steps of a catch, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum CatchStep {
+    /// Until [`Event::Revoked`] the destination may still commit.
+    Revoke,
+    /// Committed checkpoints go into guest RAM, the newest one's device state into the VMM.
+    Fold,
+    /// Committed output goes out again, then the guest runs.
+    Resume,
+}
+
+/// What happens to a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Somebody wants the guest moved.
+    SwitchStarted { mode: OutputMode },
+    /// All of [`Action::SendSwitch`] has been sent, and the destination answered that it can resume.
+    StateSent,
+    /// The destination says its guest runs.
+    DestinationResumed,
+    /// The switch failed, or its deadline has passed.
+    SwitchFailed,
+    /// The operator cancelled the switch.
+    Cancelled,
+    /// The guard beside the destination's VMM says that it is dying. A sign, not a proof.
+    DeathSign,
+    /// The control connection or a lane ended without a word.
+    ConnectionClosed,
+    /// Lease, drift and margin have passed since the last change seen of the destination's heartbeat, or since
+    /// [`Action::WithdrawLease`] where that is later; counted anew after a stall of our own.
+    LeaseRanOut,
+    /// The operator wants the guest back here. Under `lease` this is also their word that the destination shows nothing more.
+    OperatorCatch,
+    /// The destination's VMM has ended: its pidfd, seen on that host, or a fence hook says so.
+    DeathProven,
+    /// [`Action::Revoke`] is done: nothing of the old session can commit or be taken into guest memory.
+    Revoked,
+    /// [`Action::FoldAndLoad`] is done.
+    Folded,
+    /// A step of the catch failed. `can_retry`: nothing was lost by it.
+    CatchFailed { can_retry: bool },
+    /// [`Action::ResumeGuest`] is done.
+    GuestResumed,
+    /// The destination asks to be let go, and says whether it has every page.
+    ReleaseAsked { all_landed: bool },
+    /// [`Action::RecordRelease`] is done: the record is on disk.
+    ReleaseRecorded,
+    /// [`Action::RecordRelease`] failed and the record is *known* not to be on disk.
+    ReleaseFailed,
+    /// A fenced destination asks what became of the guest it had under `owner_epoch`.
+    FateAsked { owner_epoch: OwnerEpoch },
+}
+
+/// What the source is to do, in the order given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Stop the guest.
+    PauseGuest,
+    /// Send device state and switch map; answered by [`Event::StateSent`] or [`Event::SwitchFailed`].
+    SendSwitch,
+    /// Send the word on which the destination resumes.
+    SendGo { owner_epoch: OwnerEpoch },
+    /// Tell the destination that the switch is off.
+    SendAbort,
+    /// Grant the lease from now on.
+    GrantLease,
+    /// Grant no more renewals; answered by [`Event::LeaseRanOut`] in time.
+    WithdrawLease,
+    /// Shut the old session out, grant it no more renewals, and bump the owner epoch to this; answered by [`Event::Revoked`] or [`Event::CatchFailed`].
+    Revoke { owner_epoch: OwnerEpoch },
+    /// Read the ring for the last time, fold, load; answered by [`Event::Folded`] or [`Event::CatchFailed`].
+    FoldAndLoad,
+    /// Send committed output that is not known to have left (P4).
+    ResendOutput,
+    /// Let the guest run; answered by [`Event::GuestResumed`] or [`Event::CatchFailed`].
+    ResumeGuest,
+    /// Write down, fsynced, that this guest is never resumed here; answered by [`Event::ReleaseRecorded`] or
+    /// [`Event::ReleaseFailed`].
+    RecordRelease,
+    /// Tell the destination that the guest is its own.
+    AcknowledgeRelease,
+    /// Tell the destination that it is not.
+    RefuseRelease,
+    /// Answer a fenced destination.
+    AnswerFate(Fate),
+    /// Keep guest RAM and ring as they are.
+    KeepMemory,
+    /// Tell the operator.
+    Report(Named),
+}
+
+impl State {
+    /// A source whose guest has never been moved.
+    pub fn new() -> Self {
+        Self::Running { owner_epoch: OwnerEpoch(0) }
+    }
+
+    /// Its name in the diagram.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Running { .. } => "Running",
+            Self::Switching { .. } => "Switching",
+            Self::Serving(_) => "Serving",
+            Self::Revoking { .. } => "Revoking",
+            Self::Released { .. } => "Released",
+            Self::Lost { .. } => "Lost",
+        }
+    }
+
+    /// The current owner epoch.
+    pub fn owner_epoch(&self) -> OwnerEpoch {
+        match *self {
+            Self::Running { owner_epoch }
+            | Self::Switching { owner_epoch, .. }
+            | Self::Revoking { owner_epoch, .. }
+            | Self::Released { owner_epoch }
+            | Self::Lost { owner_epoch } => owner_epoch,
+            Self::Serving(serving) => serving.owner_epoch,
+        }
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Event {
+    /// Its name in the diagram.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::SwitchStarted { .. } => "SwitchStarted",
+            Self::StateSent => "StateSent",
+            Self::DestinationResumed => "DestinationResumed",
+            Self::SwitchFailed => "SwitchFailed",
+            Self::Cancelled => "Cancelled",
+            Self::DeathSign => "DeathSign",
+            Self::ConnectionClosed => "ConnectionClosed",
+            Self::LeaseRanOut => "LeaseRanOut",
+            Self::OperatorCatch => "OperatorCatch",
+            Self::DeathProven => "DeathProven",
+            Self::Revoked => "Revoked",
+            Self::Folded => "Folded",
+            Self::CatchFailed { .. } => "CatchFailed",
+            Self::GuestResumed => "GuestResumed",
+            Self::ReleaseAsked { .. } => "ReleaseAsked",
+            Self::ReleaseRecorded => "ReleaseRecorded",
+            Self::ReleaseFailed => "ReleaseFailed",
+            Self::FateAsked { .. } => "FateAsked",
+        }
+    }
+}
+
+type Step = (State, Vec<Action>);
+
+/// The next state and what to do now. An event without meaning in `state` is an error and changes nothing; one that merely comes
+/// late (a death sign during the catch it began) changes nothing either and is no error.
+pub fn step(state: &State, event: &Event) -> Result<Step, Illegal> {
+    let taken = match *state {
+        State::Running { owner_epoch } => running(owner_epoch, event),
+        State::Switching { mode, owner_epoch, handed_over } => switching(mode, owner_epoch, handed_over, event),
+        State::Serving(now) => serving(now, event),
+        State::Revoking { owner_epoch, step, stuck } => revoking(owner_epoch, step, stuck, event),
+        State::Released { .. } => released(state, event),
+        State::Lost { .. } => lost(state, event),
+    };
+    taken.ok_or_else(|| Illegal { role: "source", state: state.name(), event: format!("{event:?}") })
+}
+
+fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
+    let stay = |actions| Some((State::Running { owner_epoch }, actions));
+    match *event {
+        Event::SwitchStarted { mode } => {
+            let state = State::Switching { mode, owner_epoch, handed_over: false };
+            Some((state, vec![Action::PauseGuest, Action::SendSwitch]))
+        }
+        // The guest runs here, so whoever asks has lost it.
+        Event::FateAsked { .. } => stay(vec![Action::AnswerFate(Fate::Revoked)]),
+        Event::ReleaseAsked { .. } => stay(vec![Action::RefuseRelease]),
+        // Late words of a switch or session that is over.
+        Event::StateSent
+        | Event::DestinationResumed
+        | Event::SwitchFailed
+        | Event::Cancelled
+        | Event::DeathSign
+        | Event::ConnectionClosed
+        | Event::LeaseRanOut
+        | Event::OperatorCatch
+        | Event::DeathProven
+        | Event::GuestResumed => stay(vec![]),
+        Event::Revoked | Event::Folded | Event::CatchFailed { .. } | Event::ReleaseRecorded | Event::ReleaseFailed => {
+            None
+        }
+    }
+}
+
+fn switching(mode: OutputMode, owner_epoch: OwnerEpoch, handed_over: bool, event: &Event) -> Option<Step> {
+    let stay = |actions| Some((State::Switching { mode, owner_epoch, handed_over }, actions));
+    match *event {
+        Event::StateSent if !handed_over => {
+            let state = State::Switching { mode, owner_epoch, handed_over: true };
+            Some((state, vec![Action::SendGo { owner_epoch }]))
+        }
+        Event::DestinationResumed if handed_over => {
+            let serving = Serving {
+                mode,
+                owner_epoch,
+                lease: Lease::Granted,
+                failed: false,
+                death_proven: false,
+                catch_ordered: false,
+                recording_release: false,
+            };
+            Some((State::Serving(serving), vec![Action::GrantLease]))
+        }
+        Event::SwitchFailed | Event::Cancelled | Event::DeathSign | Event::ConnectionClosed | Event::DeathProven => {
+            Some(if handed_over {
+                // It may have resumed, committed and shown output before it fell silent: a catch like any other. No lease was granted
+                // yet, so this needs no proof of death under `lease` either.
+                begin_catch(owner_epoch)
+            } else {
+                let actions = vec![Action::SendAbort, Action::ResumeGuest, Action::Report(Named::SwitchTakenBack)];
+                (State::Running { owner_epoch }, actions)
+            })
+        }
+        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => stay(vec![Action::AnswerFate(Fate::Revoked)]),
+        // Fenced before we heard that it had resumed: the closed connection will be noticed here too, it asks again then.
+        Event::FateAsked { owner_epoch: asked } if asked == owner_epoch && handed_over => stay(vec![]),
+        Event::LeaseRanOut | Event::GuestResumed => stay(vec![]),
+        _ => None,
+    }
+}
+
+fn serving(before: Serving, event: &Event) -> Option<Step> {
+    let mut now = before;
+    let mut actions = vec![];
+    match *event {
+        Event::DeathSign | Event::ConnectionClosed => now.failed = true,
+        Event::LeaseRanOut => {
+            if now.lease == Lease::Granted {
+                // It fell silent by itself; it must not get a renewal should it come back without asking.
+                actions.push(Action::WithdrawLease);
+            }
+            now.failed = true;
+            now.lease = Lease::RanOut;
+        }
+        Event::OperatorCatch => now.catch_ordered = true,
+        Event::DeathProven => {
+            now.failed = true;
+            now.death_proven = true;
+        }
+        Event::ReleaseAsked { .. } if now.recording_release => {}
+        Event::ReleaseAsked { all_landed } if all_landed && !now.failed && !now.catch_ordered => {
+            now.recording_release = true;
+            actions.push(Action::RecordRelease);
+        }
+        Event::ReleaseAsked { .. } => {
+            actions.extend([Action::RefuseRelease, Action::Report(Named::ReleaseRefused)]);
+        }
+        Event::ReleaseRecorded if now.recording_release => {
+            let actions = vec![Action::AcknowledgeRelease, Action::Report(Named::Released)];
+            return Some((State::Released { owner_epoch: now.owner_epoch }, actions));
+        }
+        Event::ReleaseFailed if now.recording_release => {
+            now.recording_release = false;
+            actions.extend([Action::RefuseRelease, Action::Report(Named::ReleaseRefused)]);
+        }
+        Event::FateAsked { owner_epoch } if owner_epoch < now.owner_epoch => {
+            actions.push(Action::AnswerFate(Fate::Revoked));
+        }
+        Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch => {
+            if now.catch_ordered {
+                // There is no way back from an ordered catch, whether the lease has run out yet or not.
+                actions.push(Action::AnswerFate(Fate::Revoked));
+            } else if !now.recording_release {
+                now.failed = false;
+                now.lease = Lease::Granted;
+                actions.extend([Action::GrantLease, Action::AnswerFate(Fate::StillTethered)]);
+            }
+            // While a release is being written neither answer is known to be true; it asks again.
+        }
+        Event::DestinationResumed | Event::StateSent | Event::GuestResumed => {}
+        _ => return None,
+    }
+    Some(settle(&before, now, actions))
+}
+
+/// Begins the catch if it may begin now; otherwise sees to it that the lease runs out and that the operator knows.
+fn settle(before: &Serving, mut now: Serving, mut actions: Vec<Action>) -> Step {
+    if may_catch(&now) {
+        let (state, catch) = begin_catch(now.owner_epoch);
+        actions.extend(catch);
+        return (state, actions);
+    }
+    let wants_catch = now.failed || now.catch_ordered;
+    if wants_catch && now.lease == Lease::Granted {
+        now.lease = Lease::Withdrawn;
+        actions.push(Action::WithdrawLease);
+    }
+    // A release that is being written decides first; what then remains to be said is said by then.
+    let known = |serving: &Serving| (serving.failed, serving.catch_ordered, serving.recording_release);
+    if wants_catch && !now.recording_release && known(before) != known(&now) {
+        actions.push(Action::Report(if now.catch_ordered { Named::AwaitingLease } else { Named::AwaitingOperator }));
+    }
+    (State::Serving(now), actions)
+}
+
+/// Under `commit` nothing new can be shown there once the session is revoked, so any failure is reason enough. Under `lease` output
+/// leaves there without asking: only a proof of death, or the operator's word when the lease has run out, makes it safe.
+fn may_catch(now: &Serving) -> bool {
+    !now.recording_release
+        && match now.mode {
+            OutputMode::Commit => now.failed || now.catch_ordered,
+            OutputMode::Lease => now.death_proven || (now.catch_ordered && now.lease == Lease::RanOut),
+        }
+}
+
+fn begin_catch(owner_epoch: OwnerEpoch) -> Step {
+    let owner_epoch = owner_epoch.next();
+    let state = State::Revoking { owner_epoch, step: CatchStep::Revoke, stuck: false };
+    (state, vec![Action::Revoke { owner_epoch }, Action::Report(Named::Catching)])
+}
+
+fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event) -> Option<Step> {
+    let go = |step, actions| Some((State::Revoking { owner_epoch, step, stuck: false }, actions));
+    match (*event, step) {
+        (Event::Revoked, CatchStep::Revoke) if !stuck => go(CatchStep::Fold, vec![Action::FoldAndLoad]),
+        (Event::Folded, CatchStep::Fold) if !stuck => {
+            go(CatchStep::Resume, vec![Action::ResendOutput, Action::ResumeGuest])
+        }
+        (Event::GuestResumed, CatchStep::Resume) if !stuck => {
+            Some((State::Running { owner_epoch }, vec![Action::Report(Named::Caught)]))
+        }
+        // While it is not revoked the destination may be well: not lost, whatever failed.
+        (Event::CatchFailed { can_retry }, _) if !stuck => Some(if can_retry || step == CatchStep::Revoke {
+            let named = if step == CatchStep::Revoke { Named::CannotRevoke } else { Named::CatchStuck };
+            (State::Revoking { owner_epoch, step, stuck: true }, vec![Action::KeepMemory, Action::Report(named)])
+        } else {
+            (State::Lost { owner_epoch }, vec![Action::KeepMemory, Action::Report(Named::Lost)])
+        }),
+        (Event::OperatorCatch, step) if stuck => go(
+            step,
+            match step {
+                CatchStep::Revoke => vec![Action::Revoke { owner_epoch }],
+                CatchStep::Fold => vec![Action::FoldAndLoad],
+                CatchStep::Resume => vec![Action::ResendOutput, Action::ResumeGuest],
+            },
+        ),
+        (Event::FateAsked { owner_epoch: asked }, _) if asked < owner_epoch => {
+            Some((State::Revoking { owner_epoch, step, stuck }, vec![Action::AnswerFate(Fate::Revoked)]))
+        }
+        (Event::ReleaseAsked { .. }, _) => {
+            Some((State::Revoking { owner_epoch, step, stuck }, vec![Action::RefuseRelease]))
+        }
+        (
+            Event::StateSent
+            | Event::DestinationResumed
+            | Event::SwitchFailed
+            | Event::Cancelled
+            | Event::DeathSign
+            | Event::ConnectionClosed
+            | Event::LeaseRanOut
+            | Event::OperatorCatch
+            | Event::DeathProven,
+            _,
+        ) => Some((State::Revoking { owner_epoch, step, stuck }, vec![])),
+        _ => None,
+    }
+}
+
+fn released(state: &State, event: &Event) -> Option<Step> {
+    let actions = match *event {
+        // Its acknowledgement may have been lost.
+        Event::ReleaseAsked { .. } => vec![Action::AcknowledgeRelease],
+        Event::FateAsked { owner_epoch } if owner_epoch == state.owner_epoch() => {
+            vec![Action::AnswerFate(Fate::Released)]
+        }
+        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => {
+            vec![Action::AnswerFate(Fate::Revoked)]
+        }
+        Event::OperatorCatch => vec![Action::Report(Named::Released)],
+        Event::DeathSign
+        | Event::ConnectionClosed
+        | Event::LeaseRanOut
+        | Event::DeathProven
+        | Event::DestinationResumed => vec![],
+        _ => return None,
+    };
+    Some((*state, actions))
+}
+
+fn lost(state: &State, event: &Event) -> Option<Step> {
+    let actions = match *event {
+        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => {
+            vec![Action::AnswerFate(Fate::Revoked)]
+        }
+        Event::ReleaseAsked { .. } => vec![Action::RefuseRelease],
+        Event::OperatorCatch => vec![Action::Report(Named::Lost)],
+        Event::DeathSign
+        | Event::ConnectionClosed
+        | Event::LeaseRanOut
+        | Event::DeathProven
+        | Event::DestinationResumed => vec![],
+        _ => return None,
+    };
+    Some((*state, actions))
+}
