@@ -358,3 +358,165 @@ fn load_vm(machine: &Machine, sections: &mut Sections<'_>) -> Result<(), GuestEr
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::guests::{Filler, GuestSpec};
+    use crate::kvm::{KvmGuest, KvmOptions, Tracking};
+    use belay_checkpoint::guest::{Guest, Packet, PacketSink};
+    use belay_transport::PageSize;
+    use belay_transport::region::RamFile;
+    use std::sync::Arc;
+
+    struct Nowhere;
+
+    impl PacketSink for Nowhere {
+        fn emit(&self, _: Packet) {}
+        fn has_room(&self) -> bool {
+            true
+        }
+    }
+
+    const VCPUS: u16 = 2;
+
+    fn guest() -> Option<KvmGuest> {
+        if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+            eprintln!("skipped: /dev/kvm cannot be opened: {error}");
+            return None;
+        }
+        let spec = GuestSpec {
+            memory_bytes: 4 << 20,
+            working_set_bytes: 1 << 20,
+            vcpus: VCPUS,
+            filler: Filler::Host,
+            ..GuestSpec::default()
+        };
+        let file = Arc::new(RamFile::memfd("belay-test-state", 4 << 20, PageSize::Small).unwrap());
+        let alias = Arc::new(file.map().unwrap());
+        let options = KvmOptions { tracking: Tracking::None, irqchip: true };
+        let mut guest = KvmGuest::new(&spec, &options, file, alias, Arc::new(Nowhere)).unwrap();
+        guest.boot().unwrap();
+        Some(guest)
+    }
+
+    fn saved(guest: &mut KvmGuest) -> Vec<u8> {
+        let mut state = Vec::new();
+        guest.save(&mut state).unwrap();
+        state
+    }
+
+    /// Gives every section of a guest a value that a fresh one does not have.
+    fn mark(guest: &mut KvmGuest) {
+        const LSTAR: u32 = 0xc000_0082;
+        for vcpu in guest.machine.vcpus() {
+            let (fd, own) = (vcpu.fd(), vcpu.index as u64 + 1);
+            fd.set_regs(&kvm_regs { rax: own, rsp: own << 8, r15: own << 16, ..fd.get_regs().unwrap() }).unwrap();
+            let mut sregs = fd.get_sregs().unwrap();
+            (sregs.fs.base, sregs.gdt.limit, sregs.cr2) = (own << 12, own as u16, own << 4);
+            fd.set_sregs(&sregs).unwrap();
+            let bytes = guest.machine.xsave_bytes;
+            let mut xsave: Vec<u32> = values_of(Tag::Xsave, &get_xsave(&fd, bytes).unwrap()).unwrap();
+            xsave[40] = 0xabcd + own as u32; // the low word of XMM0
+            xsave[128] |= 3; // XSTATE_BV: x87 and SSE are in use
+            set_xsave(&fd, bytes, bytes_of(&xsave)).unwrap();
+            let mut xcrs = fd.get_xcrs().unwrap();
+            xcrs.xcrs[0].value |= 3;
+            fd.set_xcrs(&xcrs).unwrap();
+            let mut debug = fd.get_debug_regs().unwrap();
+            debug.db[0] = own << 20;
+            fd.set_debug_regs(&debug).unwrap();
+            let mut lapic = fd.get_lapic().unwrap();
+            lapic.regs[0x80] = (own << 4) as i8; // task priority
+            fd.set_lapic(&lapic).unwrap();
+            let msr = kvm_msr_entry { index: LSTAR, data: own << 24, ..Default::default() };
+            assert_eq!(fd.set_msrs(&Msrs::from_entries(&[msr]).unwrap()).unwrap(), 1);
+            fd.set_mp_state(kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_HALTED }).unwrap();
+            let mut events = fd.get_vcpu_events().unwrap();
+            events.nmi.masked = 1;
+            fd.set_vcpu_events(&events).unwrap();
+        }
+        let machine = &guest.machine;
+        machine.vm().set_clock(&kvm_clock_data { clock: 1 << 50, ..Default::default() }).unwrap();
+        for (_, chip_id) in IRQCHIPS {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            machine.vm().get_irqchip(&mut chip).unwrap();
+            if chip_id == KVM_IRQCHIP_IOAPIC {
+                // SAFETY: both members are plain integers, and the kernel filled all of the union.
+                unsafe { chip.chip.ioapic.redirtbl[5].bits = 0x1_0035 };
+            } else {
+                // SAFETY: as above.
+                unsafe { chip.chip.pic.irq_base = 0x20 + chip_id as u8 };
+            }
+            machine.vm().set_irqchip(&chip).unwrap();
+        }
+        let mut pit = machine.vm().get_pit2().unwrap();
+        pit.channels[2].count = 0x1234;
+        machine.vm().set_pit2(&pit).unwrap();
+        let vcpus = usize::from(VCPUS);
+        assert!(machine.port().load(PortState { sequence: 77, windows: vec![[5; 8]; vcpus], paces: vec![9; vcpus] }));
+    }
+
+    #[test]
+    fn every_field_of_a_saved_vcpu_comes_back() {
+        let (Some(mut from), Some(mut into)) = (guest(), guest()) else { return };
+        mark(&mut from);
+        let (state, fresh) = (saved(&mut from), saved(&mut into));
+        into.load(&state).unwrap();
+        let again = saved(&mut into);
+        let [state, fresh, again] = [&state, &fresh, &again].map(|bytes| parse(bytes, usize::from(VCPUS)).unwrap());
+        assert_eq!(state.len(), 6 + 11 * usize::from(VCPUS));
+        for (&(vcpu, tag), &bytes) in &state {
+            let again = again[&(vcpu, tag)];
+            let of_the_host = matches!(tag, Tag::Cpuid | Tag::TscKhz);
+            assert!(
+                of_the_host || bytes != fresh[&(vcpu, tag)],
+                "{tag:?} was not marked: this test proves nothing for it"
+            );
+            match tag {
+                Tag::Clock => {
+                    let clock = |bytes| value_of::<kvm_clock_data>(tag, bytes).unwrap().clock;
+                    assert!(clock(again) >= clock(bytes) && clock(again) < clock(bytes) + 10_000_000_000);
+                }
+                Tag::Msrs => {
+                    let msrs = |bytes| values_of::<kvm_msr_entry>(tag, bytes).unwrap();
+                    for (was, is) in msrs(bytes).into_iter().zip(msrs(again)) {
+                        let goes_on = was.index == MSR_IA32_TSC && is.data > was.data && is.data < was.data + (1 << 36);
+                        assert!(was.index == is.index && (was.data == is.data || goes_on), "{was:x?} became {is:x?}");
+                    }
+                }
+                Tag::Pit => {
+                    let pit = |bytes| {
+                        let mut pit = value_of::<kvm_pit_state2>(tag, bytes).unwrap();
+                        // When a channel was loaded is a time of the host's, set anew by the kernel.
+                        pit.channels.iter_mut().for_each(|channel| channel.count_load_time = 0);
+                        pit
+                    };
+                    assert_eq!(bytes_of(&[pit(again)]), bytes_of(&[pit(bytes)]));
+                }
+                _ => assert_eq!(again, bytes, "{tag:?} of vCPU {vcpu}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_state_that_is_cut_changed_or_foreign_is_refused() {
+        let Some(mut guest) = guest() else { return };
+        let state = saved(&mut guest);
+        for len in (0..state.len()).step_by(97) {
+            assert!(matches!(guest.load(&state[..len]), Err(GuestError::BadState(_))), "{len} bytes");
+        }
+        let change = |at: usize, to: u8| {
+            let mut changed = state.clone();
+            changed[at] = to;
+            changed
+        };
+        for (at, to) in [(0, b'X'), (8, 2), (10, 3), (12, 0xee), (14, 9), (15, 0)] {
+            assert!(matches!(guest.load(&change(at, to)), Err(GuestError::BadState(_))), "byte {at}");
+        }
+        let mut twice = state.clone();
+        twice.extend_from_within(12..);
+        assert!(matches!(guest.load(&twice), Err(GuestError::BadState(_))));
+        guest.load(&state).unwrap();
+    }
+}
