@@ -2,7 +2,7 @@
 
 use super::{FabricError, OWNER_EPOCH_OFFSET, ReadKey, RefusedReason, RevokedRing, RingKeys, WriteKey};
 use crate::region::{Extent, Mapping};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// Exports of one session: a key's low byte is its place here.
 pub(super) const MAX_EXPORTS: usize = 64;
@@ -20,8 +20,8 @@ pub(super) struct Export {
     pub key: u64,
     pub right: Right,
     pub mapping: Arc<Mapping>,
-    /// Sorted, disjoint and not touching.
-    extents: Vec<Extent>,
+    /// Sorted, disjoint and not touching. Shared with the threads that check requests, because a running guest populates more.
+    extents: Arc<RwLock<Vec<Extent>>>,
 }
 
 /// All of an owner's exports.
@@ -49,6 +49,7 @@ impl Exports {
         // Seven random bytes: a key says where it belongs and cannot be guessed.
         let random = u64::from_le_bytes(crate::session::random()?);
         let key = (random & !0xff) | self.all.len() as u64;
+        let extents = Arc::new(RwLock::new(extents));
         self.all.push(Export { key, right, mapping: Arc::clone(mapping), extents });
         Ok(key)
     }
@@ -57,6 +58,15 @@ impl Exports {
     pub(super) fn add_read(&mut self, mapping: &Arc<Mapping>, extents: &[Extent]) -> Result<ReadKey, FabricError> {
         let extents = merged(extents, mapping.len() as u64)?;
         self.add(Right::Read, mapping, extents).map(ReadKey)
+    }
+
+    /// Replaces what may be read by `key`.
+    pub(super) fn extend_read(&self, key: ReadKey, extents: &[Extent]) -> Result<(), FabricError> {
+        let export = self.all.get((key.0 & 0xff) as usize).filter(|export| export.key == key.0);
+        let export = export.ok_or(FabricError::UnknownKey { what: "extending an export", key: key.0 })?;
+        let extents = merged(extents, export.mapping.len() as u64)?;
+        *export.extents.write().unwrap_or_else(PoisonError::into_inner) = extents;
+        Ok(())
     }
 
     /// Exports the checkpoint ring and the owner's region, each as a whole.
@@ -105,9 +115,10 @@ impl Exports {
             return Err(RefusedReason::BadLength);
         }
         let end = offset.checked_add(u64::from(len)).ok_or(RefusedReason::OutOfRange)?;
-        let after = export.extents.partition_point(|extent| extent.offset <= offset);
+        let extents = export.extents.read().unwrap_or_else(PoisonError::into_inner);
+        let after = extents.partition_point(|extent| extent.offset <= offset);
         let inside = after.checked_sub(1).is_some_and(|at| {
-            let extent = export.extents[at];
+            let extent = extents[at];
             end <= extent.offset + extent.len
         });
         if inside { Ok((&export.mapping, offset as usize, len as usize)) } else { Err(RefusedReason::OutOfRange) }

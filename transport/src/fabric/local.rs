@@ -128,6 +128,10 @@ impl Owner for LocalOwner {
         Ok(key)
     }
 
+    fn extend_read(&mut self, key: ReadKey, extents: &[Extent]) -> Result<(), FabricError> {
+        self.exports.extend_read(key, extents)
+    }
+
     fn export_ring(
         &mut self,
         ring: (&RamFile, &Arc<Mapping>),

@@ -178,6 +178,10 @@ pub trait Owner: Send {
         extents: &[Extent],
     ) -> Result<ReadKey, FabricError>;
 
+    /// Replaces the extents that may be read by `key`: what the guest has populated since is found again at the switch and
+    /// offered too. Unlike an export, at any time.
+    fn extend_read(&mut self, key: ReadKey, extents: &[Extent]) -> Result<(), FabricError>;
+
     /// Exports the checkpoint ring for writing, and beside it the region that only the owner writes (folded-up-to, lease
     /// grant, …) for reading. The aligned u64 at [`OWNER_EPOCH_OFFSET`] of `owner_region` is the owner epoch, which revocation
     /// bumps first. Once a session; every export comes before the first [`Owner::serve_lane`].

@@ -77,6 +77,11 @@ pub fn connect(
 }
 
 impl LaneDialer {
+    /// Whether this session's connections are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        matches!((&self.inner.address, &self.inner.config.security), (Address::Tcp(_), Security::Tls(_)))
+    }
+
     /// Opens the connection of lane `id`; returns once the destination has taken it into the session.
     pub fn dial_lane(&self, id: LaneId, deadline: Deadline) -> Result<LaneStream, SessionError> {
         let mut stream = self.inner.open(Kind::Lane(id), deadline)?;

@@ -5,7 +5,7 @@ use super::hello::{Agreed, Hello, encode_accept, encode_refusal};
 use super::pending::{Arrived, Pending, Step};
 use super::preamble::{Answer, LANE_REFUSED, LANE_TAKEN, SessionId, Token};
 use super::stream::LaneStream;
-use super::{Address, SessionConfig, SessionError, socket};
+use super::{Address, Security, SessionConfig, SessionError, socket};
 use crate::deadline::Deadline;
 use crate::fabric::LaneId;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
@@ -257,6 +257,12 @@ impl LaneAcceptor {
             source: e.into(),
         })?;
         Ok(fd)
+    }
+
+    /// Whether this session's connections are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        let shared = &self.acceptor.shared;
+        matches!((&shared.address, &shared.config.security), (Address::Tcp(_), Security::Tls(_)))
     }
 
     /// Configuration the listener was given.

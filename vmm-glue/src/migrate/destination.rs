@@ -27,7 +27,7 @@ use belay_transport::{Deadline, PageSize, RegionId};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use std::collections::VecDeque;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a destination needs to know before any guest comes.
@@ -101,7 +101,7 @@ pub struct Ended {
     pub outcome: Outcome,
     pub why: String,
     /// The guest, where one is left to run or to look at.
-    pub guest: Option<SharedGuest>,
+    pub guest: Option<Box<dyn Guest>>,
     pub output: Option<Arc<Outbox>>,
     /// Every nonce the guest was given, in order.
     pub nonces: Vec<u64>,
@@ -149,14 +149,6 @@ pub enum DestinationError {
 
 fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> DestinationError {
     move |source| DestinationError::Io { doing, source }
-}
-
-/// The guest, shared between the role and the tether that stops and saves it.
-pub type SharedGuest = Arc<Mutex<Box<dyn Guest>>>;
-
-/// A panic of another thread while it held the guest has stopped that thread, not the guest.
-pub fn lock(guest: &SharedGuest) -> MutexGuard<'_, Box<dyn Guest>> {
-    guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What can happen beside messages.
@@ -251,7 +243,8 @@ struct Destination<'a> {
     happened: Sender<Happening>,
     state: State,
     last: ObservationId,
-    guest: SharedGuest,
+    /// The tether has it while it takes epochs.
+    guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
     guard: Option<Guard>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
@@ -283,7 +276,7 @@ impl<'a> Destination<'a> {
         words: &'a Receiver<i32>,
     ) -> Result<Self, DestinationError> {
         let bounds = config.bounds;
-        let connected = observer.note(
+        observer.note(
             None,
             Kind::Connected {
                 peer: "the source".to_owned(),
@@ -298,13 +291,13 @@ impl<'a> Destination<'a> {
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
         let ram = allocate(&session.hello.geometry, observer, &last)?;
-        let mut initiator = fabric::initiator(&session)?;
+        let mut initiator = fabric::initiator(&session);
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let mut landing = Vec::new();
         for ram in &ram {
             landing.push(initiator.register_local(&ram.alias)?);
         }
-        let mut tether_parts = match &proposal.tether {
+        let reserved = match &proposal.tether {
             Some(tether) => Some(tethering::reserve(&mut *initiator, tether, ring, offer)?),
             None => None,
         };
@@ -320,12 +313,13 @@ impl<'a> Destination<'a> {
             }
         }
         let (happened, happenings) = bounded(64);
-        if let Some(parts) = &mut tether_parts {
-            parts.take_lanes(checkpoint_lanes, &happened)?;
-        }
+        let tethering = match (reserved, <[_; 2]>::try_from(checkpoint_lanes)) {
+            (Some(reserved), Ok(lanes)) => Some(reserved.open(lanes, TETHER_STOP, happened.clone(), deadline)?),
+            _ => None,
+        };
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
         let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
-        let output = tethering::outbox(tether_parts.as_ref(), emitter).map_err(io("start the outbox"))?;
+        let output = tethering::outbox(tethering.as_ref(), emitter).map_err(io("start the outbox"))?;
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
@@ -342,11 +336,6 @@ impl<'a> Destination<'a> {
                 Ok((ram, local, remote, address))
             })
             .collect::<Result<Vec<_>, DestinationError>>()?;
-        let guest: SharedGuest = Arc::new(Mutex::new(built.guest));
-        let tethering = match tether_parts {
-            Some(parts) => Some(parts.build(Arc::clone(&guest), Arc::clone(&output), &built.shards, built.pid)?),
-            None => None,
-        };
         let mut guard = match proposal.tether {
             Some(_) => Some(host.guard(built.pid)?),
             None => None,
@@ -365,7 +354,6 @@ impl<'a> Destination<'a> {
         if let Some(guard) = &mut guard {
             guard.connect(session.lanes.take_guard(Deadline::after(bounds.handshake))?)?;
         }
-        let _ = connected;
         Ok(Self {
             config,
             nonces: proposal.nonces.clone(),
@@ -378,7 +366,7 @@ impl<'a> Destination<'a> {
             happened,
             state: State::new(),
             last,
-            guest,
+            guest: Some(built.guest),
             output,
             guard,
             ram,
@@ -400,6 +388,8 @@ impl<'a> Destination<'a> {
 
 /// Operations outstanding on one lane. Generous for reads of whole chunks, and small against what a socket buffers.
 const LANE_WINDOW: usize = 64;
+/// Longest that one stop for a checkpoint may take; a vCPU that waits for a page makes it try again.
+const TETHER_STOP: Duration = Duration::from_millis(500);
 /// Threads that allocate RAM.
 const ALLOCATORS: usize = 2;
 /// How often what has no channel is looked at.
@@ -532,15 +522,14 @@ impl Destination<'_> {
         let begun = Instant::now();
         let engine = Arc::new(self.start_engine(&map)?);
         self.engine = Some(Arc::clone(&engine));
-        {
-            let mut guest = lock(&self.guest);
-            guest.load(&device_state)?;
-            guest.set_incarnation(nonce)?;
-        }
-        self.nonces.push(nonce);
+        let guest = self.guest.as_mut().expect("the tether has not been started");
+        // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
         if let Some(tethering) = &mut self.tethering {
-            tethering.arm(engine)?;
+            tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
         }
+        guest.load(&device_state)?;
+        guest.set_incarnation(nonce)?;
+        self.nonces.push(nonce);
         let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
         self.tell(&ToSource::Loaded { because })?;
         Ok(())
@@ -684,6 +673,7 @@ impl Destination<'_> {
             State::Preparing { .. } => Some(Event::Cancelled),
             State::Tethered { .. } => {
                 self.output.shut();
+                self.stop_tether();
                 self.stop_guest();
                 Some(Event::GuestDied)
             }
@@ -697,6 +687,14 @@ impl Destination<'_> {
 
     /// What has no channel of its own.
     fn tick(&mut self) -> Option<Event> {
+        if let (State::Tethered { .. }, Some(tethering)) = (&self.state, &self.tethering) {
+            if let Some(failure) = tethering.heart_failure() {
+                return self.happening(failure);
+            }
+            if tethering.lease_has_ended() {
+                return self.happening(Happening::LeaseExpired);
+            }
+        }
         let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);
         let due = match (self.proposal.release, self.all_landed_at) {
             (ReleasePolicy::WhenLanded, Some(_)) => true,
@@ -800,13 +798,16 @@ impl Destination<'_> {
                 None
             }
             Action::StartTether { .. } => {
-                let started = self.tethering.as_mut().map(|tethering| tethering.start(self.observer.clone(), self.last.clone()));
-                match started {
-                    Some(Err(error)) => {
+                let (Some(tethering), Some(guest)) = (&mut self.tethering, self.guest.take()) else {
+                    return None;
+                };
+                let (output, observer) = (Arc::clone(&self.output), self.observer.clone());
+                match tethering.start(guest, output, observer, self.last.clone()) {
+                    Ok(()) => None,
+                    Err(error) => {
                         self.why = protocol::explain(&error);
                         Some(Event::CommitFailed)
                     }
-                    Some(Ok(())) | None => None,
                 }
             }
             Action::StopTether => {
@@ -873,8 +874,8 @@ impl Destination<'_> {
     }
 
     fn resume_guest(&mut self) -> Option<Event> {
-        let resumed = lock(&self.guest).resume();
-        match resumed {
+        let Some(guest) = &mut self.guest else { return None };
+        match guest.resume() {
             Ok(()) => {
                 let nonce = self.nonces.last().copied().unwrap_or(0);
                 if self.resumed_at.is_none() {
@@ -892,8 +893,8 @@ impl Destination<'_> {
 
     /// Whether the guest stands still.
     fn stop_guest(&mut self) -> bool {
-        let stopped = lock(&self.guest).pause(Deadline::after(self.config.bounds.stop));
-        match stopped {
+        let Some(guest) = &mut self.guest else { return false };
+        match guest.pause(Deadline::after(self.config.bounds.stop)) {
             Ok(()) => true,
             Err(error) => {
                 self.note(Kind::Failed {
@@ -906,9 +907,13 @@ impl Destination<'_> {
     }
 
     fn stop_tether(&mut self) {
-        if let Some(tethering) = self.tethering.take() {
-            let summary = tethering.stop(Deadline::after(self.config.bounds.stop));
+        let Some(tethering) = self.tethering.take() else { return };
+        let (end, summary) = tethering.stop();
+        if let Some(summary) = summary {
             self.note(summary);
+        }
+        if let Some(end) = end {
+            self.guest = Some(end.guest);
         }
     }
 
@@ -944,7 +949,7 @@ impl Destination<'_> {
         Ended {
             outcome,
             why: self.why,
-            guest: Some(self.guest),
+            guest: self.guest,
             output: Some(self.output),
             nonces: self.nonces,
             spec: Some(self.proposal.vmm),

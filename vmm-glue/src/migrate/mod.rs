@@ -13,3 +13,4 @@ pub mod release;
 pub mod settings;
 pub mod source;
 pub mod switch_map;
+pub mod tethering;

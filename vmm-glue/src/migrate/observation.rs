@@ -90,7 +90,16 @@ pub enum Kind {
     /// A latency distribution, in microseconds.
     Latency { what: String, count: u64, p50_us: f64, p90_us: f64, p99_us: f64, p999_us: f64, max_us: f64, buckets: Vec<(f64, u64)> },
     /// How the tether went.
-    TetherSummary { epochs: u64, pages: u64, bytes: u64, pause_p50_us: f64, pause_p99_us: f64, age_p50_us: f64, age_p99_us: f64, stop_p50_us: f64, save_p50_us: f64, harvest_p50_us: f64, stage_p50_us: f64 },
+    TetherSummary {
+        epochs: u64,
+        pages: u64,
+        bytes: u64,
+        pause_p50_us: f64,
+        pause_p99_us: f64,
+        commit_p50_us: f64,
+        age_p50_us: f64,
+        age_p99_us: f64,
+    },
     /// Processor time this process has used.
     CpuTime { user_us: u64, system_us: u64 },
     /// Something failed; what to do is said with it.

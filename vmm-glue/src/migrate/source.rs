@@ -135,6 +135,8 @@ pub struct Source<'a> {
     config: &'a SourceConfig,
     guest: &'a mut dyn Guest,
     output: &'a Outbox,
+    /// How far each vCPU's program has run, for reports.
+    steps: &'a dyn Fn() -> Vec<u64>,
     observer: &'a Observer,
     words: &'a Receiver<Word>,
     state: State,
@@ -157,6 +159,7 @@ pub fn run(
     config: &SourceConfig,
     guest: &mut dyn Guest,
     output: &Outbox,
+    steps: &dyn Fn() -> Vec<u64>,
     observer: &Observer,
     words: &Receiver<Word>,
 ) -> Result<Outcome, SourceError> {
@@ -165,6 +168,7 @@ pub fn run(
         config,
         guest,
         output,
+        steps,
         observer,
         words,
         state: State::new(),
@@ -195,7 +199,7 @@ fn prepare(
         page_size: block.page_size,
     });
     let offer = Offer { geometry: geometry.collect(), blob: protocol::encode(&config.proposal) };
-    let session = session::connect(&config.address, &config.session, &offer, Deadline::after(bounds.handshake))
+    let session = session::connect(&config.address, config.session.clone(), &offer, Deadline::after(bounds.handshake))
         .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
     let connected = observer.note(
         None,
@@ -508,7 +512,7 @@ impl Source<'_> {
             Action::PauseGuest => match self.guest.pause(Deadline::after(bounds.stop)) {
                 Ok(()) => {
                     self.paused_at = Instant::now();
-                    let steps = self.guest.progress();
+                    let steps = (self.steps)();
                     self.note(Kind::Paused { steps });
                     None
                 }
@@ -696,7 +700,7 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
-        let steps = self.guest.progress();
+        let steps = (self.steps)();
         if let Err(error) = self.guest.resume() {
             return self.cannot_resume(protocol::explain(&error));
         }

@@ -2,22 +2,21 @@
 
 use super::model::{Comparison, Model, ModelError, NonceSeen};
 use crate::kvm::guests::GuestSpec;
-use belay_checkpoint::guest::{Guest, GuestError};
+use belay_checkpoint::guest::GuestError;
 use belay_transport::Deadline;
+use belay_transport::region::Mapping;
 
-/// A guest of which the witness knows what its memory must be.
-pub trait ProofGuest: Guest {
-    /// Has every vCPU wait at its first PACE read at or behind `step`.
-    fn park_at_step(&mut self, step: u64) -> Result<(), GuestError>;
+/// A hand on a guest that stays while others pause, save and resume it: lets the witness stand it still at a point where its memory
+/// is an exact function of its steps.
+pub trait Standstill: Send {
+    /// Has every vCPU wait at its first PACE read at or behind `step`; `None` lets them on.
+    fn park_at_step(&self, step: Option<u64>) -> Result<(), GuestError>;
 
     /// Waits until every vCPU is parked; gives the steps each has done.
-    fn wait_parked(&mut self, deadline: Deadline) -> Result<Vec<u64>, GuestError>;
-
-    /// Lets parked vCPUs on.
-    fn unpark(&mut self) -> Result<(), GuestError>;
+    fn wait_parked(&self, deadline: Deadline) -> Result<Vec<u64>, GuestError>;
 
     /// Steps each vCPU had done at its last PACE read.
-    fn steps(&mut self) -> Result<Vec<u64>, GuestError>;
+    fn steps(&self) -> Result<Vec<u64>, GuestError>;
 }
 
 /// What a check of all memory found.
@@ -41,17 +40,17 @@ pub enum CheckError {
 /// Differences listed at most.
 const LISTED: usize = 8;
 
-/// Stands the guest still and compares every byte of its RAM with what it must be; leaves it parked. `issued` are the nonces it
-/// was given, in order.
+/// Stands the guest still and compares every byte of its RAM, seen through `memory`, with what it must be; leaves it parked.
+/// `issued` are the nonces it was given, in order.
 pub fn check(
-    guest: &mut dyn ProofGuest,
+    guest: &dyn Standstill,
+    memory: &Mapping,
     spec: &GuestSpec,
     issued: &[u64],
     deadline: Deadline,
 ) -> Result<Checked, CheckError> {
-    guest.park_at_step(0)?;
+    guest.park_at_step(Some(0))?;
     let steps = guest.wait_parked(deadline)?;
-    let memory = guest.memory()[0].alias.clone();
-    let model = Model::new(spec, &steps, &memory, issued)?;
-    Ok(Checked { comparison: model.compare(&memory, LISTED), nonces: model.nonces_seen().to_vec(), steps })
+    let model = Model::new(spec, &steps, memory, issued)?;
+    Ok(Checked { comparison: model.compare(memory, LISTED), nonces: model.nonces_seen().to_vec(), steps })
 }

@@ -101,6 +101,10 @@ impl Owner for TcpOwner {
         self.exports.add_read(mapping, extents)
     }
 
+    fn extend_read(&mut self, key: ReadKey, extents: &[Extent]) -> Result<(), FabricError> {
+        self.exports.extend_read(key, extents)
+    }
+
     fn export_ring(
         &mut self,
         (_, ring): (&RamFile, &Arc<Mapping>),

@@ -1,0 +1,277 @@
+//! The destination's tether as the role uses it: reserved while preparing, armed while the guest stands still, started once it
+//! runs, stopped when ownership says so.
+
+use super::destination::Happening;
+use super::observation::{Kind, ObservationId, Observer, us};
+use super::protocol::{RingOffer, explain};
+use super::settings::{LeaseSettings, TetherSettings};
+use belay_checkpoint::dirty::DirtySet;
+use belay_checkpoint::epoch::{
+    Arrivals, EpochObserver, EpochStats, Heartbeat, HeartbeatConfig, Tether, TetherConfig, TetherEnd, TetherError,
+    TetherParts,
+};
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, TrackerKind};
+use belay_checkpoint::outbox::{Bounds, Emitter, Outbox, OutputMode};
+use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
+use belay_checkpoint::staging::{Slot, StageError};
+use belay_checkpoint::tracker::uffd_wp::{UffdWpTracker, WhoseMemory};
+use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
+use belay_transport::pull::Engine;
+use belay_transport::{Deadline, PageIndex, RegionId};
+use crossbeam_channel::Sender;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Output that may be held before vCPUs park (P7). Below what a record may carry.
+const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
+
+/// Why no tether could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TetheringError {
+    #[error("the ring of {offered} bytes that the source offers is no use")]
+    Ring { offered: u64, #[source] source: RingTooSmall },
+    #[error(transparent)]
+    Ship(#[from] ShipError),
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    #[error(transparent)]
+    Tether(#[from] TetherError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("cannot start the heartbeat")]
+    Heartbeat(#[source] std::io::Error),
+}
+
+/// What has to be registered with the fabric before its lanes open.
+pub struct Reserved {
+    settings: TetherSettings,
+    keys: RingKeys,
+    offer: RingOffer,
+    slots: [Slot; 2],
+    mailboxes: [Mailbox; 2],
+}
+
+/// Takes staging memory and mailboxes.
+pub fn reserve(
+    initiator: &mut dyn Initiator,
+    settings: &TetherSettings,
+    keys: RingKeys,
+    offer: RingOffer,
+) -> Result<Reserved, TetheringError> {
+    let offered = offer.bytes;
+    let shape = RingShape::of(offered as usize).map_err(|source| TetheringError::Ring { offered, source })?;
+    let slot_bytes = (offered as usize).min(MOST_STAGING);
+    let mut slot = || Slot::new(initiator, slot_bytes, shape);
+    let slots = [slot()?, slot()?];
+    let mailboxes = [Mailbox::new(initiator)?, Mailbox::new(initiator)?];
+    Ok(Reserved { settings: settings.clone(), keys, offer, slots, mailboxes })
+}
+
+/// Larger slots than this only make a pause longer; what does not fit is shipped in parts.
+const MOST_STAGING: usize = 64 << 20;
+
+/// A tether whose lanes are open and whose heart beats. The guest does not run yet.
+pub struct Tethering {
+    settings: TetherSettings,
+    overflow_bytes: u64,
+    stop_bound: Duration,
+    heartbeat: Heartbeat,
+    happened: Sender<Happening>,
+    ready: Option<Ready>,
+    tether: Option<Tether>,
+}
+
+struct Ready {
+    writer: RingWriter,
+    slots: [Slot; 2],
+    tracker: Option<Box<dyn DirtyTracker>>,
+    arrivals: Option<Box<dyn Arrivals>>,
+}
+
+impl Reserved {
+    /// Takes the two checkpoint lanes: records, and heartbeat.
+    pub fn open(
+        self,
+        [records, beats]: [Box<dyn Lane>; 2],
+        stop_bound: Duration,
+        happened: Sender<Happening>,
+        deadline: Deadline,
+    ) -> Result<Tethering, TetheringError> {
+        let Self { settings, keys, offer, slots, mailboxes: [for_records, for_beats] } = self;
+        let LeaseSettings { length, heartbeat, .. } = settings.lease;
+        let writer = RingWriter::new(records, keys, offer.bytes as usize, offer.nonce, for_records, deadline)?;
+        let config = HeartbeatConfig { interval: heartbeat, lease: length, bound: length };
+        let heartbeat =
+            Heartbeat::start(beats, keys, for_beats, config).map_err(TetheringError::Heartbeat)?;
+        Ok(Tethering {
+            settings,
+            overflow_bytes: offer.overflow_bytes,
+            stop_bound,
+            heartbeat,
+            happened,
+            ready: Some(Ready { writer, slots, tracker: None, arrivals: None }),
+            tether: None,
+        })
+    }
+}
+
+/// The outbox of a guest with this tether, or with none.
+pub fn outbox(tethering: Option<&Tethering>, emitter: Box<dyn Emitter>) -> std::io::Result<Outbox> {
+    match tethering {
+        None => Outbox::open(OUTBOX, emitter),
+        Some(tethering) => match tethering.settings.output {
+            OutputMode::Commit => Outbox::commit(OUTBOX, emitter),
+            OutputMode::Lease => Outbox::lease(OUTBOX, tethering.heartbeat.lease(), emitter),
+        },
+    }
+}
+
+impl Tethering {
+    /// Starts to track, while the guest stands still: from here on every write is in some epoch.
+    pub fn arm(&mut self, guest: &mut dyn Guest, engine: Arc<Engine>, vmm_pid: u32) -> Result<(), TetheringError> {
+        let ready = self.ready.as_mut().expect("armed once, before it starts");
+        let mut tracker = match self.settings.tracker {
+            TrackerKind::UffdWp => Box::new(UffdWpTracker::new(whose(vmm_pid), guest.memory())?),
+            kind => guest.tracker(kind)?,
+        };
+        tracker.start()?;
+        ready.tracker = Some(tracker);
+        ready.arrivals = Some(Box::new(Pulled(engine)));
+        Ok(())
+    }
+
+    /// Takes epochs of the running guest from now on.
+    pub fn start(
+        &mut self,
+        guest: Box<dyn Guest>,
+        outbox: Arc<Outbox>,
+        observer: Observer,
+        because: ObservationId,
+    ) -> Result<(), TetheringError> {
+        let Ready { writer, slots, tracker, arrivals } = self.ready.take().expect("started once");
+        let parts = TetherParts {
+            guest,
+            tracker: tracker.expect("armed before it is started"),
+            arrivals: arrivals.expect("armed before it is started"),
+            policy: self.settings.policy.build(),
+            outbox,
+            writer,
+            slots,
+            observer: Arc::new(Ears { observer, because, happened: self.happened.clone() }),
+        };
+        let config = TetherConfig {
+            stop_bound: self.stop_bound,
+            overflow_bytes: self.overflow_bytes,
+            ..TetherConfig::default()
+        };
+        self.tether = Some(Tether::start(config, parts)?);
+        Ok(())
+    }
+
+    /// What the heartbeat has to report, if anything: asked at every tick.
+    pub(super) fn heart_failure(&self) -> Option<Happening> {
+        let failed = self.heartbeat.status().failed?;
+        let why = explain(&*failed);
+        Some(match &*failed {
+            error if is_revoked(error) => Happening::SourceRevoked(why),
+            _ => Happening::LaneBroken(why),
+        })
+    }
+
+    /// Whether the lease has run out, by the destination's own clock.
+    pub fn lease_has_ended(&self) -> bool {
+        self.tether.is_some() && self.heartbeat.status().granted > 0 && !self.heartbeat.lease().valid()
+    }
+
+    /// Ends the tether: what is on its way is finished, and the guest handed back with a summary of how it went.
+    pub fn stop(self) -> (Option<TetherEnd>, Option<Kind>) {
+        let Some(tether) = self.tether else { return (None, None) };
+        let Ok(end) = tether.stop() else { return (None, None) };
+        let stats = &end.stats;
+        let at = |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        let summary = Kind::TetherSummary {
+            epochs: stats.committed,
+            pages: stats.pages,
+            bytes: stats.bytes,
+            pause_p50_us: at(&stats.pause_ns, 0.5),
+            pause_p99_us: at(&stats.pause_ns, 0.99),
+            commit_p50_us: at(&stats.commit_ns, 0.5),
+            age_p50_us: at(&stats.age_ns, 0.5),
+            age_p99_us: at(&stats.age_ns, 0.99),
+        };
+        (Some(end), Some(summary))
+    }
+}
+
+fn whose(vmm_pid: u32) -> WhoseMemory {
+    match rustix::process::Pid::from_raw(vmm_pid as i32) {
+        Some(pid) if vmm_pid != std::process::id() => WhoseMemory::Process(pid),
+        _ => WhoseMemory::Own,
+    }
+}
+
+/// Whether somewhere in its causes an error says that the source has taken the session back.
+fn is_revoked(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if matches!(error.downcast_ref::<FabricError>(), Some(FabricError::Revoked { .. }))
+            || matches!(error.downcast_ref::<ShipError>(), Some(ShipError::Revoked { .. }))
+        {
+            return true;
+        }
+        at = error.source();
+    }
+    false
+}
+
+/// The pull engine, as a harvest needs it.
+struct Pulled(Arc<Engine>);
+
+impl Arrivals for Pulled {
+    fn landed(&self, region: RegionId, page: PageIndex) -> bool {
+        self.0.landed(region, page)
+    }
+
+    fn take_discards(&mut self, into: &mut DirtySet) {
+        self.0.take_discards(&mut |region, page| {
+            into.insert(region, page);
+        });
+    }
+}
+
+/// Tells what happens to epochs.
+struct Ears {
+    observer: Observer,
+    because: ObservationId,
+    happened: Sender<Happening>,
+}
+
+impl EpochObserver for Ears {
+    fn committed(&self, stats: &EpochStats) {
+        self.observer.note(
+            Some(&self.because),
+            Kind::Committed {
+                epoch: stats.epoch,
+                pages: stats.pages,
+                bytes: stats.bytes,
+                pause_us: us(stats.pause.total()),
+                commit_us: us(stats.commit),
+                age_us: us(stats.age),
+            },
+        );
+    }
+
+    fn stop_timed_out(&self, tries: u32, error: &GuestError) {
+        let state = "stop-timed-out".to_owned();
+        self.observer.note(Some(&self.because), Kind::State { state, why: format!("{error}; {tries} times in a row") });
+    }
+
+    fn failed(&self, error: &Arc<TetherError>) {
+        let why = explain(&**error);
+        // A full channel has told the main loop already that something is wrong.
+        let _ = self.happened.try_send(match &**error {
+            error if is_revoked(error) => Happening::SourceRevoked(why),
+            _ => Happening::CommitFailed(why),
+        });
+    }
+}
