@@ -1,4 +1,5 @@
 //! What the demo, the tests and the benchmarks believe: the checker of memory and the observer of output.
 
 pub mod model;
+pub mod observer;
 pub mod packet;
