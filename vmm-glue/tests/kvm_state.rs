@@ -2,8 +2,7 @@
 
 mod common;
 
-use belay_checkpoint::guest::{Guest, GuestError};
-use belay_transport::Deadline;
+use belay_checkpoint::guest::Guest;
 use belay_vmm_glue::kvm::guests::{Filler, GuestSpec};
 use belay_vmm_glue::kvm::{KvmOptions, Tracking};
 use common::{Rig, no_kvm, soon};
@@ -43,7 +42,7 @@ fn a_stop_and_a_save_are_short() {
         rig.guest.resume().unwrap();
         std::thread::sleep(Duration::from_millis(1));
     }
-    let mut median = |times: &mut Vec<Duration>| {
+    let median = |times: &mut Vec<Duration>| {
         times.sort();
         times[times.len() / 2]
     };

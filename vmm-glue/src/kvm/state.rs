@@ -445,8 +445,7 @@ mod tests {
                 // SAFETY: both members are plain integers, and the kernel filled all of the union.
                 unsafe { chip.chip.ioapic.redirtbl[5].bits = 0x1_0035 };
             } else {
-                // SAFETY: as above.
-                unsafe { chip.chip.pic.irq_base = 0x20 + chip_id as u8 };
+                chip.chip.pic.irq_base = 0x20 + chip_id as u8;
             }
             machine.vm().set_irqchip(&chip).unwrap();
         }

@@ -1,5 +1,6 @@
 //! What the demo, the tests and the benchmarks believe: the checker of memory and the observer of output.
 
 pub mod model;
+pub mod observer;
 pub mod packet;
 pub mod proof;

@@ -7,6 +7,7 @@ use belay_transport::{Deadline, PageSize};
 use belay_vmm_glue::kvm::guests::GuestSpec;
 use belay_vmm_glue::kvm::{KvmGuest, KvmOptions};
 use belay_vmm_glue::witness::model::Model;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,16 +27,16 @@ pub fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(20))
 }
 
-/// Collects packets.
+/// Collects packets, and has room until told otherwise.
 #[derive(Default)]
-pub struct Collected(pub Mutex<Vec<Packet>>);
+pub struct Collected(pub Mutex<Vec<Packet>>, pub AtomicBool);
 
 impl PacketSink for Collected {
     fn emit(&self, packet: Packet) {
         self.0.lock().unwrap().push(packet);
     }
     fn has_room(&self) -> bool {
-        true
+        !self.1.load(Ordering::SeqCst)
     }
 }
 
