@@ -120,6 +120,20 @@ impl Model {
         Ok(Self::from_logs(spec, layout, steps, logs, issued))
     }
 
+    /// The same from nonce logs read earlier ([`Self::nonces_seen`]), where guest memory is out of reach.
+    pub fn from_nonces_seen(
+        spec: &GuestSpec,
+        steps: &[u64],
+        logs: Vec<Vec<NonceSeen>>,
+        issued: &[u64],
+    ) -> Result<Self, ModelError> {
+        let layout = spec.layout()?;
+        if steps.len() != usize::from(spec.vcpus) || logs.len() != steps.len() {
+            return Err(ModelError::Vcpus { got: steps.len().min(logs.len()), vcpus: spec.vcpus });
+        }
+        Ok(Self::from_logs(spec, layout, steps, logs, issued))
+    }
+
     fn from_logs(spec: &GuestSpec, layout: Layout, steps: &[u64], logs: Vec<Vec<NonceSeen>>, issued: &[u64]) -> Self {
         let mut image = vec![0; layout.pages() as usize * PAGE_WORDS];
         for low in low_pages(&layout, spec, text()) {
