@@ -84,6 +84,7 @@ impl Engine {
         observer: Arc<dyn Observer>,
     ) -> Result<Self, PlanError> {
         let (install, tuning, slot_bytes) = (plan.install, plan.tuning, plan.slot_bytes());
+        let start_paused = plan.start_paused;
         let regions = plan::check(plan, &shards, &states)?;
         let failed = |doing| move |source| PlanError::Io { doing, source };
         let eventfd = || event().map_err(failed("eventfd"));
@@ -99,7 +100,7 @@ impl Engine {
             counters: shards.iter().map(|_| Counters::default()).collect(),
             stages: shards.iter().map(|_| Stages::new()).collect(),
             epoch: Instant::now(),
-            paused: AtomicBool::new(false),
+            paused: AtomicBool::new(start_paused),
             paused_until_ns: AtomicU64::new(0),
             stop: AtomicBool::new(false),
             unfinished: AtomicUsize::new(shards.len()),

@@ -99,6 +99,8 @@ pub struct PullPlan {
     pub regions: Vec<RegionPlan>,
     pub install: Install,
     pub tuning: Tuning,
+    /// Serve only faults until [`super::Engine::resume_background`]: for loading device state before the guest runs.
+    pub start_paused: bool,
 }
 
 impl PullPlan {

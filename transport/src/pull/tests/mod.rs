@@ -95,7 +95,6 @@ fn a_read_run_breaks_at_every_frame_that_is_not_its_own() {
     until(|| rig.demand.posted().len() == 2);
     rig.punch(60);
     assert_eq!(joined(rig.touch(60)), 0, "a page given up before anything was read for it is zero");
-    rig.bulk.allow(u64::MAX);
     rig.engine().resume_background();
     until(|| rig.engine().progress().absent == 0);
     rig.demand.allow(u64::MAX);
@@ -177,7 +176,7 @@ fn a_zapped_page_is_shown_again_with_what_the_guest_last_wrote() {
     rig.guest.write(9, 4711);
     rig.guest.advise(9, 1, libc::MADV_DONTNEED);
     assert_eq!(joined(rig.touch(9)), 4711);
-    assert_eq!(rig.engine().progress().shown_again, 1);
+    until(|| rig.engine().progress().shown_again == 1);
     assert_eq!(rig.discards(), []);
     assert_eq!(rig.demand.posted().len(), 1, "the source is not read for it again");
     rig.stop();
@@ -332,7 +331,8 @@ fn a_plan_on_memory_with_holes_is_refused() {
     };
     let geometry = RegionGeometry { id: REGION, page_size: PageSize::Small, frames: 64 };
     let states = Arc::new(PageStates::in_memory(&[geometry]).unwrap());
-    let plan = PullPlan { regions: vec![region], install: Install::Clean, tuning: Tuning::default() };
+    let plan =
+        PullPlan { regions: vec![region], install: Install::Clean, tuning: Tuning::default(), start_paused: false };
     let refused = Engine::start(plan, Vec::new(), states, Arc::new(NoObserver)).err().unwrap();
     assert!(matches!(refused, PlanError::NotAllocated { frame: 9, .. }), "{refused}");
 }
@@ -340,7 +340,6 @@ fn a_plan_on_memory_with_holes_is_refused() {
 #[test]
 fn the_background_goes_on_by_itself_after_a_pause_with_an_end() {
     let Some(rig) = Rig::new(Options::default()) else { return };
-    rig.bulk.allow(u64::MAX);
     rig.engine().resume_background();
     rig.engine().pause_background_until(Deadline::after(Duration::from_millis(20)));
     rig.engine().wait_all_landed(Deadline::after(BOUND)).unwrap();

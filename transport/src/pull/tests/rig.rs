@@ -87,7 +87,6 @@ pub struct Options {
     pub classes: Option<Vec<ClassRun>>,
     pub paused: bool,
     pub demand_permits: u64,
-    pub bulk_permits: u64,
     pub timeout: Duration,
     pub features: Features,
 }
@@ -103,7 +102,6 @@ impl Default for Options {
             classes: None,
             paused: true,
             demand_permits: u64::MAX,
-            bulk_permits: u64::MAX,
             timeout: BOUND,
             features: Features::NONE,
         }
@@ -148,7 +146,7 @@ impl Rig {
         let frames = bytes as u64 >> options.page_size.shift();
         let all_peer = || vec![ClassRun { class: PageClass::Peer, frames }];
         let tuning = Tuning { demand_timeout: options.timeout, ..Tuning::default() };
-        let mut plan = PullPlan { regions: Vec::new(), install: options.install, tuning };
+        let mut plan = PullPlan { regions: Vec::new(), install: options.install, tuning, start_paused: options.paused };
 
         let (guest, file, local, landing, faults);
         if options.bounce {
@@ -174,7 +172,7 @@ impl Rig {
             classes: options.classes.unwrap_or_else(all_peer),
         });
 
-        let (demand, bulk) = (Control::new(options.demand_permits), Control::new(options.bulk_permits));
+        let (demand, bulk) = (Control::new(options.demand_permits), Control::new(u64::MAX));
         let (mut shards, mut uffds) = (Vec::new(), Vec::new());
         let mut asked = options.features;
         if options.bounce {
@@ -205,14 +203,7 @@ impl Rig {
         let (tell, failed) = mpsc::channel();
         let observer = Arc::new(Tell(std::sync::Mutex::new(tell)));
         let alias = (!options.bounce).then_some(local);
-        if options.paused {
-            // Nothing may be pulled before a test says so: no bulk READ completes, and none is posted once paused.
-            bulk.allow(0);
-        }
         let engine = Engine::start(plan, shards, states, observer).unwrap();
-        if options.paused {
-            engine.pause_background();
-        }
         Some(Self { engine: Some(engine), guest, file, alias, demand, bulk, uffds, pages: options.pages, failed })
     }
 
@@ -231,7 +222,6 @@ impl Rig {
     }
 
     pub fn pull_all(&self) {
-        self.bulk.allow(u64::MAX);
         self.engine().resume_background();
         self.engine().wait_all_landed(Deadline::after(BOUND)).unwrap();
     }
