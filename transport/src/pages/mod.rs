@@ -119,8 +119,8 @@ impl PageStates {
         Ok(Self::counted(regions, mapping, file))
     }
 
-    /// The states an earlier page server left. It must be gone: its READs then are too, so frames it had in flight are absent
-    /// again. Those with a discard wanted stay so; the engine zeroes them first.
+    /// The states an earlier page server left. It must be gone: its READs then are too, so frames it had in flight, and those
+    /// its fabric failed, are absent again. Those with a discard wanted stay so; the engine zeroes them first.
     pub fn open(file: RamFile) -> Result<Self, PagesError> {
         let mapping = file.map().map_err(PagesError::Map)?;
         let regions = read_header(&mapping)?;
@@ -129,7 +129,7 @@ impl PageStates {
                 let byte = mapping.atomic_u8(region.offset + frame as usize);
                 let found = byte.load(Ordering::Acquire);
                 match State::from_byte(found) {
-                    Some(State::InFlight) => byte.store(State::Absent as u8, Ordering::Release),
+                    Some(State::InFlight | State::Failed) => byte.store(State::Absent as u8, Ordering::Release),
                     Some(_) => {}
                     None => {
                         let id = u64::from(region.geometry.id.0);

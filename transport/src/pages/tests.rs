@@ -56,10 +56,10 @@ fn a_new_page_server_finds_what_landed_and_reads_the_rest_again() {
     assert_eq!(states.geometry().collect::<Vec<_>>(), geometry(&[10, 5]));
     let found: Vec<_> = (0..6).map(|frame| states.state_at(0, FrameIndex(frame))).collect();
     use State::*;
-    assert_eq!(found, [Landed, Landed, Failed, DiscardWanted, Absent, Absent]);
+    assert_eq!(found, [Landed, Landed, Absent, DiscardWanted, Absent, Absent]);
     assert_eq!(states.state_at(1, FrameIndex(4)), Discarded);
     states.settle_discard(0, FrameIndex(3));
-    assert_eq!(states.counts(), Counts { absent: 10, in_flight: 0, landed: 2, discarded: 2, failed: 1 });
+    assert_eq!(states.counts(), Counts { absent: 11, in_flight: 0, landed: 2, discarded: 2, failed: 0 });
 }
 
 #[test]

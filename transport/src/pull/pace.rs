@@ -1,0 +1,119 @@
+//! How hard the background may pull while a guest waits for pages.
+//!
+//! Two controls. The *chunk* is small while faults arrive: it is what a fault that comes just after a post has to wait for on a
+//! fabric that completes while posting. The *window* (chunks in flight) halves when a demand READ takes much longer on the
+//! wire than it does unloaded, and grows back by one for every few chunks that complete in peace.
+
+use super::plan::Tuning;
+
+/// Faults this recent mean that more will come.
+const BUSY_NS: u64 = 2_000_000;
+/// A demand READ this much slower than unloaded says that the background is in its way.
+const SLOWER: u64 = 3;
+/// Below this, slowness is the scheduler's and no sign of queueing.
+const NOISE_NS: u64 = 20_000;
+/// Completed chunks that earn one more in flight.
+const EARN: u32 = 8;
+
+#[derive(Debug)]
+pub(super) struct Pace {
+    chunk_bytes: u64,
+    busy_chunk_bytes: u64,
+    most: usize,
+    window: usize,
+    /// Smoothed wire time of demand READs when fast; creeps up so that a change of the path is learnt.
+    unloaded_ns: u64,
+    last_fault_ns: Option<u64>,
+    earned: u32,
+}
+
+impl Pace {
+    pub(super) fn new(tuning: &Tuning) -> Self {
+        Self {
+            chunk_bytes: tuning.chunk_bytes,
+            busy_chunk_bytes: tuning.busy_chunk_bytes,
+            most: tuning.bulk_chunks,
+            window: tuning.bulk_chunks,
+            unloaded_ns: 0,
+            last_fault_ns: None,
+            earned: 0,
+        }
+    }
+
+    /// A fault was read.
+    #[inline]
+    pub(super) fn fault(&mut self, now_ns: u64) {
+        self.last_fault_ns = Some(now_ns);
+    }
+
+    /// A demand READ took `wire_ns`.
+    #[inline]
+    pub(super) fn demand_completed(&mut self, wire_ns: u64) {
+        if self.unloaded_ns == 0 || wire_ns < self.unloaded_ns {
+            self.unloaded_ns = wire_ns.max(1);
+            return;
+        }
+        self.unloaded_ns += (self.unloaded_ns / 256).max(1);
+        if wire_ns > (self.unloaded_ns * SLOWER).max(NOISE_NS) {
+            self.window = (self.window / 2).max(1);
+            self.earned = 0;
+        }
+    }
+
+    /// A background chunk completed.
+    #[inline]
+    pub(super) fn bulk_completed(&mut self) {
+        self.earned += 1;
+        if self.earned >= EARN && self.window < self.most {
+            self.window += 1;
+            self.earned = 0;
+        }
+    }
+
+    /// Chunks that may be in flight.
+    #[inline]
+    pub(super) fn window(&self) -> usize {
+        self.window
+    }
+
+    /// Bytes of the next chunk.
+    #[inline]
+    pub(super) fn chunk_bytes(&self, now_ns: u64) -> u64 {
+        if self.busy(now_ns) { self.busy_chunk_bytes } else { self.chunk_bytes }
+    }
+
+    /// Whether faults have been arriving.
+    #[inline]
+    pub(super) fn busy(&self, now_ns: u64) -> bool {
+        self.last_fault_ns.is_some_and(|last| now_ns.saturating_sub(last) < BUSY_NS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_window_shrinks_when_demand_slows_and_grows_back_in_peace() {
+        let mut pace = Pace::new(&Tuning { bulk_chunks: 8, ..Tuning::default() });
+        (0..100).for_each(|_| pace.demand_completed(15_000));
+        assert_eq!(pace.window(), 8);
+        pace.demand_completed(200_000);
+        pace.demand_completed(200_000);
+        assert_eq!(pace.window(), 2);
+        (0..10).for_each(|_| pace.demand_completed(500_000));
+        assert_eq!(pace.window(), 1);
+        (0..1000).for_each(|_| pace.bulk_completed());
+        assert_eq!(pace.window(), 8);
+    }
+
+    #[test]
+    fn chunks_are_small_while_faults_arrive() {
+        let tuning = Tuning::default();
+        let mut pace = Pace::new(&tuning);
+        assert_eq!(pace.chunk_bytes(0), tuning.chunk_bytes);
+        pace.fault(1_000);
+        assert_eq!(pace.chunk_bytes(100_000), tuning.busy_chunk_bytes);
+        assert_eq!(pace.chunk_bytes(10_000_000), tuning.chunk_bytes);
+    }
+}
