@@ -24,18 +24,24 @@ const SCAN: Opcode = opcode::read_write::<raw::pm_scan_arg>(b'f', 16);
 /// nothing would ever be reported.
 const PROTECT: u64 = (raw::PM_SCAN_WP_MATCHING | raw::PM_SCAN_CHECK_WPASYNC) as u64;
 
-/// Whether this kernel has PAGEMAP_SCAN and the page at `start` is registered for asynchronous write protection. Changes nothing.
-pub(super) fn probe(pagemap: impl AsFd, start: u64, page_bytes: u64) -> Result<(), Errno> {
+/// Whether the page at `start` is mapped. EPERM when it is, but not registered for asynchronous write protection; ENOTTY when the
+/// kernel has no PAGEMAP_SCAN. Changes nothing.
+///
+/// An address space without a mapping is scanned with success and without a page, and a process that is being killed loses its
+/// mappings before it can be seen to be dead. So a scan's answer counts only if its range is still mapped *after* it: the
+/// kernel takes the mappings away last.
+pub(super) fn is_mapped(pagemap: impl AsFd, start: u64, page_bytes: u64) -> Result<bool, Errno> {
     let mut found = [PageRegion { start: 0, end: 0, categories: 0 }];
     let flags = u64::from(raw::PM_SCAN_CHECK_WPASYNC);
-    call(&pagemap, flags, start, start + page_bytes, &mut found).map(drop)
+    let (runs, _) = call(&pagemap, flags, raw::PAGE_IS_WPALLOWED, start, start + page_bytes, &mut found)?;
+    Ok(runs > 0)
 }
 
 /// Protects every page of `start..end`, also those in no page table, so that the next scan reports what was written since.
 pub(super) fn protect(pagemap: impl AsFd, start: u64, end: u64) -> Result<(), Errno> {
     let mut at = start;
     while at < end {
-        let walked = call(&pagemap, PROTECT, at, end, &mut [])?.1;
+        let walked = call(&pagemap, PROTECT, raw::PAGE_IS_WRITTEN, at, end, &mut [])?.1;
         at = advance(at, walked, end)?;
     }
     Ok(())
@@ -45,7 +51,7 @@ pub(super) fn protect(pagemap: impl AsFd, start: u64, end: u64) -> Result<(), Er
 /// of `end` when `found` is full or the kernel broke off.
 pub(super) fn scan(pagemap: impl AsFd, start: u64, end: u64, found: &mut [PageRegion]) -> Result<(usize, u64), Errno> {
     assert!(!found.is_empty(), "a scan needs room for what it finds");
-    let (runs, walked) = call(&pagemap, PROTECT, start, end, found)?;
+    let (runs, walked) = call(&pagemap, PROTECT, raw::PAGE_IS_WRITTEN, start, end, found)?;
     Ok((runs, advance(start, walked, end)?))
 }
 
@@ -80,6 +86,7 @@ unsafe impl Ioctl for Scan<'_> {
 fn call(
     pagemap: &impl AsFd,
     flags: u64,
+    category: u32,
     start: u64,
     end: u64,
     found: &mut [PageRegion],
@@ -95,9 +102,9 @@ fn call(
         vec_len: found.len() as u64,
         max_pages: 0,
         category_inverted: 0,
-        category_mask: u64::from(raw::PAGE_IS_WRITTEN),
+        category_mask: u64::from(category),
         category_anyof_mask: 0,
-        return_mask: u64::from(raw::PAGE_IS_WRITTEN),
+        return_mask: u64::from(category),
     };
     loop {
         // SAFETY: the kernel writes the argument and at most `vec_len` regions at `vec`, which `found` has room for and is

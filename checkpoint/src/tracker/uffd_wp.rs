@@ -15,7 +15,7 @@ use super::scanners::Scanners;
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
 use belay_transport::uffd::Features;
-use belay_transport::{PAGE_SHIFT, PageIndex, PageSize, RegionId};
+use belay_transport::{PAGE_SHIFT, PageIndex, RegionId};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -50,6 +50,7 @@ struct Block {
     id: RegionId,
     start: u64,
     end: u64,
+    page_bytes: u64,
 }
 
 impl Block {
@@ -67,24 +68,33 @@ impl UffdWpTracker {
         };
         let pagemap = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| GuestError::Io { doing: format!("open {path}"), source: errno.into() })?;
-        for block in blocks {
-            pagemap::probe(&pagemap, block.vmm_address, block.page_size.bytes() as u64)
-                .map_err(|errno| refusal(whose, errno, block.id))?;
-        }
         let blocks: Vec<Block> = blocks.iter().map(Block::of).collect();
         let pagemap = Arc::new(pagemap);
         let bytes = blocks.iter().map(|block| block.end - block.start).sum();
         let scanners = Scanners::new(Arc::clone(&pagemap), bytes)
             .map_err(|source| GuestError::Io { doing: "start scanning threads".into(), source })?;
-        Ok(Self { whose, pagemap, blocks, scanners, lost_track: false })
+        let tracker = Self { whose, pagemap, blocks, scanners, lost_track: false };
+        tracker.check_mapped()?;
+        Ok(tracker)
+    }
+
+    /// Whether every block is mapped and registered, to its last page.
+    fn check_mapped(&self) -> Result<(), GuestError> {
+        for block in &self.blocks {
+            let mapped = pagemap::is_mapped(&self.pagemap, block.end - block.page_bytes, block.page_bytes);
+            if !mapped.map_err(|errno| refusal(self.whose, errno, block.id))? {
+                return Err(GuestError::VmmGone(format!("{} is not mapped any more, {:?}", block.id, self.whose)));
+            }
+        }
+        Ok(())
     }
 }
 
 impl Block {
     fn of(block: &RamBlock) -> Self {
-        let len = block.alias.len() as u64;
-        assert!(len.is_multiple_of(PageSize::Small.bytes() as u64), "{} has {len} bytes, not whole pages", block.id);
-        Self { id: block.id, start: block.vmm_address, end: block.vmm_address + len }
+        let (len, page_bytes) = (block.alias.len() as u64, block.page_size.bytes() as u64);
+        assert!(len > 0 && len.is_multiple_of(page_bytes), "{} has {len} bytes, not whole pages", block.id);
+        Self { id: block.id, start: block.vmm_address, end: block.vmm_address + len, page_bytes }
     }
 }
 
@@ -102,6 +112,7 @@ impl DirtyTracker for UffdWpTracker {
             pagemap::protect(&self.pagemap, block.start, block.end)
                 .map_err(|errno| refusal(self.whose, errno, block.id))?;
         }
+        self.check_mapped()?;
         self.lost_track = false;
         Ok(())
     }
@@ -119,11 +130,10 @@ impl DirtyTracker for UffdWpTracker {
             let first = PageIndex((run.start - block.start) >> PAGE_SHIFT);
             into.insert_run(block.id, first, (run.end - run.start) >> PAGE_SHIFT);
         });
-        scanned.map_err(|errno| {
-            self.lost_track = true;
-            let id = self.blocks.first().map_or(RegionId(0), |block| block.id);
-            refusal(self.whose, errno, id)
-        })
+        let id = blocks.first().map_or(RegionId(0), |block| block.id);
+        let outcome = scanned.map_err(|errno| refusal(self.whose, errno, id)).and_then(|()| self.check_mapped());
+        self.lost_track = outcome.is_err();
+        outcome
     }
 
     /// A scan that only looks costs as much as a harvest: not cheap.

@@ -1,6 +1,7 @@
 //! With real memory: what was written is reported, once, and nothing written is missed.
 
 use super::*;
+use belay_transport::PageSize;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::{Faults, OpenMode, RegisterModes, Uffd};
 use std::collections::BTreeSet;
@@ -177,4 +178,67 @@ fn p3_a_range_that_stops_being_registered_is_an_error_and_not_a_clean_page() {
     let mut set = DirtySet::new([(ID, 64)]);
     assert!(tracker.harvest(&mut set).is_err());
     assert!(tracker.harvest(&mut set).is_err(), "and it stays one until tracking starts anew");
+}
+
+/// Set in the process that plays the VMM, which is this test binary run again.
+const CHILD: &str = "BELAY_TEST_TRACKED_CHILD";
+
+/// The VMM's process: tells where its memory is, then writes the page whose number each line holds and answers with the line.
+#[test]
+fn tracked_child() {
+    use std::io::BufRead;
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    println!("\nat {}", memory.guest.address());
+    for line in std::io::stdin().lock().lines() {
+        let page = line.expect("stdin").parse().expect("a page");
+        memory.write(page, 1);
+        memory.zap(page, page % 2);
+        println!("\ndid {page}");
+    }
+}
+
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn p3_writes_of_another_process_are_seen_and_its_death_is_not_taken_for_silence() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    let Some(stand_in) = Memory::new(PAGES, Faults::None) else { return };
+    let exe = std::env::current_exe().expect("test binary");
+    let mut command = Command::new(exe);
+    command.args(["--exact", "tracker::uffd_wp::tests::tracked_child", "--nocapture"]).env(CHILD, "1");
+    let mut child = Child(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("spawn"));
+    let mut lines = BufReader::new(child.0.stdout.take().expect("piped")).lines().map(|line| line.expect("stdout"));
+    let mut input = child.0.stdin.take().expect("piped");
+    let at =
+        lines.find_map(|line| line.strip_prefix("at ").map(|at| at.parse().expect("an address"))).expect("started");
+
+    let pid = Pid::from_child(&child.0);
+    let block = RamBlock { vmm_address: at, ..stand_in.block.clone() };
+    let mut tracker = UffdWpTracker::new(WhoseMemory::Process(pid), &[block]).expect("tracker");
+    tracker.start().expect("start");
+    let mut order = |page: u64| {
+        writeln!(input, "{page}").expect("stdin");
+        assert!(lines.any(|line| line == format!("did {page}")), "the child ended");
+    };
+    [4, 7, 300].into_iter().for_each(&mut order);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([4, 7, 300]));
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+    order(7);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([7]));
+
+    drop(child);
+    let mut set = DirtySet::new([(ID, PAGES)]);
+    let error = tracker.harvest(&mut set).expect_err("a dead process has no clean pages");
+    assert!(matches!(error, GuestError::VmmGone(_)), "{error:?}");
 }
