@@ -1,19 +1,29 @@
 //! What `send` and `receive` share: the proof guest that one of them holds at the end, its output, and the check of both.
 
 use crate::exit::Exit;
-use crate::options::{Drive, GuestOptions, VmmPlace};
+use crate::options::Drive;
 use crate::quantity::Span;
 use crate::report;
-use belay_checkpoint::guest::{Guest, GuestError, Packet, TrackerKind};
+use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
-use belay_transport::Deadline;
-use belay_vmm_glue::kvm::guests::GuestSpec;
+use belay_transport::region::{RamFile, RegionError};
+use belay_transport::uffd::OpenMode;
+use belay_transport::{Deadline, PageSize, RegionId};
+use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
+use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
+use belay_vmm_glue::kvm::registration::register;
+use belay_vmm_glue::kvm::{DEFAULT_RING_ENTRIES, HostGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
+use belay_vmm_glue::migrate::destination::{Built, Host, Ram, shard_ranges};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
-use belay_vmm_glue::witness::observer::ObserverClient;
-use belay_vmm_glue::witness::proof::{self, ProofGuest};
+use belay_vmm_glue::migrate::protocol::explain;
+use belay_vmm_glue::migrate::settings::VmmSpec;
+use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
+use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
+use belay_vmm_glue::witness::proof;
 use crossbeam_channel::Receiver;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a guest may have waiting to leave before its vCPUs park.
@@ -31,7 +41,10 @@ impl Emitter for Nowhere {
 /// The way to the observer at `address`, or to nowhere.
 pub fn output(address: Option<&str>, role: &str) -> io::Result<Box<dyn Emitter>> {
     match address {
-        Some(address) => Ok(Box::new(ObserverClient::connect(address, role)?)),
+        Some(address) => {
+            let address: ObserverAddress = address.parse().map_err(io::Error::other)?;
+            Ok(Box::new(ObserverClient::new(address, role)))
+        }
         None => Ok(Box::new(Nowhere)),
     }
 }
@@ -58,66 +71,242 @@ pub fn default_run_dir() -> PathBuf {
     std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("belay")
 }
 
-/// The check of all RAM, and how long a guest may take to come to a point where it can be made.
+/// How long a guest may take to come to a point where it can be checked.
 const PARK_BOUND: Duration = Duration::from_secs(20);
+/// How long a guest may take to fill its memory.
+const FILL_BOUND: Duration = Duration::from_secs(120);
 
-/// Stands the guest still, compares all of its RAM, and notes what was found; whether all is as it must be.
-pub fn check(guest: &mut dyn ProofGuest, spec: &GuestSpec, issued: &[u64], output: &Outbox, observer: &Observer) -> bool {
-    let begun = Instant::now();
-    match proof::check(guest, spec, issued, Deadline::after(PARK_BOUND)) {
-        Ok(checked) => {
-            let all_sent = output.wait_sent(Deadline::after(PARK_BOUND));
-            let detail = match (checked.comparison.is_equal(), all_sent) {
-                (true, true) => String::new(),
-                (false, _) => checked.comparison.to_string(),
-                (true, false) => "output that may leave did not leave".to_owned(),
-            };
-            let nonces = checked.nonces.iter().map(|log| log.iter().map(|seen| (seen.step, seen.nonce)).collect());
-            observer.note(
-                None,
-                Kind::Checked {
-                    pages: checked.comparison.pages_compared,
-                    wrong_pages: checked.comparison.pages_different,
-                    steps: checked.steps.clone(),
-                    nonces: nonces.collect(),
-                    issued: issued.to_vec(),
-                    detail: detail.clone(),
-                    took_us: us(begun.elapsed()),
-                },
-            );
-            detail.is_empty()
+/// What drives guest memory, as decided on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Driver {
+    Kvm,
+    Threads,
+}
+
+impl Driver {
+    fn choose(asked: Option<Drive>) -> Self {
+        let usable = || std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        match asked.unwrap_or(Drive::Auto) {
+            Drive::Kvm => Self::Kvm,
+            Drive::Threads => Self::Threads,
+            Drive::Auto if usable() => Self::Kvm,
+            Drive::Auto => Self::Threads,
         }
-        Err(error) => {
-            report::failed(observer, &error, "The guest's memory could not be judged, so nothing is proven.");
-            false
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "KVM",
+            Self::Threads => "host threads (/dev/kvm is missing or not ours; `belay check` says how to mend it)",
         }
     }
 }
 
-/// Lets the guest run on for `run_on` (or until a signal), then checks it if that was asked for.
-#[expect(clippy::too_many_arguments, reason = "the end of a command: everything it made goes in")]
-pub fn run_on(
-    guest: &mut dyn ProofGuest,
+/// A VMM in this process, its guest paused and empty.
+fn build(
+    driver: Driver,
     spec: &GuestSpec,
-    issued: &[u64],
-    run_on: Option<Span>,
-    checked: bool,
-    output: &Outbox,
-    words: &Receiver<i32>,
-    observer: &Observer,
-    exit: Exit,
-) -> Exit {
-    let interrupted = match run_on {
-        Some(span) => words.recv_timeout(span.0).is_ok(),
-        None => words.recv().is_ok(),
-    };
-    let good = !checked || check(guest, spec, issued, output, observer);
-    cpu_time(observer);
-    match (good, interrupted && run_on.is_some()) {
-        (false, _) => Exit::CheckFailed,
-        (true, true) => Exit::Interrupted,
-        (true, false) => exit,
+    tracker: Option<TrackerKind>,
+    ram: &Ram,
+    sink: Arc<dyn PacketSink>,
+) -> Result<SharedGuest, GuestError> {
+    let (file, alias) = (Arc::clone(&ram.file), Arc::clone(&ram.alias));
+    Ok(SharedGuest::new(match driver {
+        Driver::Kvm => {
+            let tracking = match tracker {
+                Some(TrackerKind::KvmLog) => Tracking::Log,
+                Some(TrackerKind::KvmRing) => Tracking::Ring { entries: DEFAULT_RING_ENTRIES },
+                Some(TrackerKind::UffdWp) | None => Tracking::None,
+            };
+            Box::new(KvmGuest::new(spec, &KvmOptions { tracking, ..KvmOptions::default() }, file, alias, sink)?)
+        }
+        Driver::Threads => Box::new(HostGuest::new(spec, file, alias, sink)?),
+    }))
+}
+
+/// A guest that runs, with all it was given.
+pub struct Held {
+    pub guest: SharedGuest,
+    pub spec: GuestSpec,
+    /// Incarnation nonces, in order.
+    pub nonces: Vec<u64>,
+}
+
+impl Held {
+    /// Makes guest RAM, boots the guest for the first time and lets it run.
+    pub fn start(
+        spec: &GuestSpec,
+        drive: Option<Drive>,
+        sink: Arc<dyn PacketSink>,
+        observer: &Observer,
+    ) -> Result<Self, HolderError> {
+        let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, PageSize::Small)?);
+        let alias = Arc::new(file.map().map_err(HolderError::Map)?);
+        let driver = Driver::choose(drive);
+        let mut guest = build(driver, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        let nonce = fresh_nonce()?;
+        guest.lock().boot()?;
+        guest.set_incarnation(nonce)?;
+        guest.resume()?;
+        observer.note(
+            None,
+            Kind::GuestStarted { nonce, driven_by: driver.name().to_owned(), spec: spec.clone() },
+        );
+        Ok(Self { guest, spec: spec.clone(), nonces: vec![nonce] })
     }
+
+    /// Waits until the guest has filled its memory, and then for as long as it shall run here; whether a signal ended the wait.
+    pub fn warm_up(&self, run: Duration, words: &Receiver<i32>) -> Result<bool, HolderError> {
+        let begun = Instant::now();
+        while self.guest.steps().iter().any(|&step| step == 0) && self.spec.program != Program::Scanner {
+            if let Some(failure) = self.guest.lock().failure() {
+                return Err(GuestError::Crashed(failure).into());
+            }
+            if begun.elapsed() > FILL_BOUND {
+                return Err(HolderError::NotFilled { bound: FILL_BOUND });
+            }
+            if words.recv_timeout(Duration::from_millis(5)).is_ok() {
+                return Ok(true);
+            }
+        }
+        Ok(words.recv_timeout(run).is_ok())
+    }
+
+    /// Stands the guest still, compares all of its RAM, and notes what was found; whether all is as it must be.
+    pub fn check(&self, output: &Outbox, observer: &Observer) -> bool {
+        let begun = Instant::now();
+        let checked = match proof::check(&self.guest, &self.nonces, Deadline::after(PARK_BOUND)) {
+            Ok(checked) => checked,
+            Err(error) => {
+                report::failed(observer, &error, "The guest's memory could not be judged, so nothing is proven.");
+                return false;
+            }
+        };
+        let all_sent = output.wait_sent(Deadline::after(PARK_BOUND));
+        let detail = match (checked.comparison.is_equal(), all_sent) {
+            (true, true) => String::new(),
+            (false, _) => checked.comparison.to_string(),
+            (true, false) => "output that may leave did not leave".to_owned(),
+        };
+        let nonces = checked.nonces.iter().map(|log| log.iter().map(|seen| (seen.step, seen.nonce)).collect());
+        let good = detail.is_empty();
+        observer.note(
+            None,
+            Kind::Checked {
+                pages: checked.comparison.pages_compared,
+                wrong_pages: checked.comparison.pages_different,
+                steps: checked.steps.clone(),
+                nonces: nonces.collect(),
+                issued: self.nonces.clone(),
+                detail,
+                took_us: us(begun.elapsed()),
+            },
+        );
+        good
+    }
+
+    /// Lets the guest run on for `run_on` (or until a signal), then checks it if that was asked for; `exit` if all went well.
+    pub fn run_on(
+        &self,
+        run_on: Option<Span>,
+        checked: bool,
+        output: &Outbox,
+        words: &Receiver<i32>,
+        observer: &Observer,
+        exit: Exit,
+    ) -> Exit {
+        let interrupted = match run_on {
+            Some(span) => words.recv_timeout(span.0).is_ok(),
+            None => {
+                let _ = words.recv();
+                false
+            }
+        };
+        let good = !checked || self.check(output, observer);
+        cpu_time(observer);
+        match (good, interrupted) {
+            (false, _) => Exit::CheckFailed,
+            (true, true) => Exit::Interrupted,
+            (true, false) => exit,
+        }
+    }
+}
+
+/// What a destination's role asks of this host.
+pub struct ThisHost {
+    drive: Option<Drive>,
+    /// The guest, once it was built.
+    pub built: Option<SharedGuest>,
+}
+
+impl ThisHost {
+    /// A host that drives guests as asked.
+    pub fn new(drive: Option<Drive>) -> Self {
+        Self { drive, built: None }
+    }
+}
+
+impl Host for ThisHost {
+    fn build(
+        &mut self,
+        spec: &VmmSpec,
+        ram: &[Ram],
+        shards: u16,
+        tracker: Option<TrackerKind>,
+        sink: Arc<dyn PacketSink>,
+        _life: Option<&LifePage>,
+    ) -> Result<Built, GuestError> {
+        let VmmSpec::Kvm(spec) = spec;
+        let [region] = ram else {
+            return Err(GuestError::BadState(format!("{} regions of RAM; this VMM has one", ram.len())));
+        };
+        let driver = Driver::choose(self.drive);
+        let guest = build(driver, spec, tracker, region, sink)?;
+        let parts = shard_ranges(ram, shards);
+        let page_size = region.file.page_size();
+        let bytes: Vec<_> = parts
+            .iter()
+            .flatten()
+            .map(|range| range.frames.start << page_size.shift()..range.frames.end << page_size.shift())
+            .collect();
+        if bytes.len() != parts.len() {
+            return Err(GuestError::BadState(format!("{shards} shards are more than {} of RAM can be split in", region.file.len())));
+        }
+        let mode = match driver {
+            Driver::Kvm => OpenMode::All,
+            Driver::Threads => OpenMode::UserModeOnly,
+        };
+        let address = guest.memory()[0].vmm_address;
+        let protect = tracker == Some(TrackerKind::UffdWp);
+        let uffds = register(address, page_size, &bytes, protect, mode)
+            .map_err(|error| GuestError::Io { doing: explain(&error), source: io::Error::other("userfaultfd") })?;
+        self.built = Some(guest.clone());
+        let shards = uffds.into_iter().zip(parts).collect();
+        Ok(Built { guest: Box::new(guest), shards, pid: std::process::id(), gives_sign: false })
+    }
+
+    fn output(&mut self, address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
+        output(address, "destination")
+    }
+
+    fn guard_command(&self) -> Result<GuardCommand, GuardError> {
+        GuardCommand::this_program(&["guard"])
+    }
+}
+
+/// Why a guest could not be run here.
+#[derive(Debug, thiserror::Error)]
+pub enum HolderError {
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error("cannot map guest RAM")]
+    Map(#[source] io::Error),
+    #[error(transparent)]
+    Nonce(#[from] SourceError),
+    #[error("the guest has not filled its memory within {bound:?}")]
+    NotFilled { bound: Duration },
 }
 
 /// Notes the processor time this process has used (getrusage(2)).

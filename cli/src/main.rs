@@ -1,6 +1,5 @@
 //! The `belay` command: parses, wires and shows. It decides nothing of its own.
 
-mod check;
 mod demo;
 mod exit;
 mod holder;
@@ -48,13 +47,8 @@ enum Command {
     Receive(receive::ReceiveArgs),
     /// Make the certificates two hosts need to trust each other
     Keygen(keygen::KeygenArgs),
-    /// Say what this host can do, and for each thing missing the command that mends it
-    Check(check::CheckArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
-    /// The VMM in a process of its own (started by send and receive with --vmm apart)
-    #[command(hide = true)]
-    Vmm(vmm::VmmArgs),
     /// The small process that outlives a VMM (started by receive)
     #[command(hide = true)]
     Guard(vmm::GuardArgs),
@@ -66,9 +60,7 @@ fn main() -> ExitCode {
         Command::Send(args) => send::run(args),
         Command::Receive(args) => receive::run(args),
         Command::Keygen(args) => keygen::run(args),
-        Command::Check(args) => check::run(args),
         Command::Observe(args) => observe::run(args),
-        Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };
     ExitCode::from(exit.code())

@@ -3,11 +3,12 @@
 use crate::exit::Exit;
 use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::{complain, holder, report, signals};
+use crate::holder::{self, Held, ThisHost};
+use crate::{complain, report, signals};
 use belay_transport::session::{Address, Listener, SessionConfig};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
-use belay_vmm_glue::migrate::settings::Bounds;
+use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -110,11 +111,12 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
     };
-    let mut host = holder::Host::new(args.guest.vmm, args.guest.drive, observer.clone());
+    let mut host = ThisHost::new(args.guest.drive);
     match destination::run(&config, &listener, &mut host, observer, &words) {
-        Ok(Ended { outcome: Outcome::Owner, output, nonces, .. }) => {
-            let mut guest = host.into_guest(nonces);
-            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::Done)
+        Ok(Ended { outcome: Outcome::Owner, output: Some(output), nonces, spec: Some(VmmSpec::Kvm(spec)), .. }) => {
+            let guest = host.built.take().expect("an owned guest was built here");
+            let held = Held { guest, spec, nonces };
+            held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Done)
         }
         Ok(Ended { outcome, why, .. }) => {
             let (exit, advice) = match outcome {

@@ -80,8 +80,8 @@ fn sentence(kind: &Kind) -> Option<String> {
         }
         Kind::Noticed { by } => format!("the destination is lost: {by}"),
         Kind::Revoked { took_us } => format!("the old destination is shut out ({})", time(*took_us)),
-        Kind::Recovered { epoch, pages, took_us, resent_packets } => format!(
-            "checkpoint {epoch} is in RAM ({pages} pages folded last, {}); {resent_packets} packets sent again",
+        Kind::Recovered { epoch, total_pages, took_us, resent_packets, .. } => format!(
+            "checkpoint {epoch} is in RAM ({total_pages} pages in all; the last of it took {}); {resent_packets} packets sent again",
             time(*took_us)
         ),
         Kind::Caught { epoch, noticed_to_running_us, .. } => {

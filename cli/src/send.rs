@@ -3,7 +3,8 @@
 use crate::exit::Exit;
 use crate::options::{ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions, TrackerChoice};
 use crate::quantity::Span;
-use crate::{complain, holder, report, signals};
+use crate::holder::{self, Held};
+use crate::{complain, report, signals};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::session::{Address, SessionConfig};
@@ -11,9 +12,8 @@ use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
-use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError, Word};
+use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError};
 use clap::Args;
-use crossbeam_channel::bounded;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -101,20 +101,19 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Err(error) => return fail(&error, "", Exit::Failed),
     };
     let tether = tether_settings(&args.tether);
-    let output = match holder::output(args.output_to.as_deref()) {
-        Ok(emitter) => match Outbox::open(holder::OUTBOX_BOUNDS, emitter) {
-            Ok(outbox) => outbox,
-            Err(error) => return fail(&error, "", Exit::Failed),
-        },
-        Err(error) => return fail(&error, "Start `belay observe --listen ADDR` first, or leave --output-to out.", Exit::Usage),
+    let output = holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
+    let output = match output {
+        Ok(output) => output,
+        Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
-    let tracker = tether.as_ref().map(|tether| tether.tracker);
-    let mut guest = match holder::start_guest(&spec, &args.guest, tracker, &output, observer) {
-        Ok(guest) => guest,
+    let mut held = match Held::start(&spec, args.guest.drive, output.sink(), observer) {
+        Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };
-    if let Err(error) = guest.warm_up(args.run_before.0) {
-        return fail(&error, "The guest was not moved.", Exit::Failed);
+    match held.warm_up(args.run_before.0, &words) {
+        Ok(false) => {}
+        Ok(true) => return Exit::Interrupted,
+        Err(error) => return fail(&error, "The guest was not moved.", Exit::Failed),
     }
     let mut session = SessionConfig::new(security);
     session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
@@ -130,53 +129,45 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
             output_to: args.output_to.clone(),
             release: release_policy(args.tether.release),
             shards: args.tether.shards.unwrap_or(1),
-            nonces: guest.nonces().to_vec(),
+            nonces: held.nonces.clone(),
         },
         state_dir: args.state_dir.clone().unwrap_or_else(holder::default_state_dir),
         bounds: Bounds::default(),
         catch_on_loss: args.catch_on_loss,
     };
-    let (word, operator) = bounded(4);
-    let forward = words.clone();
-    let pass_on = std::thread::spawn(move || {
-        while forward.recv().is_ok() {
-            if word.send(Word::Cancel).is_err() {
-                return;
-            }
+    let (mut guest, steps_of) = (held.guest.clone(), held.guest.clone());
+    let steps = || steps_of.steps();
+    let outcome = source::run(&config, &mut guest, &output, &steps, observer, &words);
+    let (why, advice, exit) = match outcome {
+        Ok(Outcome::Released) => {
+            holder::cpu_time(observer);
+            return Exit::Done;
         }
-    });
-    let outcome = source::run(&config, guest.guest(), &output, observer, &operator);
-    drop(operator);
-    drop(pass_on);
-    match outcome {
-        Ok(Outcome::Released) => Exit::Done,
-        Ok(Outcome::Caught { nonce, .. }) => {
-            guest.add_nonce(nonce);
-            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::Caught)
+        Ok(Outcome::Caught { nonces, .. }) => {
+            held.nonces = nonces;
+            return held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Caught);
         }
-        Ok(Outcome::NotMoved { why }) => {
-            let advice = "The guest was not moved and runs on here.";
-            report::failed_text(observer, &why, advice);
-            holder::run_on(&mut guest, args.run_on, args.check, &output, &words, observer, Exit::NotMoved)
+        Ok(Outcome::NotMoved { why }) => (why, "The guest never left and runs on here.", Exit::NotMoved),
+        Ok(Outcome::AwaitsOperator { why }) => {
+            let advice = "Make sure that the destination shows no more output, then catch the guest; --catch-on-loss gives that word \
+                          beforehand.";
+            (why, advice, Exit::CatchNeedsOperator)
         }
-        Ok(Outcome::AwaitsOperator) => {
-            let advice = "Make sure that the destination host is off, then run the catch: --catch-on-loss gives the order beforehand.";
-            report::failed_text(observer, "the destination is lost, and --output lease forbids an automatic catch", advice);
-            Exit::CatchNeedsOperator
-        }
-        Ok(Outcome::Lost { why }) => {
-            report::failed_text(observer, &why, "Neither host can run this guest.");
-            Exit::Lost
-        }
+        Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
             let exit = match &error {
                 SourceError::Connect { .. } => Exit::NoSession,
                 SourceError::Cancelled => Exit::Interrupted,
                 _ => Exit::NotMoved,
             };
-            report::failed(observer, &error, "The guest was not touched; is `belay receive` running there with matching --cert and --insecure?");
-            exit
+            let advice = "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?";
+            return fail(&error, advice, exit);
         }
+    };
+    report::failed_text(observer, &why, advice);
+    match exit {
+        Exit::NotMoved => held.run_on(args.run_on, args.check, &output, &words, observer, exit),
+        exit => exit,
     }
 }
 
@@ -203,8 +194,8 @@ pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
     let policy = match (&options.policy, options.period) {
         (Some(PolicyChoice::None), _) => return None,
         (Some(PolicyChoice::Take(policy)), _) => policy.clone(),
-        (None, Some(period)) => PolicySpec::Fixed(period.0),
-        (None, None) => PolicySpec::Fixed(Duration::from_millis(10)),
+        (None, Some(period)) => PolicySpec::Fixed { period: period.0 },
+        (None, None) => PolicySpec::Fixed { period: Duration::from_millis(10) },
     };
     Some(TetherSettings {
         tracker: options.tracker.unwrap_or(TrackerChoice::KvmRing).into(),

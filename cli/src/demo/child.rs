@@ -60,11 +60,6 @@ impl Proc {
         Ok(Self { role, child })
     }
 
-    /// Process id.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Which it is.
     pub fn role(&self) -> Role {
         self.role

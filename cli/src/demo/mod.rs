@@ -9,7 +9,7 @@ use crate::exit::Exit;
 use crate::options::{ConfigFile, Drive, FabricChoice, GuestOptions ,OutputChoice, PolicyChoice, TetherOptions, VmmPlace};
 use crate::quantity::{Bytes, Span};
 use crate::{complain, report, usage};
-use belay_vmm_glue::migrate::observation::Kind;
+use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
 use child::{Proc, Role, Said};
 use clap::Args;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
@@ -231,8 +231,8 @@ impl Demo {
         let at_kill = match self.args.kill_at {
             KillAt::Percent(percent) => {
                 let at_kill = self.await_kill_moment(percent)?;
+                self.story.killed_at_us = Some(monotonic_us());
                 destination.kill().map_err(io("kill the destination"))?;
-                self.story.killed_at_us = Some(belay_vmm_glue::migrate::observation::monotonic_us());
                 self.kill_vmm();
                 Some(at_kill)
             }

@@ -95,8 +95,8 @@ impl Story {
             let text = match &seen.kind {
                 Kind::Noticed { by } => format!("noticed: {by}"),
                 Kind::Revoked { took_us } => format!("revoked: the old destination is shut out ({})", time(*took_us)),
-                Kind::Recovered { epoch, pages, took_us, resent_packets } => format!(
-                    "folded: checkpoint {epoch} is in RAM ({pages} pages in {}), {resent_packets} packets sent again",
+                Kind::Recovered { epoch, total_pages, took_us, resent_packets, .. } => format!(
+                    "folded: checkpoint {epoch} is in RAM ({total_pages} pages in all; the last of it took {}), {resent_packets} packets sent again",
                     time(*took_us)
                 ),
                 Kind::Caught { noticed_to_running_us, .. } => {

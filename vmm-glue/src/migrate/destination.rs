@@ -6,16 +6,16 @@
 use super::observation::{Kind, ObservationId, Observer, us};
 use super::peer::{Inbox, Listened, listen_to};
 use super::protocol::{self, PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
-use super::settings::{Bounds, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
+use super::settings::{Bounds, Proposal, ReleasePolicy, VmmSpec};
 use super::source::lanes;
 use super::switch_map::{PageClass, RegionClasses, SwitchMapError};
 use super::tethering::{self, Tethering, TetheringError};
-use crate::guard::{Guard, GuardError};
+use crate::guard::{Guard, GuardCommand, GuardError, LifePage, Secrets, SignOfLife};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::destination::{Action, Event, State, step};
 use belay_checkpoint::ownership::{Fate, Named};
-use belay_transport::fabric::{self, FabricError, Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
+use belay_transport::fabric::{self, FabricError, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::pages::{PageStates, PagesError, RegionGeometry as Frames};
 use belay_transport::pull::{
     self, ClassRun, Engine, Install, LandingPlan, PlanError, PullPlan, RegionPlan, ShardParts, ShardRange, Tuning,
@@ -26,6 +26,7 @@ use belay_transport::uffd::{Uffd, UffdError};
 use belay_transport::{Deadline, PageSize, RegionId};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,11 +59,46 @@ pub struct Built {
     pub shards: Vec<(Uffd, Vec<ShardRange>)>,
     /// The process whose address space the userfaultfds belong to.
     pub pid: u32,
+    /// Whether it gives a sign of life of its own.
+    pub gives_sign: bool,
+}
+
+/// The page server's slot in the page of signs of life.
+const SERVER_SLOT: usize = 0;
+/// The VMM's, where it is a process of its own.
+pub const VMM_SLOT: usize = 1;
+
+/// The guard beside this process, and what it watches.
+struct Warden {
+    guard: Guard,
+    page: Arc<LifePage>,
+    life: SignOfLife,
+    secrets: Secrets,
+}
+
+impl Warden {
+    /// Starts the guard. Before guest RAM is mapped, so that starting a process costs nothing.
+    fn start(command: &GuardCommand, connection: OwnedFd, deadline: Deadline) -> Result<Self, GuardError> {
+        let page = Arc::new(LifePage::new(2)?);
+        let secrets = Secrets::random()?;
+        let mut guard = Guard::spawn(command, &page, &secrets, &[connection.as_fd()])?;
+        let life = SignOfLife::hold(Arc::clone(&page), SERVER_SLOT)?;
+        guard.watch(SERVER_SLOT, deadline)?;
+        Ok(Self { guard, page, life, secrets })
+    }
+
+    /// An orderly end: the guard goes without a word.
+    fn stand_down(mut self, deadline: Deadline) {
+        self.life.stand_down();
+        // A guard that watches a VMM too ends when that has ended; it holds nothing but itself.
+        let _ = self.guard.wait(deadline);
+    }
 }
 
 /// Builds what the destination cannot know how to build: the VMM, the way out for its output, and the guard's process.
 pub trait Host {
-    /// Starts a VMM over `ram` for a guest that will be loaded. `tracker` is the one that will be asked for.
+    /// Starts a VMM over `ram` for a guest that will be loaded. `tracker` is the one that will be asked for; a VMM in a process
+    /// of its own gives its sign of life in [`VMM_SLOT`] of `life`.
     fn build(
         &mut self,
         spec: &VmmSpec,
@@ -70,13 +106,14 @@ pub trait Host {
         shards: u16,
         tracker: Option<TrackerKind>,
         sink: Arc<dyn PacketSink>,
+        life: Option<&LifePage>,
     ) -> Result<Built, GuestError>;
 
     /// The way out for output.
     fn output(&mut self, address: Option<&str>) -> std::io::Result<Box<dyn Emitter>>;
 
-    /// Starts the guard beside this process and the VMM.
-    fn guard(&mut self, vmm_pid: u32) -> Result<Guard, GuardError>;
+    /// How the guard process is started.
+    fn guard_command(&self) -> Result<GuardCommand, GuardError>;
 }
 
 /// How it ended.
@@ -246,7 +283,7 @@ struct Destination<'a> {
     /// The tether has it while it takes epochs.
     guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
-    guard: Option<Guard>,
+    warden: Option<Warden>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
     /// Taken when the engine starts.
@@ -290,6 +327,10 @@ impl<'a> Destination<'a> {
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
+        let mut warden = match proposal.tether {
+            Some(_) => Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, deadline)?),
+            None => None,
+        };
         let ram = allocate(&session.hello.geometry, observer, &last)?;
         let mut initiator = fabric::initiator(&session);
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
@@ -323,7 +364,8 @@ impl<'a> Destination<'a> {
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
-        let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink())?;
+        let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
+        let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
         observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
         let regions = built.guest.memory().iter().map(|block| block.vmm_address).collect::<Vec<_>>();
         let ram = ram
@@ -336,11 +378,9 @@ impl<'a> Destination<'a> {
                 Ok((ram, local, remote, address))
             })
             .collect::<Result<Vec<_>, DestinationError>>()?;
-        let mut guard = match proposal.tether {
-            Some(_) => Some(host.guard(built.pid)?),
-            None => None,
-        };
-        let death_sign = guard.as_ref().map(Guard::death_sign);
+        if let (Some(warden), true) = (&mut warden, built.gives_sign) {
+            warden.guard.watch(VMM_SLOT, deadline)?;
+        }
         let parts = lane_pairs.into_iter().zip(&built.shards);
         let parts = parts
             .map(|((fault, bulk), (uffd, ranges))| {
@@ -349,11 +389,9 @@ impl<'a> Destination<'a> {
             })
             .collect::<Result<Vec<_>, UffdError>>()?;
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
-        let prepared = ToSource::Prepared { death_sign, because: last.clone() };
+        let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
+        let prepared = ToSource::Prepared { secrets, because: last.clone() };
         control.send(&protocol::encode(&prepared), Deadline::after(bounds.handshake))?;
-        if let Some(guard) = &mut guard {
-            guard.connect(session.lanes.take_guard(Deadline::after(bounds.handshake))?)?;
-        }
         Ok(Self {
             config,
             nonces: proposal.nonces.clone(),
@@ -368,7 +406,7 @@ impl<'a> Destination<'a> {
             last,
             guest: Some(built.guest),
             output,
-            guard,
+            warden,
             ram,
             vmm_pid: built.pid,
             parts,
@@ -438,7 +476,7 @@ fn allocate(
         let bytes = region.bytes as usize;
         let file = Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?);
         file.preallocate(ALLOCATORS, &|_| {})?;
-        let alias = Arc::new(file.map()?);
+        let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
         ram.push(Ram { id: region.id, file, alias });
     }
     let bytes = geometry.iter().map(|region| region.bytes).sum();
@@ -567,7 +605,7 @@ impl Destination<'_> {
         let states = Arc::new(PageStates::in_memory(&frames)?);
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
-        Ok(Engine::start(PullPlan { regions, install, tuning }, parts, states, ears)?)
+        Ok(Engine::start(PullPlan { regions, install, tuning, start_paused: true }, parts, states, ears)?)
     }
 
     // ---- what happens --------------------------------------------------------------------------------------------------------
@@ -881,6 +919,9 @@ impl Destination<'_> {
                 if self.resumed_at.is_none() {
                     self.resumed_at = Some(Instant::now());
                 }
+                if let Some(engine) = &self.engine {
+                    engine.resume_background();
+                }
                 self.note(Kind::Resumed { nonce });
                 Some(Event::GuestResumed)
             }
@@ -924,8 +965,8 @@ impl Destination<'_> {
             let _ = self.tell(&ToSource::Farewell);
         }
         self.stop_tether();
-        if let Some(guard) = self.guard.take() {
-            guard.stand_down();
+        if let Some(warden) = self.warden.take() {
+            warden.stand_down(Deadline::after(Duration::from_millis(200)));
         }
         if let Some(engine) = self.engine.take() {
             self.report_latencies(&engine);

@@ -6,7 +6,7 @@
 //!   ◄───────────────────────── Hello (accepted or why not)
 //!   Prepare (keys, ring) ───────────────────────────►
 //!   dials every lane, and the guard ────────────────►            RAM allocated, VMM started, lanes open
-//!   ◄──────────────────────────────── Prepared (death sign)
+//!   ◄──────────────────────────────── Prepared (the guard's secrets)
 //!   pauses the guest
 //!   Switch (map, device state, nonce) ──────────────►            blackout begins at the pause
 //!   ◄───────────────────────────────── Loaded                    faults are served, state is loaded, guest still stopped
@@ -26,6 +26,7 @@
 
 use super::observation::ObservationId;
 use super::switch_map::RegionClasses;
+use crate::guard::Secrets;
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::RegionId;
 use belay_transport::fabric::{ReadKey, RingKeys};
@@ -49,7 +50,7 @@ pub enum ToDestination {
 /// From destination to source.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToSource {
-    Prepared { death_sign: Option<[u8; 32]>, because: ObservationId },
+    Prepared { secrets: Option<Secrets>, because: ObservationId },
     Loaded { because: ObservationId },
     Resumed { because: ObservationId },
     AllLanded { because: ObservationId },

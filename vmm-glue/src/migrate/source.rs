@@ -11,7 +11,7 @@ use super::protocol::{self, ProtocolError, RingOffer, ToDestination, ToSource};
 use super::release::{ReleaseError, ReleaseRecord};
 use super::settings::{Bounds, Proposal};
 use super::switch_map::{PageClass, RegionClasses};
-use crate::guard::{DeathWatch, Seen};
+use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
 use belay_checkpoint::fold::{Catch, CatchError, FoldConfig, FoldState, FoldTarget, Folder, Recovered};
 use belay_checkpoint::guest::{Epoch, Guest, GuestError};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
@@ -25,6 +25,7 @@ use belay_transport::session::{self, Address, Control, Offer, RegionGeometry, Se
 use belay_transport::{Deadline, PAGE_SIZE, PageSize, RegionId};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,26 +45,17 @@ pub struct SourceConfig {
     pub catch_on_loss: bool,
 }
 
-/// A word of the operator (or a signal) while the migration runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
-    /// Take the switch back if it has not happened; catch the guest if it has.
-    Cancel,
-    /// Catch the guest now.
-    Catch,
-}
-
 /// How a migration ended, seen from the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The destination owns the guest; this host never resumes it.
     Released,
-    /// The guest runs here again, from this checkpoint.
-    Caught { epoch: Epoch, nonce: u64 },
+    /// The guest runs here again, from this checkpoint; with every nonce it was ever given, in order.
+    Caught { epoch: Epoch, nonces: Vec<u64> },
     /// The guest never left.
     NotMoved { why: String },
     /// The destination is out of reach, and only the operator may order the catch.
-    AwaitsOperator,
+    AwaitsOperator { why: String },
     /// The guest cannot be resumed here.
     Lost { why: String },
 }
@@ -85,6 +77,8 @@ pub enum SourceError {
     Protocol(#[from] ProtocolError),
     #[error(transparent)]
     Ring(#[from] RingError),
+    #[error(transparent)]
+    Guard(#[from] GuardError),
     #[error("cannot {doing}")]
     Io { doing: &'static str, #[source] source: std::io::Error },
     #[error("the destination said: {0}")]
@@ -104,6 +98,7 @@ pub enum SourceError {
 #[derive(Debug)]
 enum Happening {
     DeathSign,
+    DeathProven,
     GuardGone(String),
     LaneBroken,
 }
@@ -138,7 +133,7 @@ pub struct Source<'a> {
     /// How far each vCPU's program has run, for reports.
     steps: &'a dyn Fn() -> Vec<u64>,
     observer: &'a Observer,
-    words: &'a Receiver<Word>,
+    words: &'a Receiver<i32>,
     state: State,
     live: Live,
     last: ObservationId,
@@ -146,14 +141,14 @@ pub struct Source<'a> {
     noticed_at: Option<Instant>,
     switch_due: Option<Deadline>,
     recovered: Option<Recovered>,
-    /// Of the incarnation that was caught.
-    nonce: u64,
+    /// Of every incarnation since, in order.
+    nonces: Vec<u64>,
     /// The last failure, for reports.
     why: String,
     outcome: Option<Outcome>,
 }
 
-/// Moves the guest and sees the migration to its end. `output` is where the running guest's output goes through. An error means
+/// Moves the guest and sees the migration to its end. A word (the number of a signal) takes the guest back. `output` is where the running guest's output goes through. An error means
 /// that the guest was not touched and runs on; whatever happens after the switch has begun is an [`Outcome`].
 pub fn run(
     config: &SourceConfig,
@@ -161,7 +156,7 @@ pub fn run(
     output: &Outbox,
     steps: &dyn Fn() -> Vec<u64>,
     observer: &Observer,
-    words: &Receiver<Word>,
+    words: &Receiver<i32>,
 ) -> Result<Outcome, SourceError> {
     let (live, last) = prepare(config, guest, observer, words)?;
     let source = Source {
@@ -178,7 +173,7 @@ pub fn run(
         noticed_at: None,
         switch_due: None,
         recovered: None,
-        nonce: 0,
+        nonces: config.proposal.nonces.clone(),
         why: String::new(),
         outcome: None,
     };
@@ -190,7 +185,7 @@ fn prepare(
     config: &SourceConfig,
     guest: &mut dyn Guest,
     observer: &Observer,
-    words: &Receiver<Word>,
+    words: &Receiver<i32>,
 ) -> Result<(Live, ObservationId), SourceError> {
     let bounds = config.bounds;
     let geometry = guest.memory().iter().map(|block| RegionGeometry {
@@ -222,7 +217,8 @@ fn prepare(
     let ring_file = RamFile::memfd("belay-ring", config.ring_bytes, PageSize::Small)?;
     ring_file.preallocate(1, &|_| {})?;
     let owner_file = RamFile::memfd("belay-owner", OWNER_REGION_BYTES, PageSize::Small)?;
-    let (ring, owner_region) = (Arc::new(ring_file.map()?), Arc::new(owner_file.map()?));
+    let (ring, owner_region) = (ring_file.map().map_err(io("map the ring"))?, owner_file.map().map_err(io("map the owner region"))?);
+    let (ring, owner_region) = (Arc::new(ring), Arc::new(owner_region));
     OwnerRegion::new(Arc::clone(&owner_region));
     let keys = owner.export_ring((&ring_file, &ring), (&owner_file, &owner_region))?;
     let nonce = fresh_nonce()?;
@@ -238,11 +234,15 @@ fn prepare(
     for lane in lanes(config.proposal.shards) {
         owner.serve_lane(lane, deadline)?;
     }
-    let (happened, happenings) = bounded(64);
-    let (death_sign, prepared) = await_prepared(&inbox, bounds.prepare, words)?;
-    let death_watch = match death_sign {
-        Some(sign) => Some(watch_guard(session.lanes.dial_guard(deadline)?, sign, happened.clone())?),
+    let guard = match config.proposal.tether {
+        Some(_) => Some(session.lanes.dial_guard(deadline)?),
         None => None,
+    };
+    let (happened, happenings) = bounded(64);
+    let (secrets, prepared) = await_prepared(&inbox, bounds.prepare, words)?;
+    let death_watch = match (guard, secrets) {
+        (Some(connection), Some(secrets)) => Some(watch_guard(connection, secrets, happened.clone())?),
+        _ => None,
     };
     let lane_watch = match owner.broken() {
         Some(fd) => {
@@ -273,30 +273,30 @@ fn prepare(
 }
 
 fn watch_guard(
-    stream: std::os::fd::OwnedFd,
-    sign: [u8; 32],
+    connection: OwnedFd,
+    secrets: Secrets,
     happened: Sender<Happening>,
-) -> Result<DeathWatch, SourceError> {
-    let watch = DeathWatch::start(stream, sign, move |seen| {
+) -> Result<DeathWatch, GuardError> {
+    DeathWatch::spawn(connection, secrets, move |notice| {
         // A full channel has told the main loop already that something is wrong.
-        let _ = happened.try_send(match seen {
-            Seen::DeathSign => Happening::DeathSign,
-            Seen::GuardGone(why) => Happening::GuardGone(why),
+        let _ = happened.try_send(match notice {
+            Notice::DeathSign => Happening::DeathSign,
+            Notice::DeathProven => Happening::DeathProven,
+            Notice::GuardGone { why } => Happening::GuardGone(why),
         });
-    });
-    watch.map_err(io("start the death watch"))
+    })
 }
 
 fn await_prepared(
     inbox: &Inbox<ToSource>,
     bound: Duration,
-    words: &Receiver<Word>,
-) -> Result<(Option<[u8; 32]>, ObservationId), SourceError> {
+    words: &Receiver<i32>,
+) -> Result<(Option<Secrets>, ObservationId), SourceError> {
     let deadline = Deadline::after(bound);
     loop {
         select! {
             recv(inbox.messages()) -> heard => match heard {
-                Ok(Listened::Message(ToSource::Prepared { death_sign, because })) => return Ok((death_sign, because)),
+                Ok(Listened::Message(ToSource::Prepared { secrets, because })) => return Ok((secrets, because)),
                 Ok(Listened::Message(ToSource::Failed { reason, .. })) => return Err(SourceError::PeerFailed(reason)),
                 Ok(Listened::Message(other)) => {
                     return Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into());
@@ -317,7 +317,8 @@ pub(super) fn lanes(shards: u16) -> impl Iterator<Item = LaneId> {
     (0..shards).flat_map(a_shard).chain(checkpoint)
 }
 
-pub(super) fn fresh_nonce() -> Result<u64, SourceError> {
+/// A nonce for a session or an incarnation.
+pub fn fresh_nonce() -> Result<u64, SourceError> {
     let mut bytes = [0; 8];
     let io_error = |error: getrandom::Error| std::io::Error::other(error.to_string());
     getrandom::fill(&mut bytes).map_err(io_error).map_err(io("draw a nonce"))?;
@@ -363,6 +364,7 @@ impl Source<'_> {
         select! {
             recv(self.live.happenings) -> happening => match happening.ok()? {
                 Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
+                Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
                 Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
                 Happening::GuardGone(why) => {
                     // Only the fastest of several ways to notice is gone; the connection and the lease remain.
@@ -379,11 +381,12 @@ impl Source<'_> {
                     self.tick()
                 }
             },
-            recv(self.words) -> word => Some(match (word, &self.state) {
-                (Ok(Word::Cancel), State::Switching { .. }) => Event::Cancelled,
-                (Ok(Word::Cancel | Word::Catch), _) => self.lost(Event::OperatorCatch, "the operator ordered the catch"),
-                (Err(_), _) => return self.tick(),
-            }),
+            // A signal takes back a switch that has not happened, and a guest that has left.
+            recv(self.words) -> word => match (word, &self.state) {
+                (Ok(_), State::Switching { .. }) => Some(Event::Cancelled),
+                (Ok(_), _) => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
+                (Err(_), _) => self.tick(),
+            },
             default(TICK) => self.tick(),
         }
     }
@@ -491,7 +494,7 @@ impl Source<'_> {
         match self.state {
             State::Running { .. } if self.outcome.is_none() => {
                 self.outcome = Some(match &self.recovered {
-                    Some(recovered) => Outcome::Caught { epoch: recovered.epoch, nonce: self.nonce },
+                    Some(recovered) => Outcome::Caught { epoch: recovered.epoch, nonces: std::mem::take(&mut self.nonces) },
                     None => Outcome::NotMoved { why: std::mem::take(&mut self.why) },
                 });
             }
@@ -587,7 +590,7 @@ impl Source<'_> {
             if self.config.catch_on_loss {
                 return Some(Event::OperatorCatch);
             }
-            self.outcome = Some(Outcome::AwaitsOperator);
+            self.outcome = Some(Outcome::AwaitsOperator { why: self.why.clone() });
         }
         None
     }
@@ -620,6 +623,7 @@ impl Source<'_> {
             self.live.folder = Some(self.start_folder(reader, device_state.clone(), tether.lease.length)?);
         }
         let nonce = fresh_nonce()?;
+        self.nonces.push(nonce);
         let device_state_bytes = device_state.len() as u64;
         let because = self.note(Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes });
         self.switch_due = Some(Deadline::after(bounds.switch));
@@ -631,7 +635,7 @@ impl Source<'_> {
         let blocks = self.guest.memory();
         let pages = |bytes: usize| (bytes / PAGE_SIZE) as u64;
         let limits = Limits::for_regions(blocks.iter().map(|block| (block.id, pages(block.file.len()))));
-        let state = FoldState::new(FoldTarget::new(blocks), limits, device_state);
+        let state = FoldState::new(FoldTarget::new(blocks)?, limits, device_state);
         let config = FoldConfig { lease, ..FoldConfig::default() };
         let owner = OwnerRegion::new(Arc::clone(&self.live.owner_region));
         Folder::start(config, Arc::clone(&self.live.ring), owner, reader, state).map_err(io("start folding"))
@@ -707,7 +711,7 @@ impl Source<'_> {
         if let Some(recovered) = &self.recovered {
             let epoch = recovered.epoch.0;
             let noticed_to_running_us = self.noticed_at.map_or(0, |at| us(at.elapsed()));
-            self.nonce = nonce;
+            self.nonces.push(nonce);
             self.note(Kind::Caught { epoch, nonce, noticed_to_running_us, steps });
             let fate = ToDestination::Fate { fate: Fate::Revoked, because: self.last.clone() };
             // If it can still hear, it should know; whether it does makes no difference to us.
@@ -744,7 +748,7 @@ impl Source<'_> {
                 self.why = what.clone();
                 let advice = "This host will not resume the guest. Look at the file, then promote the destination or order the catch.";
                 self.note(Kind::Failed { what, advice: advice.to_owned() });
-                self.outcome = Some(Outcome::AwaitsOperator);
+                self.outcome = Some(Outcome::AwaitsOperator { why: self.why.clone() });
                 None
             }
         }

@@ -14,7 +14,7 @@ use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox, OutputMode};
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
 use belay_checkpoint::staging::{Slot, StageError};
-use belay_checkpoint::tracker::uffd_wp::{UffdWpTracker, WhoseMemory};
+use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
 use belay_transport::pull::Engine;
 use belay_transport::{Deadline, PageIndex, RegionId};
@@ -90,7 +90,7 @@ struct Ready {
 
 impl Reserved {
     /// Takes the two checkpoint lanes: records, and heartbeat.
-    pub fn open(
+    pub(super) fn open(
         self,
         [records, beats]: [Box<dyn Lane>; 2],
         stop_bound: Duration,
@@ -214,9 +214,11 @@ fn whose(vmm_pid: u32) -> WhoseMemory {
 fn is_revoked(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut at = Some(error);
     while let Some(error) = at {
-        if matches!(error.downcast_ref::<FabricError>(), Some(FabricError::Revoked { .. }))
-            || matches!(error.downcast_ref::<ShipError>(), Some(ShipError::Revoked { .. }))
-        {
+        if matches!(error.downcast_ref::<FabricError>(), Some(FabricError::Revoked { .. })) {
+            return true;
+        }
+        // A transparent error passes its source's sources on and is skipped over itself.
+        if let Some(ShipError::Fabric(FabricError::Revoked { .. })) = error.downcast_ref::<ShipError>() {
             return true;
         }
         at = error.source();

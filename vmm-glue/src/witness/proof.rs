@@ -1,23 +1,9 @@
-//! A guest that can be stood still where its memory is an exact function of its steps, and the check of all its memory there.
+//! The check of all of a guest's memory, where it stands still at a point at which that is an exact function of its steps.
 
 use super::model::{Comparison, Model, ModelError, NonceSeen};
-use crate::kvm::guests::GuestSpec;
-use belay_checkpoint::guest::GuestError;
+use crate::kvm::SharedGuest;
+use belay_checkpoint::guest::{Guest, GuestError};
 use belay_transport::Deadline;
-use belay_transport::region::Mapping;
-
-/// A hand on a guest that stays while others pause, save and resume it: lets the witness stand it still at a point where its memory
-/// is an exact function of its steps.
-pub trait Standstill: Send {
-    /// Has every vCPU wait at its first PACE read at or behind `step`; `None` lets them on.
-    fn park_at_step(&self, step: Option<u64>) -> Result<(), GuestError>;
-
-    /// Waits until every vCPU is parked; gives the steps each has done.
-    fn wait_parked(&self, deadline: Deadline) -> Result<Vec<u64>, GuestError>;
-
-    /// Steps each vCPU had done at its last PACE read.
-    fn steps(&self) -> Result<Vec<u64>, GuestError>;
-}
 
 /// What a check of all memory found.
 #[derive(Debug, Clone)]
@@ -40,17 +26,13 @@ pub enum CheckError {
 /// Differences listed at most.
 const LISTED: usize = 8;
 
-/// Stands the guest still and compares every byte of its RAM, seen through `memory`, with what it must be; leaves it parked.
-/// `issued` are the nonces it was given, in order.
-pub fn check(
-    guest: &dyn Standstill,
-    memory: &Mapping,
-    spec: &GuestSpec,
-    issued: &[u64],
-    deadline: Deadline,
-) -> Result<Checked, CheckError> {
-    guest.park_at_step(Some(0))?;
+/// Stands the guest still and compares every byte of its RAM with what it must be; leaves it parked. `issued` are the nonces it was
+/// given, in order.
+pub fn check(guest: &SharedGuest, issued: &[u64], deadline: Deadline) -> Result<Checked, CheckError> {
+    let memory = guest.memory()[0].alias.clone();
+    let mut guest = guest.lock();
+    guest.park_at_step(0)?;
     let steps = guest.wait_parked(deadline)?;
-    let model = Model::new(spec, &steps, memory, issued)?;
-    Ok(Checked { comparison: model.compare(memory, LISTED), nonces: model.nonces_seen().to_vec(), steps })
+    let model = Model::new(guest.spec(), &steps, &memory, issued)?;
+    Ok(Checked { comparison: model.compare(&memory, LISTED), nonces: model.nonces_seen().to_vec(), steps })
 }

@@ -1,0 +1,31 @@
+//! Registers a VMM's mapping of guest RAM with userfaultfd: one descriptor a shard, held by the VMM for as long as it lives (P1).
+
+use belay_checkpoint::tracker::REQUIRED_FEATURES;
+use belay_transport::PageSize;
+use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd, UffdError};
+use std::ops::Range;
+
+/// Registers the byte ranges of `shards` (offsets from `address`), each with a userfaultfd of its own. `protect`: for tracking by
+/// asynchronous write protection too. Every frame must have been allocated. `mode` says whether faults raised by KVM are held.
+pub fn register(
+    address: u64,
+    page_size: PageSize,
+    shards: &[Range<u64>],
+    protect: bool,
+    mode: OpenMode,
+) -> Result<Vec<Uffd>, UffdError> {
+    let mut features = match page_size {
+        PageSize::Small => Features::MISSING_SHMEM.union(Features::MINOR_SHMEM),
+        PageSize::Huge => Features::MISSING_HUGETLBFS.union(Features::MINOR_HUGETLBFS),
+    };
+    if protect {
+        features = features.union(REQUIRED_FEATURES);
+    }
+    let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: protect };
+    let one = |range: &Range<u64>| {
+        let uffd = Uffd::open(mode, features)?;
+        uffd.register(address + range.start, range.end - range.start, modes)?;
+        Ok(uffd)
+    };
+    shards.iter().map(one).collect()
+}
