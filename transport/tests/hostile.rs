@@ -323,6 +323,15 @@ fn a_tcp_owner_refuses_whatever_an_initiator_should_not_ask() {
         }
     }
     assert_eq!(bytes(&world.ring, 0, RING_BYTES), vec![0; RING_BYTES]);
+    // The operator is told of each.
+    let mut failures = Vec::new();
+    let deadline = soon();
+    while failures.len() < 10 && !deadline.expired() {
+        failures.extend(world.owner.take_failures());
+    }
+    let refused = failures.iter().filter(|failure| matches!(failure, FabricError::Refused { .. })).count();
+    let wrong = failures.iter().filter(|failure| matches!(failure, FabricError::Protocol { .. })).count();
+    assert_eq!((refused, wrong), (7, 3), "{failures:?}");
 }
 
 #[test]
@@ -430,6 +439,22 @@ fn a_response_cut_into_single_bytes_is_put_together() {
     }
     assert_eq!(ids, [1, 2, 3]);
     world.assert_local(0, 35);
+}
+
+#[test]
+fn a_commit_that_is_not_acknowledged_in_time_breaks_the_lane() {
+    let mut world = world(Over::Tcp);
+    let mut owner = bare(world.session.source.lanes.dial_lane(CHECKPOINT, soon()).unwrap().into_parts().0);
+    let mut lane = world.initiator.open_lane(CHECKPOINT, 4, soon()).unwrap();
+    lane.post_writes(&[world.write(1, 0, 0, 100)]).unwrap();
+    // The write is acknowledged, the trailer is not.
+    owner.write_all(&response(1, 0, 0)).unwrap();
+    let error = lane.commit(&world.write(2, 0, 0, 8), Deadline::after(Duration::from_millis(20))).unwrap_err();
+    assert!(matches!(error, FabricError::TimedOut { .. }), "{error:?}");
+    // An acknowledgement that comes too late changes nothing.
+    let _ = owner.write_all(&response(1, 0, 1));
+    assert!(matches!(lane.poll(&mut [0]), Err(FabricError::Broken { .. })));
+    assert!(matches!(lane.commit(&world.write(3, 0, 0, 8), soon()), Err(FabricError::Broken { .. })));
 }
 
 /// What a `local` owner sends first, with descriptors of `sizes` bytes each.
