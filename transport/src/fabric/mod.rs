@@ -16,14 +16,17 @@
 //! * A batch is posted whole or not at all, and never beyond the lane's window (P7).
 //! * Keys carry rights: a read through a [`WriteKey`] or a write through a [`ReadKey`] does not type-check, and a key forged
 //!   by a peer is refused by the owner.
+//! * One operation moves 1 to [`MAX_OPERATION_BYTES`] bytes.
 //! * [`Lane::commit`] returns only when the fabric's commit rule (below) holds.
 //! * After [`Owner::revoke`] has returned, nothing the old initiator does can change the ring.
 
+mod exports;
 pub mod local;
 pub mod tcp;
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
+use crate::session::{DestinationSession, SourceSession};
 use serde::{Deserialize, Serialize};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -66,6 +69,11 @@ pub struct ReadKey(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WriteKey(pub u64);
 
+/// Longest read or write.
+pub const MAX_OPERATION_BYTES: u32 = 16 << 20;
+/// Widest window a lane can have; who asks for more gets this.
+pub const MAX_WINDOW: usize = 1024;
+
 /// Where in the owner-written region the owner epoch lies.
 pub const OWNER_EPOCH_OFFSET: usize = 0;
 
@@ -104,12 +112,13 @@ pub struct Write {
     pub len: u32,
 }
 
-/// The initiator's end of one lane. Used by one thread at a time; no call allocates or takes a lock that another lane holds.
+/// The initiator's end of one lane. Used by one thread at a time; no call allocates or takes a lock that another lane holds
+/// (TLS, where it is on, manages its own bounded buffers).
 pub trait Lane: Send {
     /// Which lane this is.
     fn id(&self) -> LaneId;
 
-    /// Most operations that may be outstanding.
+    /// Most operations that may be outstanding; may be less than was asked for ([`MAX_WINDOW`], a device's limit).
     fn window(&self) -> usize;
 
     /// Operations posted and not yet handed back by [`Lane::poll`].
@@ -129,15 +138,18 @@ pub trait Lane: Send {
     /// `None`: operations complete while they are posted, there is never anything to wait for.
     fn readiness(&self) -> Option<BorrowedFd<'_>>;
 
-    /// Waits until something has completed or `deadline` has passed ([`FabricError::TimedOut`]; the lane stays usable).
+    /// Waits until [`Lane::poll`] has something or `deadline` has passed ([`FabricError::TimedOut`]; the lane stays usable).
+    /// With nothing outstanding it waits for the lane to break. (A `local` operation completes as it is posted, so a dead
+    /// owner shows here and as the end of the control stream, never in a read: the memory outlives its process.)
     fn wait(&mut self, deadline: Deadline) -> Result<(), FabricError>;
 
     /// Writes `trailer` after everything posted before it and returns once it is a *commit*:
     /// `local`: trailer stored, sequentially consistent fence, owner epoch read again and unchanged;
     /// `tcp`: the owner's thread has acknowledged it after placing it.
-    /// Completions of earlier writes that were not polled yet are consumed and dropped. [`FabricError::Revoked`] when the
-    /// owner has taken the session back; a deadline that passes breaks the lane, because whether the trailer was placed is
-    /// then unknown.
+    /// Completions that were not polled yet are consumed and dropped, those of reads too (their bytes are in place).
+    /// [`FabricError::Revoked`] when the owner has taken the session back and the fabric lets the initiator see that (on
+    /// `tcp` it sees the connection end); a deadline that passes breaks the lane, because whether the trailer was placed
+    /// is then unknown. Any error means: not known to be committed.
     fn commit(&mut self, trailer: &Write, deadline: Deadline) -> Result<(), FabricError>;
 }
 
@@ -180,19 +192,39 @@ pub trait Owner: Send {
     fn serve_lane(&mut self, id: LaneId, deadline: Deadline) -> Result<(), FabricError>;
 
     /// Shuts the old initiator out, in the order of DESIGN.md's table, and hands back the ring's bytes as they were at that
-    /// instant in private memory. Idempotent. `tcp`: sockets shut and their threads joined, then copied. `local`: owner epoch
-    /// bumped, fence, copied, file truncated to nothing.
+    /// instant in private memory. Idempotent: a second call gives the same bytes. `tcp`: sockets shut and their threads
+    /// joined, then copied. `local`: owner epoch bumped, fence, copied, file truncated to nothing; from then on the owner's
+    /// own mapping of the ring raises SIGBUS too, so use the copy alone. Without a ring the bytes are empty.
     fn revoke(&mut self, deadline: Deadline) -> Result<RevokedRing, FabricError>;
 
     /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
     /// cannot tell.
     fn broken(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What ended the lanes that have ended by themselves, each told once, for the operator (P9).
+    fn take_failures(&mut self) -> Vec<FabricError>;
 }
 
 /// The ring's bytes after revocation: private, nobody else can write them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RevokedRing {
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<Vec<u8>>,
+}
+
+/// The source's data path of a session, over the fabric that was agreed on.
+pub fn owner(session: &SourceSession) -> Result<Box<dyn Owner>, FabricError> {
+    Ok(match session.agreed.fabric {
+        FabricKind::Local => Box::new(local::LocalOwner::new(session.lanes.clone())?),
+        FabricKind::Tcp => Box::new(tcp::TcpOwner::new(session.lanes.clone())?),
+    })
+}
+
+/// The destination's data path of a session, over the fabric that was agreed on.
+pub fn initiator(session: &DestinationSession) -> Box<dyn Initiator> {
+    match session.agreed.fabric {
+        FabricKind::Local => Box::new(local::LocalInitiator::new(session.lanes.clone())),
+        FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(session.lanes.clone())),
+    }
 }
 
 /// Why a fabric operation failed.
@@ -212,6 +244,14 @@ pub enum FabricError {
     Broken { lane: LaneId },
     #[error("bytes {offset}+{len} are outside a registered mapping of {size} bytes")]
     OutOfRange { offset: u64, len: u64, size: u64 },
+    #[error("an operation of {len} bytes; it must be 1 to {limit}")]
+    BadLength { len: u32, limit: u32 },
+    #[error("{what} after the first lane was opened")]
+    TooLate { what: &'static str },
+    #[error("local memory {key:?} is mapped read-only, nothing can be read into it")]
+    ReadOnly { key: LocalKey },
+    #[error("more than {limit} exports in one session")]
+    TooManyExports { limit: usize },
     #[error("{what}: key {key:#x} is not registered in this session")]
     UnknownKey { what: &'static str, key: u64 },
     #[error("lane {lane:?}: the peer broke the protocol: {what}")]
@@ -239,4 +279,41 @@ pub enum RefusedReason {
     BadLength,
     #[error("the session has been revoked")]
     Revoked,
+}
+
+/// Adds a mapping to an initiator's table.
+fn register(locals: &mut Vec<Arc<Mapping>>, too_late: bool, mapping: &Arc<Mapping>) -> Result<LocalKey, FabricError> {
+    if too_late {
+        return Err(FabricError::TooLate { what: "local memory registered" });
+    }
+    let key =
+        LocalKey(u32::try_from(locals.len()).map_err(|_| FabricError::TooManyExports { limit: u32::MAX as usize })?);
+    locals.push(Arc::clone(mapping));
+    Ok(key)
+}
+
+/// Checks an operation's length, and that it lies within `mapping`.
+fn check_range(mapping: &Mapping, offset: u64, len: u32) -> Result<(), FabricError> {
+    if len == 0 || len > MAX_OPERATION_BYTES {
+        return Err(FabricError::BadLength { len, limit: MAX_OPERATION_BYTES });
+    }
+    let size = mapping.len() as u64;
+    match offset.checked_add(u64::from(len)) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(FabricError::OutOfRange { offset, len: u64::from(len), size }),
+    }
+}
+
+/// The local side of an operation, checked.
+fn local(locals: &[Arc<Mapping>], key: LocalKey, offset: u64, len: u32) -> Result<&Mapping, FabricError> {
+    let mapping = locals.get(key.0 as usize);
+    let mapping = mapping.ok_or(FabricError::UnknownKey { what: "local memory", key: u64::from(key.0) })?;
+    check_range(mapping, offset, len)?;
+    Ok(mapping)
+}
+
+/// As [`local`], for an operation that writes there.
+fn local_writable(locals: &[Arc<Mapping>], key: LocalKey, offset: u64, len: u32) -> Result<&Mapping, FabricError> {
+    let mapping = local(locals, key, offset, len)?;
+    if mapping.is_writable() { Ok(mapping) } else { Err(FabricError::ReadOnly { key }) }
 }

@@ -60,6 +60,11 @@ impl Mapping {
         self.len == 0
     }
 
+    /// Whether it may be written.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
     /// First address, for system calls and device registration. Not to be made a reference.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()

@@ -1,0 +1,244 @@
+//! With real memory: what was written is reported, once, and nothing written is missed.
+
+use super::*;
+use belay_transport::PageSize;
+use belay_transport::region::{Mapping, RamFile};
+use belay_transport::uffd::{Faults, OpenMode, RegisterModes, Uffd};
+use std::collections::BTreeSet;
+
+const PAGES: u64 = 2048;
+const PAGE: usize = 4096;
+const ID: RegionId = RegionId(7);
+
+/// Guest memory as a VMM has it: a mapping registered for write protection, and an alias.
+struct Memory {
+    guest: Arc<Mapping>,
+    block: RamBlock,
+    uffd: Uffd,
+}
+
+impl Memory {
+    /// `None` where the kernel or the rights for it are missing.
+    fn new(pages: u64, faults: Faults) -> Option<Self> {
+        let asked = REQUIRED_FEATURES.union(Features::MINOR_SHMEM).union(Features::MISSING_SHMEM);
+        let uffd = match Uffd::open(OpenMode::UserModeOnly, asked) {
+            Ok(uffd) => uffd,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return None;
+            }
+        };
+        let len = pages as usize * PAGE;
+        let file = Arc::new(RamFile::memfd("tracker-test", len, PageSize::Small).expect("memfd"));
+        let guest = Arc::new(file.map().expect("map"));
+        let alias = Arc::new(file.map().expect("map"));
+        let modes = RegisterModes { faults, write_protect: true };
+        uffd.register(guest.address(), len as u64, modes).expect("register");
+        let vmm_address = guest.address();
+        let block = RamBlock { id: ID, page_size: PageSize::Small, file, alias, vmm_address };
+        Some(Self { guest, block, uffd })
+    }
+
+    fn write(&self, page: u64, byte: u8) {
+        self.guest.write(page as usize * PAGE + 17, &[byte]);
+    }
+
+    fn zap(&self, page: u64, count: u64) {
+        let start = (self.guest.address() as usize + page as usize * PAGE) as *mut std::ffi::c_void;
+        let advice = rustix::mm::Advice::LinuxDontNeed;
+        // SAFETY: the range lies in the mapping, and a shared mapping loses no bytes by this.
+        unsafe { rustix::mm::madvise(start, count as usize * PAGE, advice) }.expect("madvise");
+    }
+}
+
+fn harvest(tracker: &mut UffdWpTracker, pages: u64) -> BTreeSet<u64> {
+    let mut set = DirtySet::new([(ID, pages)]);
+    tracker.harvest(&mut set).expect("harvest");
+    set.iter().map(|(_, page)| page.0).collect()
+}
+
+fn started(memory: &Memory) -> UffdWpTracker {
+    let mut tracker = UffdWpTracker::new(WhoseMemory::Own, std::slice::from_ref(&memory.block)).expect("tracker");
+    tracker.start().expect("start");
+    tracker
+}
+
+#[test]
+fn a_written_page_is_reported_once_and_again_only_if_written_again() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    (0..PAGES / 2).for_each(|page| memory.write(page, 1));
+    let mut tracker = started(&memory);
+    assert_eq!(
+        harvest(&mut tracker, PAGES),
+        BTreeSet::new(),
+        "what was written before, and what was never mapped, is clean"
+    );
+
+    let written = BTreeSet::from([0, 1, 5, PAGES / 2 - 1, PAGES / 2, PAGES - 1]);
+    written.iter().for_each(|&page| memory.write(page, 2));
+    assert_eq!(harvest(&mut tracker, PAGES), written);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+    memory.write(5, 3);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([5]));
+}
+
+#[test]
+fn reading_does_not_make_a_page_dirty() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    memory.block.alias.write(9 * PAGE, &[9]);
+    let mut tracker = started(&memory);
+    for page in 0..32 {
+        memory.guest.read(page * PAGE, &mut [0]);
+    }
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+    memory.write(9, 1);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([9]));
+}
+
+#[test]
+fn p3_a_write_is_not_missed_when_its_page_is_zapped_after_it() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    (0..64).for_each(|page| memory.write(page, 1));
+    let mut tracker = started(&memory);
+    memory.write(3, 2);
+    memory.write(40, 2);
+    // The page table forgets them; the file holds the newer bytes.
+    memory.zap(0, 64);
+    let found = harvest(&mut tracker, PAGES);
+    assert!(found.is_superset(&BTreeSet::from([3, 40])), "{found:?}");
+    assert_eq!(found, BTreeSet::from([3, 40]), "clean pages stay clean through a zap");
+    // And zapped before: the write comes through a marker.
+    memory.zap(0, 64);
+    memory.write(41, 3);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([41]));
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+}
+
+#[test]
+fn p3_a_page_that_lands_clean_is_reported_once_it_is_written() {
+    let Some(memory) = Memory::new(PAGES, Faults::MissingAndMinor) else { return };
+    (0..8).for_each(|page| memory.block.alias.write(page * PAGE, &[page as u8]));
+    let mut tracker = started(&memory);
+    for page in 0..8 {
+        let at = memory.guest.address() + page * PAGE as u64;
+        let protect = page != 6;
+        let installed = memory.uffd.continue_range(at, PAGE as u64, PageSize::Small, protect).expect("continue");
+        assert!(installed.done(), "{installed:?}");
+    }
+    let landed = harvest(&mut tracker, PAGES);
+    assert_eq!(landed, BTreeSet::from([6]), "only the page that was shown without protection counts as written");
+    memory.write(2, 1);
+    memory.write(6, 1);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([2, 6]));
+}
+
+#[test]
+fn p3_writes_of_all_threads_are_seen() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    let mut tracker = started(&memory);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let memory = &memory;
+            scope.spawn(move || (0..50).for_each(|n| memory.write((n * 4 + thread) * 7 % PAGES, 1)));
+        }
+    });
+    let written = (0..200).map(|n| n * 7 % PAGES).collect::<BTreeSet<_>>();
+    assert_eq!(harvest(&mut tracker, PAGES), written);
+}
+
+#[test]
+fn more_runs_than_a_buffer_holds_and_several_threads_miss_nothing() {
+    let pages = 20_000;
+    for threads in [0, 1, 3] {
+        let Some(memory) = Memory::new(pages, Faults::None) else { return };
+        let mut tracker = started(&memory);
+        tracker.scanners = Scanners::for_test(Arc::clone(&tracker.pagemap), threads);
+        let written: BTreeSet<u64> = (0..pages).filter(|page| page % 2 == 1).collect();
+        written.iter().for_each(|&page| memory.write(page, 1));
+        assert_eq!(harvest(&mut tracker, pages), written, "with {threads} threads");
+        assert_eq!(harvest(&mut tracker, pages), BTreeSet::new(), "with {threads} threads");
+    }
+}
+
+#[test]
+fn a_range_that_is_not_registered_is_refused_with_the_reason() {
+    let Some(memory) = Memory::new(16, Faults::None) else { return };
+    memory.uffd.unregister(memory.guest.address(), 16 * PAGE as u64).expect("unregister");
+    let refused = UffdWpTracker::new(WhoseMemory::Own, std::slice::from_ref(&memory.block)).map(drop);
+    let Err(GuestError::NoTracker { reason, .. }) = refused else { panic!("{refused:?}") };
+    assert!(reason.contains("WP_ASYNC") && reason.contains("region 7"), "{reason}");
+}
+
+#[test]
+fn p3_a_range_that_stops_being_registered_is_an_error_and_not_a_clean_page() {
+    let Some(memory) = Memory::new(64, Faults::None) else { return };
+    let mut tracker = started(&memory);
+    memory.uffd.unregister(memory.guest.address() + 32 * PAGE as u64, 32 * PAGE as u64).expect("unregister");
+    memory.write(40, 1);
+    let mut set = DirtySet::new([(ID, 64)]);
+    assert!(tracker.harvest(&mut set).is_err());
+    assert!(tracker.harvest(&mut set).is_err(), "and it stays one until tracking starts anew");
+}
+
+/// Set in the process that plays the VMM, which is this test binary run again.
+const CHILD: &str = "BELAY_TEST_TRACKED_CHILD";
+
+/// The VMM's process: tells where its memory is, then writes the page whose number each line holds and answers with the line.
+#[test]
+fn tracked_child() {
+    use std::io::BufRead;
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    println!("\nat {}", memory.guest.address());
+    for line in std::io::stdin().lock().lines() {
+        let page = line.expect("stdin").parse().expect("a page");
+        memory.write(page, 1);
+        memory.zap(page, page % 2);
+        println!("\ndid {page}");
+    }
+}
+
+struct Child(std::process::Child);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn p3_writes_of_another_process_are_seen_and_its_death_is_not_taken_for_silence() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+    let Some(stand_in) = Memory::new(PAGES, Faults::None) else { return };
+    let exe = std::env::current_exe().expect("test binary");
+    let mut command = Command::new(exe);
+    command.args(["--exact", "tracker::uffd_wp::tests::tracked_child", "--nocapture"]).env(CHILD, "1");
+    let mut child = Child(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("spawn"));
+    let mut lines = BufReader::new(child.0.stdout.take().expect("piped")).lines().map(|line| line.expect("stdout"));
+    let mut input = child.0.stdin.take().expect("piped");
+    let at =
+        lines.find_map(|line| line.strip_prefix("at ").map(|at| at.parse().expect("an address"))).expect("started");
+
+    let pid = Pid::from_child(&child.0);
+    let block = RamBlock { vmm_address: at, ..stand_in.block.clone() };
+    let mut tracker = UffdWpTracker::new(WhoseMemory::Process(pid), &[block]).expect("tracker");
+    tracker.start().expect("start");
+    let mut order = |page: u64| {
+        writeln!(input, "{page}").expect("stdin");
+        assert!(lines.any(|line| line == format!("did {page}")), "the child ended");
+    };
+    [4, 7, 300].into_iter().for_each(&mut order);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([4, 7, 300]));
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+    order(7);
+    assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([7]));
+
+    drop(child);
+    let mut set = DirtySet::new([(ID, PAGES)]);
+    let error = tracker.harvest(&mut set).expect_err("a dead process has no clean pages");
+    assert!(matches!(error, GuestError::VmmGone(_)), "{error:?}");
+}
