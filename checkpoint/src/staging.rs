@@ -11,9 +11,8 @@ use crate::guest::{Epoch, RamBlock};
 use crate::record::{CRITICAL, HEADER, Head, Run, SectionHeader, TRAILER, Trailer, encoding, kind, stride};
 use crate::ring::RingShape;
 use belay_transport::fabric::{FabricError, Initiator, LocalKey};
-use belay_transport::region::{Mapping, RamFile};
+use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageSize, RegionId};
-use rustix::fs::FallocateFlags;
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
@@ -43,12 +42,14 @@ pub struct Slot {
 pub enum StageError {
     #[error("a staging slot of {bytes} bytes is too small for this ring; it takes at least {least}")]
     SlotTooSmall { bytes: usize, least: usize },
-    #[error("no memory for a staging slot of {bytes} bytes")]
-    NoMemory {
+    #[error("a staging slot of {bytes} bytes cannot be mapped")]
+    Map {
         bytes: usize,
         #[source]
         source: std::io::Error,
     },
+    #[error(transparent)]
+    Region(#[from] RegionError),
     #[error(transparent)]
     Fabric(#[from] FabricError),
     #[error("{epoch} takes more than the {limit} bytes its record may have (--overflow at the source)")]
@@ -57,8 +58,6 @@ pub enum StageError {
     NoSlot { bound: std::time::Duration },
     #[error("shipping has ended")]
     ShippingEnded,
-    #[error("{region} is not one of the guest's")]
-    UnknownRegion { region: RegionId },
 }
 
 impl Slot {
@@ -69,12 +68,9 @@ impl Slot {
         if bytes < least {
             return Err(StageError::SlotTooSmall { bytes, least });
         }
-        let no_memory = |source| StageError::NoMemory { bytes, source };
-        let file = RamFile::memfd("belay-staging", bytes, PageSize::Small).map_err(no_memory)?;
-        // Allocated before it is touched, so that missing memory is an error here and not a SIGBUS.
-        rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes as u64).map_err(|e| no_memory(e.into()))?;
-        let mapping = Arc::new(file.map().map_err(no_memory)?);
-        mapping.zero(0, bytes);
+        let file = RamFile::memfd("belay-staging", bytes, PageSize::Small)?;
+        let mapping = Arc::new(file.map().map_err(|source| StageError::Map { bytes, source })?);
+        file.preallocate_through(&mapping, 1, &|_| ())?;
         let key = initiator.register_local(&mapping)?;
         // Streams and indexes fill whole segments; only each region's last index and data segment may be short.
         let segments = Vec::with_capacity(bytes / stride(PAGE_SIZE) + 64);

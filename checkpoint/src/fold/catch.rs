@@ -80,7 +80,12 @@ impl Catch {
             epochs: self.state.epoch().0 - epoch.0,
             pages: self.state.folded_pages() - pages,
         };
-        let (epoch, device_state, outputs_to_resend, folded_pages) = self.state.into_parts();
+        let (epoch, device_state, outputs, folded_pages) = self.state.into_parts();
+        let (outputs_to_resend, failed) = match (outputs, failed) {
+            (Ok(outputs), failed) => (outputs, failed),
+            (Err(_), Some(failed)) => (Vec::new(), Some(failed)),
+            (Err(source), None) => (Vec::new(), Some(FoldError::Contradiction { epoch, source })),
+        };
         let recovered = Recovered { epoch, device_state, outputs_to_resend, folded_pages, timings };
         match failed {
             None => Ok(recovered),

@@ -12,13 +12,14 @@ mod folder;
 mod target;
 
 pub use catch::{Catch, CatchError, CatchTimings, Recovered};
+pub(crate) use folder::boottime_ns;
 pub use folder::{FoldConfig, FoldStatus, Folder, Heard};
 pub use target::FoldTarget;
 
 use crate::guest::{Epoch, Packet};
+use crate::outbox::{Resend, ResendError};
 use crate::record::{Limits, RecordError, parse};
 use crate::ring::RingError;
-use std::collections::VecDeque;
 use std::io;
 
 /// Why folding stopped.
@@ -34,6 +35,12 @@ pub enum FoldError {
     },
     #[error("{found} follows {folded}: a record is missing")]
     Gap { folded: Epoch, found: Epoch },
+    #[error("the output of {epoch} cannot be")]
+    Contradiction {
+        epoch: Epoch,
+        #[source]
+        source: ResendError,
+    },
     #[error("{bytes} bytes of output are committed and not released; the limit is {limit}")]
     TooMuchOutput { bytes: usize, limit: usize },
     #[error("no memory for {bytes} bytes of {region} at {offset}: {reason}")]
@@ -49,15 +56,15 @@ pub struct FoldState {
     limits: Limits,
     epoch: Epoch,
     device_state: Vec<u8>,
-    /// Committed and not known to have left, ascending.
-    outputs: VecDeque<Packet>,
+    /// Committed and not known to have left.
+    resend: Resend,
     pages: u64,
 }
 
 impl FoldState {
     /// The state at the switch: RAM as it is, `device_state` as it was sent to the destination.
     pub fn new(target: FoldTarget, limits: Limits, device_state: Vec<u8>) -> Self {
-        Self { target, limits, epoch: Epoch(0), device_state, outputs: VecDeque::new(), pages: 0 }
+        Self { target, limits, epoch: Epoch(0), device_state, resend: Resend::new(), pages: 0 }
     }
 
     /// The epoch that RAM shows.
@@ -80,34 +87,30 @@ impl FoldState {
         if record.device_state.is_empty() && !self.device_state.is_empty() {
             return Err(FoldError::NoDeviceState { epoch: next, bytes: self.device_state.len() });
         }
-        let limit = self.limits.output_bytes;
-        let released = |packet: &Packet| record.released_up_to.is_some_and(|up_to| packet.sequence <= up_to);
-        let bytes: usize =
-            self.outputs.iter().chain(&record.outputs).filter(|p| !released(p)).map(|p| p.bytes.len()).sum();
+        let mut resend = self.resend.clone();
+        if let Some(up_to) = record.released_up_to {
+            resend.released(up_to);
+        }
+        for packet in &record.outputs {
+            resend.add(packet.clone()).map_err(|source| FoldError::Contradiction { epoch: next, source })?;
+        }
+        let (bytes, limit) = (resend.bytes(), self.limits.output_bytes);
         if bytes > limit {
             return Err(FoldError::TooMuchOutput { bytes, limit });
-        }
-        if let (Some(before), Some(first)) = (self.outputs.back(), record.outputs.first())
-            && first.sequence <= before.sequence
-        {
-            let source = RecordError::PacketOrder { before: before.sequence, found: first.sequence };
-            return Err(FoldError::Refused { epoch: next, source });
         }
         self.target.reserve(&record)?;
         // From here on nothing can fail.
         self.target.apply(&record, &mut between);
         let pages = record.page_count();
-        self.outputs.retain(|packet| !released(packet));
-        let fresh = record.outputs.iter().filter(|packet| !released(packet)).cloned();
-        self.outputs.extend(fresh);
+        self.resend = resend;
         self.device_state = record.device_state;
         self.epoch = next;
         self.pages += pages;
         Ok(pages)
     }
 
-    fn into_parts(self) -> (Epoch, Vec<u8>, Vec<Packet>, u64) {
-        (self.epoch, self.device_state, self.outputs.into(), self.pages)
+    fn into_parts(self) -> (Epoch, Vec<u8>, Result<Vec<Packet>, ResendError>, u64) {
+        (self.epoch, self.device_state, self.resend.finish(), self.pages)
     }
 }
 

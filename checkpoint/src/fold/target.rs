@@ -3,9 +3,9 @@
 use super::FoldError;
 use crate::guest::RamBlock;
 use crate::record::RecordView;
+use belay_transport::region::RegionError;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, fallocate};
 use std::io;
 use std::ops::Range;
 
@@ -27,8 +27,8 @@ struct Block {
 
 impl FoldTarget {
     /// Guest RAM of the source. Looks up which parts of the files hold data.
-    pub fn new(memory: &[RamBlock]) -> io::Result<Self> {
-        let blocks = memory.iter().map(|ram| Block::new(ram.clone())).collect::<io::Result<_>>()?;
+    pub fn new(memory: &[RamBlock]) -> Result<Self, RegionError> {
+        let blocks = memory.iter().map(|ram| Block::new(ram.clone())).collect::<Result<_, _>>()?;
         Ok(Self { blocks })
     }
 
@@ -70,7 +70,7 @@ impl FoldTarget {
 }
 
 impl Block {
-    fn new(ram: RamBlock) -> io::Result<Self> {
+    fn new(ram: RamBlock) -> Result<Self, RegionError> {
         let pages = ram.alias.len() / PAGE_SIZE;
         let mut block = Self { allocated: vec![0; pages.div_ceil(64)], ram };
         if block.ram.page_size == PageSize::Huge {
@@ -78,16 +78,9 @@ impl Block {
             block.allocated.fill(u64::MAX);
             return Ok(block);
         }
-        let (file, len) = (block.ram.file.clone(), block.ram.alias.len() as u64);
-        let mut at = 0;
-        while at < len {
-            let start = match seek(&*file, SeekFrom::Data(at)) {
-                Ok(start) => start,
-                Err(Errno::NXIO) => break,
-                Err(error) => return Err(error.into()),
-            };
-            at = seek(&*file, SeekFrom::Hole(start))?.min(len);
-            block.mark(start / PAGE_SIZE as u64..at / PAGE_SIZE as u64);
+        for extent in block.ram.file.occupancy()? {
+            let page = PAGE_SIZE as u64;
+            block.mark(extent.offset / page..(extent.offset + extent.len).min(block.ram.alias.len() as u64) / page);
         }
         Ok(block)
     }

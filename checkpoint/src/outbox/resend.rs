@@ -4,7 +4,7 @@ use crate::guest::Packet;
 use std::collections::BTreeMap;
 
 /// Collects the output of committed records, in any order and with repeats, and gives what must be sent again.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Resend {
     packets: BTreeMap<u64, Vec<u8>>,
     released_up_to: Option<u64>,
@@ -53,6 +53,11 @@ impl Resend {
             Some(first) => self.packets = self.packets.split_off(&first),
             None => self.packets.clear(),
         }
+    }
+
+    /// Bytes of output kept.
+    pub fn bytes(&self) -> usize {
+        self.packets.values().map(Vec::len).sum()
     }
 
     /// Highest sequence known to have left.

@@ -20,7 +20,7 @@ mod view;
 
 pub use view::{PageBytes, RecordView, parse};
 
-use belay_transport::RegionId;
+use belay_transport::{PAGE_SIZE, RegionId};
 use crc_fast::{CrcAlgorithm, checksum};
 use std::ops::Range;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -153,6 +153,18 @@ pub const fn stride(len: usize) -> usize {
 /// CRC-64/NVME.
 pub fn crc(bytes: &[u8]) -> u64 {
     checksum(CrcAlgorithm::Crc64Nvme, bytes)
+}
+
+/// Most bytes that one page takes in a record: its data, a run and a header of its own, and its share of what index segments
+/// need.
+pub const RECORD_PAGE_BYTES: u64 = (PAGE_SIZE + size_of::<Run>() + HEADER + 8) as u64;
+/// Bytes kept for everything else: device state, held output, the segments that are always there.
+pub const RECORD_OVERHEAD_BYTES: u64 = 1 << 20;
+
+/// Bytes to reserve (`--overflow`) so that a record of all of a guest's `pages` fits, with device state and output of a megabyte
+/// less a little.
+pub const fn largest_record(pages: u64) -> u64 {
+    pages * RECORD_PAGE_BYTES + RECORD_OVERHEAD_BYTES
 }
 
 /// Body of [`kind::HEAD`].

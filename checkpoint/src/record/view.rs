@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::guest::{Epoch, Packet};
-use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageIndex};
+use belay_transport::{PAGE_SHIFT, PageIndex};
 use crc_fast::Digest;
 
 /// A checked record. Borrows page bytes from the image it was parsed from.

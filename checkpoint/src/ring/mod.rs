@@ -23,6 +23,7 @@ mod writer;
 
 pub use reader::{RingBytes, RingError, RingReader, Step};
 pub use writer::{Mailbox, OwnerWords, RingWriter, ShipError, Shipped};
+pub(crate) use writer::{PULSE_OFFSET, fetch_words, make_room};
 
 use crate::guest::Epoch;
 use crate::record::{ALIGN, HEADER, stride};

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
-const SMALL: usize = SEGMENTS_OFFSET + 5 * 4224;
+const SMALL: usize = (SEGMENTS_OFFSET + 5 * 4224).next_multiple_of(4096);
 
 fn reader(len: usize) -> RingReader {
     RingReader::new(len, NONCE, 256 << 10).unwrap()

@@ -7,7 +7,7 @@ use crate::record::{
 };
 use crate::staging::{Slot, Staged};
 use belay_transport::fabric::{FabricError, Initiator, Lane, LocalKey, OWNER_EPOCH_OFFSET, Read, RingKeys, Write};
-use belay_transport::region::{Mapping, RamFile};
+use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::{Deadline, PAGE_SIZE, PageSize};
 use crc_fast::{CrcAlgorithm, Digest};
 use std::io;
@@ -22,6 +22,8 @@ const LOOK_AGAIN: Duration = Duration::from_micros(200);
 const READ_ID: u64 = u64::MAX;
 /// Where pads are written from, in the mailbox.
 const PAD_OFFSET: usize = 2048;
+/// Where the heartbeat is written from, in the mailbox.
+pub(crate) const PULSE_OFFSET: usize = 3072;
 
 /// A page of the destination's memory known to the fabric: the owner region is read into it, small things are written from it.
 #[derive(Debug)]
@@ -33,7 +35,7 @@ pub struct Mailbox {
 impl Mailbox {
     /// Makes and registers one. Each lane that is used by a thread of its own needs its own.
     pub fn new(initiator: &mut dyn Initiator) -> Result<Self, ShipError> {
-        let file = RamFile::memfd("belay-mailbox", PAGE_SIZE, PageSize::Small).map_err(ShipError::Mailbox)?;
+        let file = RamFile::memfd("belay-mailbox", PAGE_SIZE, PageSize::Small)?;
         let mapping = Arc::new(file.map().map_err(ShipError::Mailbox)?);
         mapping.zero(0, PAGE_SIZE);
         let key = initiator.register_local(&mapping)?;
@@ -130,8 +132,10 @@ pub struct Shipped {
 pub enum ShipError {
     #[error(transparent)]
     TooSmall(#[from] RingTooSmall),
-    #[error("no memory for a mailbox")]
+    #[error("a mailbox cannot be mapped")]
     Mailbox(#[source] io::Error),
+    #[error(transparent)]
+    Region(#[from] RegionError),
     #[error(transparent)]
     Fabric(#[from] FabricError),
     #[error(
