@@ -4,7 +4,7 @@ mod common;
 
 use belay_checkpoint::guest::Guest;
 use belay_vmm_glue::kvm::guests::{Filler, GuestSpec};
-use belay_vmm_glue::kvm::{KvmOptions, Tracking};
+use belay_vmm_glue::kvm::{BareGuest, KvmOptions, Tracking};
 use common::{Rig, no_kvm, soon};
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ fn a_stop_and_a_save_are_short() {
     }
     let mut rig = Rig::boot(small(), options());
     rig.run_to_and_check(6400);
-    rig.guest.unpark();
+    rig.guest.unpark().unwrap();
     let (mut stops, mut saves, mut state) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..200 {
         let started = Instant::now();

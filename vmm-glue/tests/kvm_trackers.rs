@@ -6,7 +6,7 @@ use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{Guest, GuestError, TrackerKind};
 use belay_transport::{PAGE_SIZE, PageIndex, RegionId};
 use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, Program};
-use belay_vmm_glue::kvm::{KvmOptions, Tracking};
+use belay_vmm_glue::kvm::{BareGuest, KvmOptions, Tracking};
 use common::{Rig, no_kvm, soon};
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ fn never_misses_a_write(tracking: Tracking, kind: TrackerKind, rate_pages_per_s:
     // Some steps before tracking starts, whose pages must not be taken for the first epoch's.
     rig.run_to_and_check(1280);
     rig.guest.pause(soon()).unwrap();
-    rig.guest.unpark();
+    rig.guest.unpark().unwrap();
     let mut tracker = rig.guest.tracker(kind).unwrap();
     assert!(tracker.kind() == kind && !tracker.sees_device_writes());
     tracker.start().unwrap();
@@ -76,7 +76,7 @@ fn never_misses_a_write(tracking: Tracking, kind: TrackerKind, rate_pages_per_s:
     }
     assert!(written > 500, "only {written} pages were written: this test proves little");
     // What was tracked and what was done agree with the model too.
-    let reached = rig.guest.steps().into_iter().max().unwrap();
+    let reached = rig.guest.steps().unwrap().into_iter().max().unwrap();
     rig.run_to_and_check(reached + 640);
 }
 
@@ -122,7 +122,7 @@ fn a_guest_that_only_reads_what_it_has_read_before_is_harvested_empty() {
         // KVM may map a page writable, and call it dirty, when it is read for the first time. One pass is 2,048 pages a vCPU.
         for step in [3000, 6000] {
             set.clear();
-            rig.guest.park_at_step(step);
+            rig.guest.park_at_step(step).unwrap();
             rig.guest.resume().unwrap();
             rig.guest.wait_parked(soon()).unwrap();
             rig.guest.pause(soon()).unwrap();

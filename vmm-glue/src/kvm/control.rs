@@ -139,7 +139,10 @@ impl Control {
 
     /// Where each vCPU is to wait: at its first PACE read at or behind this step. `None` lets them on.
     pub fn set_park(&self, at_step: Option<u64>) {
-        self.lock().park_at_step = at_step;
+        let mut state = self.lock();
+        state.park_at_step = at_step;
+        // Whoever is parked looks again, and parks anew if that is where it is to be.
+        state.phases.iter_mut().filter(|phase| **phase == Phase::Parked).for_each(|phase| *phase = Phase::Running);
         self.to_vcpus.notify_all();
     }
 

@@ -58,27 +58,32 @@ pub(super) struct Port {
 struct Guarded {
     guest: PortState,
     nonce: u64,
+    /// How often a state was loaded: what vCPU threads remember of another state is void.
+    loads: u64,
 }
 
-/// Paces one vCPU; lives on its thread. A batch cut short by a stop is not made up by running early: the next one is due when it
-/// would have been anyway.
+/// Paces one vCPU; lives on its thread.
+///
+/// A stop completes a PACE read before its time. What the vCPU was waiting for still holds when it is to run again, so it waits for
+/// the rest of it then, outside KVM_RUN and with the read complete ([`Port::wait_out`]): stops make no guest run faster.
 #[derive(Debug, Default)]
 pub(super) struct Pacer {
     due: Option<Instant>,
+    /// A wait was cut short, of the guest with this [`Guarded::loads`].
+    cut: Option<u64>,
 }
 
 impl Pacer {
     /// How far behind its schedule a guest may fall and still catch up, by running batches without waiting.
     const CATCH_UP: Duration = Duration::from_millis(20);
 
-    fn next_due(&mut self, batch_time: Duration) -> Instant {
+    fn next_due(&mut self, batch_time: Duration) {
         let now = Instant::now();
         let due = match self.due {
             Some(due) => (due + batch_time).max(now.checked_sub(Self::CATCH_UP).unwrap_or(now)),
             None => now + batch_time,
         };
         self.due = Some(due);
-        due
     }
 }
 
@@ -90,7 +95,12 @@ impl Port {
             0 => Duration::ZERO,
             rate => Duration::from_secs_f64(spec.batch_steps as f64 * vcpus as f64 / rate as f64),
         };
-        Self { state: Mutex::new(Guarded { guest, nonce: 0 }), sink, batch_steps: spec.batch_steps, batch_time }
+        Self {
+            state: Mutex::new(Guarded { guest, nonce: 0, loads: 0 }),
+            sink,
+            batch_steps: spec.batch_steps,
+            batch_time,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Guarded> {
@@ -109,6 +119,7 @@ impl Port {
         let fits = state.windows.len() == vcpus && state.paces.len() == vcpus;
         if fits {
             guarded.guest = state;
+            guarded.loads += 1;
         }
         fits
     }
@@ -157,14 +168,32 @@ impl Port {
 
     /// A PACE read of a vCPU.
     pub fn pace(&self, vcpu: usize, control: &Control, pacer: &mut Pacer) -> u64 {
-        let step = {
-            let mut guarded = self.lock();
-            guarded.guest.paces[vcpu] += 1;
-            guarded.guest.paces[vcpu] * self.batch_steps
-        };
-        let due = pacer.next_due(self.batch_time);
-        let (Waited::Due | Waited::Stop) = control.wait_at_pace(vcpu, step, due, || self.sink.has_room());
+        self.lock().guest.paces[vcpu] += 1;
+        pacer.next_due(self.batch_time);
+        self.wait(vcpu, control, pacer);
         self.lock().nonce
+    }
+
+    /// Waits for what is left of a wait that a stop cut short, if one was; the vCPU is about to run. [`Waited::Stop`]: it is to
+    /// stand still again.
+    pub fn wait_out(&self, vcpu: usize, control: &Control, pacer: &mut Pacer) -> Waited {
+        if pacer.cut.take().is_some_and(|loads| loads == self.lock().loads) {
+            return self.wait(vcpu, control, pacer);
+        }
+        Waited::Due
+    }
+
+    fn wait(&self, vcpu: usize, control: &Control, pacer: &mut Pacer) -> Waited {
+        let (step, loads) = {
+            let guarded = self.lock();
+            (guarded.guest.paces[vcpu] * self.batch_steps, guarded.loads)
+        };
+        let due = pacer.due.unwrap_or_else(Instant::now);
+        let waited = control.wait_at_pace(vcpu, step, due, || self.sink.has_room());
+        if waited == Waited::Stop {
+            pacer.cut = Some(loads);
+        }
+        waited
     }
 
     /// Emits a packet of a vCPU's first `words` words. Numbered and handed over under one lock, so that the sink sees the

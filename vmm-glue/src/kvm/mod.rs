@@ -1,9 +1,11 @@
 //! A small VMM on KVM: RAM, one to N vCPUs, one device (the packet port) and the bare guests that belay's promises are tested
 //! with.
 
+mod bare;
 mod control;
-pub mod device;
+mod device;
 pub mod guests;
+mod host_threads;
 mod ioctl;
 mod machine;
 mod state;
@@ -11,11 +13,13 @@ mod tracker_log;
 mod tracker_ring;
 mod vcpu;
 
+pub use bare::BareGuest;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize, RegionId};
-use guests::{Filler, GuestSpec, LEDGER_ENTRY, Layout, Program, SCANNER_ENTRY, rules};
+use guests::{GuestSpec, LEDGER_ENTRY, Layout, Program, SCANNER_ENTRY};
+pub use host_threads::HostGuest;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use machine::{Machine, failed};
 use std::sync::Arc;
@@ -52,7 +56,7 @@ impl Default for KvmOptions {
     }
 }
 
-/// A guest in this process. It begins paused and empty: [`KvmGuest::boot`] starts it for the first time, [`Guest::load`] goes on
+/// A guest in this process. It begins paused and empty: [`BareGuest::boot`] starts it for the first time, [`Guest::load`] goes on
 /// with one that was saved.
 pub struct KvmGuest {
     machine: Arc<Machine>,
@@ -100,75 +104,14 @@ impl KvmGuest {
         Ok(guest)
     }
 
-    /// Puts the guest at its very start: tables, text and parameters into memory (through the alias), registers into the vCPUs.
-    /// Memory must be all holes.
-    pub fn boot(&mut self) -> Result<(), GuestError> {
-        self.machine.control().check_paused("boot")?;
-        let alias = &self.blocks[0].alias;
-        for low in guests::low_pages(&self.layout, &self.spec, guests::text()) {
-            alias.write(low.page.offset(), &low.bytes);
-        }
-        if self.spec.filler == Filler::Host {
-            fill(alias, &self.spec, &self.layout);
-        }
-        for vcpu in self.machine.vcpus() {
-            let fd = vcpu.fd();
-            let sregs = user_mode(fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?, &self.layout);
-            fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-            let entry = match self.spec.program {
-                Program::Ledger | Program::Metronome => LEDGER_ENTRY,
-                Program::Scanner => SCANNER_ENTRY,
-            };
-            let regs = kvm_regs {
-                rip: self.layout.text().offset() as u64 + entry,
-                rdi: self.layout.parameters(vcpu.index as u16),
-                rflags: 2,
-                ..Default::default()
-            };
-            fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
-        }
-        Ok(())
-    }
-
-    /// What the guest was asked to do.
-    pub fn spec(&self) -> &GuestSpec {
-        &self.spec
-    }
-
     /// The mapping the vCPUs use, for those who register it with userfaultfd.
     pub fn vmm_memory(&self) -> &Arc<Mapping> {
         &self.memory
     }
 
-    /// Has every vCPU wait at its first PACE read at or behind `step`, where memory is an exact function of [`Self::steps`].
-    pub fn park_at_step(&self, step: u64) {
-        self.machine.control().set_park(Some(step));
-    }
-
-    /// Lets parked vCPUs on.
-    pub fn unpark(&self) {
-        self.machine.control().set_park(None);
-    }
-
-    /// Waits until every vCPU is parked; gives the steps each has done.
-    pub fn wait_parked(&self, deadline: Deadline) -> Result<Vec<u64>, GuestError> {
-        self.machine.control().wait_parked(deadline)?;
-        Ok(self.steps())
-    }
-
-    /// Steps each vCPU had done at its last PACE read.
-    pub fn steps(&self) -> Vec<u64> {
-        self.machine.port().steps()
-    }
-
     /// Packets the guest has emitted since its first start.
     pub fn packets(&self) -> u64 {
         self.machine.port().sequence()
-    }
-
-    /// Why the guest failed, if it did.
-    pub fn failure(&self) -> Option<String> {
-        self.machine.control().failure()
     }
 
     /// Ticks of the guest's TSC in a millisecond.
@@ -230,6 +173,57 @@ impl Guest for KvmGuest {
     }
 }
 
+impl BareGuest for KvmGuest {
+    fn spec(&self) -> &GuestSpec {
+        &self.spec
+    }
+
+    fn boot(&mut self) -> Result<(), GuestError> {
+        self.machine.control().check_paused("boot")?;
+        bare::write_first_content(&self.blocks[0].alias, &self.spec, &self.layout);
+        for vcpu in self.machine.vcpus() {
+            let fd = vcpu.fd();
+            let sregs = user_mode(fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?, &self.layout);
+            fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+            let entry = match self.spec.program {
+                Program::Ledger | Program::Metronome => LEDGER_ENTRY,
+                Program::Scanner => SCANNER_ENTRY,
+            };
+            let regs = kvm_regs {
+                rip: self.layout.text().offset() as u64 + entry,
+                rdi: self.layout.parameters(vcpu.index as u16),
+                rflags: 2,
+                ..Default::default()
+            };
+            fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+        }
+        Ok(())
+    }
+
+    fn park_at_step(&mut self, step: u64) -> Result<(), GuestError> {
+        self.machine.control().set_park(Some(step));
+        Ok(())
+    }
+
+    fn unpark(&mut self) -> Result<(), GuestError> {
+        self.machine.control().set_park(None);
+        Ok(())
+    }
+
+    fn wait_parked(&mut self, deadline: Deadline) -> Result<Vec<u64>, GuestError> {
+        self.machine.control().wait_parked(deadline)?;
+        self.steps()
+    }
+
+    fn steps(&mut self) -> Result<Vec<u64>, GuestError> {
+        Ok(self.machine.port().steps())
+    }
+
+    fn failure(&mut self) -> Option<String> {
+        self.machine.control().failure()
+    }
+}
+
 impl Drop for KvmGuest {
     fn drop(&mut self) {
         /// A vCPU that waits for a page nobody serves does not end; its thread then keeps the VM and its memory alive.
@@ -239,19 +233,6 @@ impl Drop for KvmGuest {
             for thread in self.threads.drain(..) {
                 let _ = thread.join();
             }
-        }
-    }
-}
-
-/// Writes the guest's first content.
-fn fill(memory: &Mapping, spec: &GuestSpec, layout: &Layout) {
-    let mut page = [0; belay_transport::PAGE_SIZE];
-    for index in layout.data_first()..layout.pages() {
-        if let Some(base) = rules::fill_base(spec.seed, index, spec.filled_of_256) {
-            for (word, bytes) in page.chunks_exact_mut(8).enumerate() {
-                bytes.copy_from_slice(&base.wrapping_add((word as u64).wrapping_mul(rules::GOLDEN)).to_le_bytes());
-            }
-            memory.write(belay_transport::PageIndex(index).offset(), &page);
         }
     }
 }

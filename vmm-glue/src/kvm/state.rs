@@ -363,7 +363,7 @@ fn load_vm(machine: &Machine, sections: &mut Sections<'_>) -> Result<(), GuestEr
 mod tests {
     use super::*;
     use crate::kvm::guests::{Filler, GuestSpec};
-    use crate::kvm::{KvmGuest, KvmOptions, Tracking};
+    use crate::kvm::{BareGuest, KvmGuest, KvmOptions, Tracking};
     use belay_checkpoint::guest::{Guest, Packet, PacketSink};
     use belay_transport::PageSize;
     use belay_transport::region::RamFile;
@@ -442,8 +442,9 @@ mod tests {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
             machine.vm().get_irqchip(&mut chip).unwrap();
             if chip_id == KVM_IRQCHIP_IOAPIC {
-                // SAFETY: both members are plain integers, and the kernel filled all of the union.
-                unsafe { chip.chip.ioapic.redirtbl[5].bits = 0x1_0035 };
+                // SAFETY: every member is plain integers, and the kernel filled all of the union.
+                let ioapic = unsafe { &mut chip.chip.ioapic };
+                ioapic.redirtbl[5].bits = 0x1_0035;
             } else {
                 chip.chip.pic.irq_base = 0x20 + chip_id as u8;
             }

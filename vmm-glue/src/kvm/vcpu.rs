@@ -4,7 +4,7 @@
 //! the completion of a pending access in *before* it looks at `immediate_exit`, so once EINTR came back nothing is pending
 //! and the vCPU may be saved.
 
-use super::control::Control;
+use super::control::{Control, Waited};
 use super::device::{Pacer, Port};
 use super::tracker_ring::Ring;
 use belay_transport::region::Mapping;
@@ -115,6 +115,9 @@ impl VcpuThread {
         self.vcpu.thread.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::SeqCst);
         let mut pacer = Pacer::default();
         while self.control.stand_still(self.vcpu.index, || self.vcpu.unkick()) {
+            if self.port.wait_out(self.vcpu.index, &self.control, &mut pacer) == Waited::Stop {
+                continue;
+            }
             let mut fd = self.vcpu.fd();
             if let Err(message) = self.run_until_stopped(&mut fd, &mut pacer) {
                 let registers = registers(&fd);

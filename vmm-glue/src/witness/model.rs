@@ -279,7 +279,7 @@ fn read_nonce_log(
     for index in 0..count {
         let (step, nonce) = (word(2 + index * 2), word(3 + index * 2));
         let (after, batch) = (log.last().map(|entry| entry.step), spec.batch_steps);
-        let in_order = step > after.unwrap_or(0) && step <= steps && step.is_multiple_of(batch);
+        let in_order = step > after.unwrap_or(0) && step < steps && step.is_multiple_of(batch);
         if !in_order {
             return Err(NonceError::Step { vcpu, nonce, step, after, batch, steps });
         }

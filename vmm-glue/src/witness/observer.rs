@@ -68,7 +68,10 @@ impl FromStr for ObserverAddress {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.strip_prefix("unix:") {
             Some(path) if !path.is_empty() => Ok(Self::Unix(path.into())),
-            None if text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) => {
+            None if text
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()) =>
+            {
                 Ok(Self::Tcp(text.to_owned()))
             }
             _ => Err(AddressError(text.to_owned())),
@@ -590,14 +593,17 @@ mod tests {
     fn a_gap_is_found_with_its_ends() {
         let verdict = judge(&seen(&[("a", 0, 1), ("a", 3, 2)]));
         let sender: Arc<str> = "a".into();
-        let expected = [OutputFault::OutOfOrder { sequence: 3, expected: 1, sender }, OutputFault::Gap { first: 1, last: 2 }];
+        let expected =
+            [OutputFault::OutOfOrder { sequence: 3, expected: 1, sender }, OutputFault::Gap { first: 1, last: 2 }];
         assert_eq!(verdict.faults, expected);
     }
 
     #[test]
     fn a_gap_that_is_filled_late_is_still_out_of_order() {
         let verdict = judge(&seen(&[("a", 0, 1), ("a", 2, 2), ("b", 1, 9)]));
-        assert!(verdict.faults.iter().all(|fault| matches!(fault, OutputFault::OutOfOrder { .. })) && !verdict.is_good());
+        assert!(
+            verdict.faults.iter().all(|fault| matches!(fault, OutputFault::OutOfOrder { .. })) && !verdict.is_good()
+        );
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! What the tests of the kvm VMM share.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink};
+use belay_checkpoint::guest::{GuestError, Packet, PacketSink};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize};
 use belay_vmm_glue::kvm::guests::GuestSpec;
-use belay_vmm_glue::kvm::{KvmGuest, KvmOptions};
+use belay_vmm_glue::kvm::{BareGuest, HostGuest, KvmGuest, KvmOptions};
 use belay_vmm_glue::witness::model::Model;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -54,23 +54,65 @@ impl Ram {
     }
 }
 
+/// How a guest is run.
+#[derive(Debug, Clone)]
+pub enum Kind {
+    Kvm(KvmOptions),
+    HostThreads,
+}
+
+impl Kind {
+    pub fn new_guest(&self, spec: &GuestSpec, ram: &Ram, sink: &Arc<Collected>) -> Box<dyn BareGuest> {
+        let (file, alias, sink) = (ram.file.clone(), ram.alias.clone(), sink.clone());
+        match self {
+            Self::Kvm(options) => Box::new(KvmGuest::new(spec, options, file, alias, sink).expect("VM")),
+            Self::HostThreads => Box::new(HostGuest::new(spec, file, alias, sink).expect("threads")),
+        }
+    }
+}
+
 /// A guest with its RAM and its output.
-pub struct Rig {
+pub struct Rig<G: ?Sized = KvmGuest> {
     pub spec: GuestSpec,
-    pub options: KvmOptions,
     pub ram: Ram,
     pub sink: Arc<Collected>,
-    pub guest: KvmGuest,
     pub issued: Vec<u64>,
+    pub guest: Box<G>,
 }
 
 impl Rig {
-    /// A guest at its start, paused.
+    /// A KVM guest at its start, paused.
     pub fn boot(spec: GuestSpec, options: KvmOptions) -> Self {
         let (ram, sink) = (Ram::of(&spec), Arc::new(Collected::default()));
-        let mut guest = KvmGuest::new(&spec, &options, ram.file.clone(), ram.alias.clone(), sink.clone()).expect("VM");
-        guest.boot().expect("boot");
-        let mut rig = Self { spec, options, ram, sink, guest, issued: Vec::new() };
+        let guest = KvmGuest::new(&spec, &options, ram.file.clone(), ram.alias.clone(), sink.clone()).expect("VM");
+        Self::around(spec, ram, sink, Box::new(guest))
+    }
+}
+
+impl Rig<dyn BareGuest> {
+    /// A guest of any kind at its start, paused.
+    pub fn boot_any(spec: GuestSpec, kind: &Kind) -> Self {
+        let (ram, sink) = (Ram::of(&spec), Arc::new(Collected::default()));
+        let guest = kind.new_guest(&spec, &ram, &sink);
+        Self::around(spec, ram, sink, guest)
+    }
+
+    /// Saves the paused guest and goes on with it in a new VM over the same RAM.
+    pub fn move_to_new_vm(&mut self, kind: &Kind) -> Result<(), GuestError> {
+        let mut state = Vec::new();
+        self.guest.save(&mut state)?;
+        let mut next = kind.new_guest(&self.spec, &self.ram, &self.sink);
+        next.load(&state)?;
+        self.guest = next;
+        self.new_incarnation();
+        Ok(())
+    }
+}
+
+impl<G: BareGuest + ?Sized> Rig<G> {
+    fn around(spec: GuestSpec, ram: Ram, sink: Arc<Collected>, guest: Box<G>) -> Self {
+        let mut rig = Self { spec, ram, sink, guest, issued: Vec::new() };
+        rig.guest.boot().expect("boot");
         rig.new_incarnation();
         rig
     }
@@ -81,21 +123,9 @@ impl Rig {
         self.guest.set_incarnation(nonce).expect("nonce");
     }
 
-    /// Saves the paused guest and goes on with it in a new VM over the same RAM.
-    pub fn move_to_new_vm(&mut self) -> Result<(), GuestError> {
-        let mut state = Vec::new();
-        self.guest.save(&mut state)?;
-        let (file, alias, sink) = (self.ram.file.clone(), self.ram.alias.clone(), self.sink.clone());
-        let mut next = KvmGuest::new(&self.spec, &self.options, file, alias, sink)?;
-        next.load(&state)?;
-        self.guest = next;
-        self.new_incarnation();
-        Ok(())
-    }
-
     /// Lets the guest run to a step, and checks all of its memory and output.
     pub fn run_to_and_check(&mut self, step: u64) -> Model {
-        self.guest.park_at_step(step);
+        self.guest.park_at_step(step).expect("park");
         self.guest.resume().expect("resume");
         let steps = self.guest.wait_parked(soon()).expect("parked");
         let model = Model::new(&self.spec, &steps, &self.ram.alias, &self.issued).expect("model");

@@ -182,7 +182,7 @@ fn table_page(page: u64, entries: impl IntoIterator<Item = (usize, u64)>) -> Low
 /// Everything the VMM writes before the guest starts, apart from the fill: tables, text and parameters.
 pub fn low_pages(layout: &Layout, spec: &GuestSpec, text: &[u8]) -> Vec<LowMapping> {
     assert!(text.len() <= PAGE_SIZE, "the programs are {} bytes and must fit a page", text.len());
-    let at = |page: u64| page * PAGE_SIZE as u64 | TABLE_ENTRY;
+    let at = |page: u64| (page * PAGE_SIZE as u64) | TABLE_ENTRY;
     let directories = layout.directories();
     let mut low = vec![
         table_page(1, [(0, at(2)), (1, at(3))]),

@@ -1,0 +1,342 @@
+//! A bare guest without KVM: host threads do what the ledger's text does, in Rust, on the same memory.
+//!
+//! For machines without /dev/kvm. Memory, packets, pacing and the model are the same as the kvm VMM's; a fault of a thread on
+//! the guest's mapping goes to userfaultfd as a vCPU's would. Threads stop between two steps, so a thread that waits for a page
+//! cannot be stopped and [`Guest::pause`] says so at its deadline.
+
+use super::bare::{self, BareGuest};
+use super::control::{Control, Waited};
+use super::device::{Pacer, Port, PortState};
+use super::guests::{Filler, GuestSpec, Layout, NONCE_LOG_CAPACITY, Program, rules};
+use super::machine::failed;
+use belay_checkpoint::dirty::DirtySet;
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
+use belay_transport::region::{Mapping, RamFile};
+use belay_transport::{Deadline, PageIndex, RegionId};
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const MAGIC: &[u8; 8] = b"BELAYHST";
+const VERSION: u16 = 1;
+
+/// What a thread does next. Between two of these it may be stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Next {
+    /// Fill this many-th page of its share.
+    Fill(u64),
+    /// Say that memory is filled.
+    Filled,
+    /// One step of a batch.
+    Step,
+    /// Add the batch to the shared counters.
+    Count,
+    /// Read the PACE register.
+    Pace,
+    /// Take note of the nonce that was read, and emit a packet if one is due.
+    Note(u64),
+}
+
+/// What a vCPU's registers would hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Registers {
+    next: Next,
+    step: u64,
+    digest: u64,
+    last_hash: u64,
+    last_nonce: u64,
+    packet_batches_left: u64,
+}
+
+/// The saved state: everything but memory.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    registers: Vec<Registers>,
+    port: PortState,
+}
+
+struct Shared {
+    control: Control,
+    port: Port,
+    spec: GuestSpec,
+    layout: Layout,
+    memory: Arc<Mapping>,
+    /// Set while threads are to stop: what a kick is to a vCPU.
+    stopping: AtomicBool,
+    registers: Vec<Mutex<Registers>>,
+}
+
+impl Shared {
+    fn registers(&self, vcpu: usize) -> MutexGuard<'_, Registers> {
+        self.registers[vcpu].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn first_registers(&self) -> Registers {
+        let next = if self.spec.filler == Filler::Guest { Next::Fill(0) } else { Next::Filled };
+        let packet_batches_left = self.spec.packet_interval_steps / self.spec.batch_steps;
+        Registers { next, step: 0, digest: 0, last_hash: 0, last_nonce: 0, packet_batches_left }
+    }
+
+    fn run(&self, vcpu: usize) {
+        let mut pacer = Pacer::default();
+        let may_run = || self.stopping.store(false, Ordering::SeqCst);
+        while self.control.stand_still(vcpu, may_run) {
+            if self.port.wait_out(vcpu, &self.control, &mut pacer) == Waited::Stop {
+                continue;
+            }
+            let mut registers = self.registers(vcpu);
+            loop {
+                if self.stopping.load(Ordering::SeqCst) && !self.control.may_go_on(may_run) {
+                    break;
+                }
+                if let Err(error) = self.do_next(vcpu, &mut registers, &mut pacer) {
+                    self.control.crash(format!("thread {vcpu}: {error}; {registers:x?}"));
+                    self.stopping.store(true, Ordering::SeqCst);
+                }
+            }
+        }
+        self.control.ended(vcpu);
+    }
+
+    fn do_next(&self, vcpu: usize, now: &mut Registers, pacer: &mut Pacer) -> Result<(), super::device::PortError> {
+        let (spec, own) = (&self.spec, self.layout.own_pages(vcpu as u16));
+        now.next = match now.next {
+            Next::Fill(index) => {
+                let rest = self.layout.rest_pages(vcpu as u16);
+                match own.chain(rest).nth(index as usize) {
+                    Some(page) => {
+                        bare::fill_page(&self.memory, spec, page);
+                        Next::Fill(index + 1)
+                    }
+                    None => Next::Filled,
+                }
+            }
+            Next::Filled => {
+                self.packet(vcpu, rules::kind::FILLED, now)?;
+                Next::Step
+            }
+            Next::Step => {
+                let seed = rules::step_seed(spec.seed, vcpu as u16);
+                let (page, word, hash) = rules::step(seed, now.step, own.end - own.start);
+                let word = self.memory.atomic_u64(PageIndex(own.start + page).offset() + word * 8);
+                let old = word.load(Ordering::Relaxed);
+                now.digest = rules::fold(now.digest, old);
+                word.store(rules::chain(old, hash), Ordering::Relaxed);
+                now.last_hash = hash;
+                now.step += 1;
+                if now.step.is_multiple_of(spec.batch_steps) { Next::Count } else { Next::Step }
+            }
+            Next::Count => {
+                if spec.vcpus > 1 {
+                    let counters = self.layout.shared_counters().offset();
+                    let counter = counters + rules::shared_counter(now.last_hash) * 8;
+                    self.memory.atomic_u64(counter).fetch_add(now.last_hash, Ordering::SeqCst);
+                    self.memory.atomic_u64(counters + 512).fetch_add(spec.batch_steps, Ordering::SeqCst);
+                }
+                Next::Pace
+            }
+            Next::Pace => Next::Note(self.port.pace(vcpu, &self.control, pacer)),
+            Next::Note(nonce) => {
+                self.note(vcpu, nonce, now);
+                now.packet_batches_left -= 1;
+                if now.packet_batches_left == 0 {
+                    now.packet_batches_left = spec.packet_interval_steps / spec.batch_steps;
+                    self.packet(vcpu, rules::kind::PROGRESS, now)?;
+                }
+                Next::Step
+            }
+        };
+        Ok(())
+    }
+
+    fn nonce_log_word(&self, vcpu: usize, word: u64) -> &std::sync::atomic::AtomicU64 {
+        self.memory.atomic_u64(self.layout.nonce_log(vcpu as u16).offset() + word as usize * 8)
+    }
+
+    fn note(&self, vcpu: usize, nonce: u64, now: &mut Registers) {
+        if nonce == now.last_nonce {
+            return;
+        }
+        now.last_nonce = nonce;
+        let count = self.nonce_log_word(vcpu, 0).load(Ordering::Relaxed);
+        if count < NONCE_LOG_CAPACITY {
+            now.digest = rules::fold(now.digest, nonce);
+            self.nonce_log_word(vcpu, 0).store(count + 1, Ordering::Relaxed);
+            self.nonce_log_word(vcpu, 2 + count * 2).store(now.step, Ordering::Relaxed);
+            self.nonce_log_word(vcpu, 3 + count * 2).store(nonce, Ordering::Relaxed);
+        }
+    }
+
+    fn packet(&self, vcpu: usize, kind: u64, now: &Registers) -> Result<(), super::device::PortError> {
+        let nonces = self.nonce_log_word(vcpu, 0).load(Ordering::Relaxed);
+        self.port.send(vcpu, &[(vcpu as u64) << 8 | kind, now.step, now.digest, nonces, now.last_nonce])
+    }
+}
+
+/// See the module. Runs [`Program::Ledger`] only.
+pub struct HostGuest {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    blocks: Vec<RamBlock>,
+}
+
+impl HostGuest {
+    /// Like [`super::KvmGuest::new`].
+    pub fn new(
+        spec: &GuestSpec,
+        file: Arc<RamFile>,
+        alias: Arc<Mapping>,
+        sink: Arc<dyn PacketSink>,
+    ) -> Result<Self, GuestError> {
+        let layout = spec.layout().map_err(|error| GuestError::BadState(error.to_string()))?;
+        if spec.program != Program::Ledger {
+            return Err(GuestError::BadState(format!("host threads run the ledger, not the {:?}", spec.program)));
+        }
+        if file.len() as u64 != spec.memory_bytes || alias.len() != file.len() {
+            let (asked, file, alias) = (spec.memory_bytes, file.len(), alias.len());
+            return Err(GuestError::BadState(format!("a guest of {asked} bytes in a file of {file}, mapped {alias}")));
+        }
+        let memory = Arc::new(file.map().map_err(failed("mapping guest memory"))?);
+        let page_size = file.page_size();
+        let blocks = vec![RamBlock { id: RegionId(0), page_size, file, alias, vmm_address: memory.address() }];
+        let vcpus = usize::from(spec.vcpus);
+        let mut shared = Shared {
+            control: Control::new(vcpus),
+            port: Port::new(spec, sink),
+            spec: spec.clone(),
+            layout,
+            memory,
+            stopping: AtomicBool::new(true),
+            registers: Vec::new(),
+        };
+        shared.registers = (0..vcpus).map(|_| Mutex::new(shared.first_registers())).collect();
+        let mut guest = Self { shared: Arc::new(shared), threads: Vec::new(), blocks };
+        for vcpu in 0..vcpus {
+            let shared = guest.shared.clone();
+            let spawned = std::thread::Builder::new().name(format!("guest-{vcpu}")).spawn(move || shared.run(vcpu));
+            guest.threads.push(spawned.map_err(failed("starting a guest thread"))?);
+        }
+        Ok(guest)
+    }
+
+    /// The mapping the threads use, for those who register it with userfaultfd.
+    pub fn vmm_memory(&self) -> &Arc<Mapping> {
+        &self.shared.memory
+    }
+}
+
+impl Guest for HostGuest {
+    fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        let stopping = &self.shared.stopping;
+        let kick = |_| stopping.store(true, Ordering::SeqCst);
+        self.shared.control.stop(deadline, kick, |_| stopping.store(false, Ordering::SeqCst))
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.shared.control.run()
+    }
+
+    fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        self.shared.control.check_paused("save")?;
+        let registers = (0..self.shared.registers.len()).map(|vcpu| self.shared.registers(vcpu).clone()).collect();
+        let saved = Saved { registers, port: self.shared.port.save() };
+        out.extend(MAGIC);
+        out.extend(VERSION.to_le_bytes());
+        let bytes = postcard::to_stdvec(&saved).map_err(|error| GuestError::BadState(error.to_string()))?;
+        out.extend(bytes);
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        self.shared.control.check_paused("load")?;
+        let head = [MAGIC.as_slice(), &VERSION.to_le_bytes()].concat();
+        let body = state.strip_prefix(head.as_slice());
+        let body = body.ok_or_else(|| GuestError::BadState("not of host threads, or of another version".into()))?;
+        let (saved, rest): (Saved, _) =
+            postcard::take_from_bytes(body).map_err(|error| GuestError::BadState(error.to_string()))?;
+        let vcpus = self.shared.registers.len();
+        if saved.registers.len() != vcpus || !rest.is_empty() || !self.shared.port.load(saved.port) {
+            let got = saved.registers.len();
+            return Err(GuestError::BadState(format!("{got} threads and {} odd bytes; this has {vcpus}", rest.len())));
+        }
+        for (vcpu, registers) in saved.registers.into_iter().enumerate() {
+            *self.shared.registers(vcpu) = registers;
+        }
+        Ok(())
+    }
+
+    fn set_incarnation(&mut self, nonce: u64) -> Result<(), GuestError> {
+        self.shared.port.set_nonce(nonce);
+        Ok(())
+    }
+
+    fn memory(&self) -> &[RamBlock] {
+        &self.blocks
+    }
+
+    fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
+        let reason = match kind {
+            TrackerKind::UffdWp => "it belongs to whoever serves this guest's pages, not to its VMM",
+            TrackerKind::KvmLog | TrackerKind::KvmRing => "these are host threads, without KVM",
+        };
+        Err(GuestError::NoTracker { kind, reason: reason.into() })
+    }
+
+    fn device_writes(&mut self, _into: &mut DirtySet) -> Result<(), GuestError> {
+        // The packet port writes no guest memory.
+        self.shared.control.check_paused("asking for device writes")
+    }
+}
+
+impl BareGuest for HostGuest {
+    fn spec(&self) -> &GuestSpec {
+        &self.shared.spec
+    }
+
+    fn boot(&mut self) -> Result<(), GuestError> {
+        self.shared.control.check_paused("boot")?;
+        bare::write_first_content(&self.blocks[0].alias, &self.shared.spec, &self.shared.layout);
+        for vcpu in 0..self.shared.registers.len() {
+            *self.shared.registers(vcpu) = self.shared.first_registers();
+        }
+        Ok(())
+    }
+
+    fn park_at_step(&mut self, step: u64) -> Result<(), GuestError> {
+        self.shared.control.set_park(Some(step));
+        Ok(())
+    }
+
+    fn unpark(&mut self) -> Result<(), GuestError> {
+        self.shared.control.set_park(None);
+        Ok(())
+    }
+
+    fn wait_parked(&mut self, deadline: Deadline) -> Result<Vec<u64>, GuestError> {
+        self.shared.control.wait_parked(deadline)?;
+        self.steps()
+    }
+
+    fn steps(&mut self) -> Result<Vec<u64>, GuestError> {
+        Ok(self.shared.port.steps())
+    }
+
+    fn failure(&mut self) -> Option<String> {
+        self.shared.control.failure()
+    }
+}
+
+impl Drop for HostGuest {
+    fn drop(&mut self) {
+        /// A thread that waits for a page nobody serves does not end; it then keeps the memory alive.
+        const BOUND: Duration = Duration::from_secs(2);
+        let stopping = &self.shared.stopping;
+        if self.shared.control.exit(Deadline::after(BOUND), |_| stopping.store(true, Ordering::SeqCst)) {
+            for thread in self.threads.drain(..) {
+                let _ = thread.join();
+            }
+        }
+    }
+}
