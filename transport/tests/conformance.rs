@@ -38,6 +38,7 @@ on_every_fabric! {
     waiting_for_nothing_ends_at_the_deadline_and_leaves_the_lane_usable
     exports_and_registrations_come_before_the_first_lane
     lanes_do_not_wait_for_each_other
+    any_mixture_of_operations_leaves_the_bytes_a_plain_copy_would
 }
 
 fn a_read_brings_the_right_bytes_from_every_offset_and_length(over: Over) {
@@ -411,8 +412,12 @@ fn an_initiator_that_goes_away_is_noticed_by_the_owner(over: Over) {
         rustix::event::poll(&mut fds, Some(&timeout)).unwrap() == 1
     };
     assert!(!readable(&world, Duration::ZERO), "nothing is broken yet");
+    assert!(world.owner.take_failures().is_empty());
     drop(lane);
     assert!(readable(&world, Duration::from_secs(20)));
+    let failures = world.owner.take_failures();
+    assert!(matches!(failures[..], [FabricError::PeerClosed { lane: FAULT }]), "{failures:?}");
+    assert!(world.owner.take_failures().is_empty(), "told once");
     drop(other);
 }
 
@@ -450,4 +455,112 @@ fn lanes_do_not_wait_for_each_other(over: Over) {
     }
     assert_eq!(bulk.outstanding(), 64);
     assert_eq!(complete(&mut *bulk, 64).len(), 64);
+}
+
+#[derive(Debug, Clone)]
+enum Action {
+    Reads(Vec<(usize, usize, usize)>),
+    Writes(Vec<(usize, usize, usize)>),
+    Poll,
+    Commit(usize, usize, usize),
+}
+
+/// (remote offset, local offset, length), of all sizes.
+fn spans(remote: usize) -> impl proptest::strategy::Strategy<Value = (usize, usize, usize)> {
+    use proptest::prelude::*;
+    let len = prop_oneof![1..64_usize, Just(4096), 1..100_000_usize];
+    (len, any::<prop::sample::Index>(), any::<prop::sample::Index>())
+        .prop_map(move |(len, from, to)| (from.index(remote - len), to.index(RAM_BYTES / 2 - len), len))
+}
+
+/// Reads go to the lower half of local memory, writes come from the upper; the model copies at once.
+fn any_mixture_of_operations_leaves_the_bytes_a_plain_copy_would(over: Over) {
+    use proptest::prelude::*;
+    let reads = prop::collection::vec(spans(HOLE.offset as usize), 1..12).prop_map(Action::Reads);
+    let writes = prop::collection::vec(spans(RING_BYTES), 1..12).prop_map(Action::Writes);
+    let commit = spans(RING_BYTES).prop_map(|(to, from, len)| Action::Commit(to, from, len));
+    let actions =
+        prop::collection::vec(prop_oneof![3 => reads, 3 => writes, 2 => Just(Action::Poll), 1 => commit], 1..40);
+
+    let world = std::cell::RefCell::new(world(over));
+    let lane = std::cell::RefCell::new(world.borrow_mut().lane(CHECKPOINT, 32));
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        failure_persistence: None,
+        ..ProptestConfig::with_cases(40)
+    });
+    let outcome = runner.run(&actions, |actions| {
+        let (world, mut lane) = (world.borrow(), lane.borrow_mut());
+        let half = RAM_BYTES / 2;
+        world.local.zero(0, RAM_BYTES);
+        let upper: Vec<u8> = (0..half).map(|at| expected(at * 7) | 1).collect();
+        world.local.write(half, &upper);
+        world.ring.zero(0, RING_BYTES);
+        let (mut lower, mut ring, mut ids, mut expected_ids) =
+            (vec![0; half], vec![0; RING_BYTES], Vec::new(), Vec::new());
+        let mut next = 0;
+        let take = |lane: &mut dyn belay_transport::fabric::Lane, all: bool, ids: &mut Vec<u64>| {
+            while lane.outstanding() > 0 {
+                let mut some = [0; 5];
+                lane.wait(soon()).unwrap();
+                let got = lane.poll(&mut some).unwrap();
+                ids.extend_from_slice(&some[..got]);
+                if !all {
+                    break;
+                }
+            }
+        };
+        for action in actions {
+            match action {
+                Action::Reads(spans) => {
+                    if lane.outstanding() + spans.len() > lane.window() {
+                        take(&mut **lane, true, &mut ids);
+                    }
+                    let batch: Vec<_> = spans
+                        .iter()
+                        .map(|(from, to, len)| {
+                            next += 1;
+                            expected_ids.push(next);
+                            let mut read = world.read(next, *from, *len);
+                            read.local_offset = *to as u64;
+                            for at in 0..*len {
+                                lower[to + at] = expected(from + at);
+                            }
+                            read
+                        })
+                        .collect();
+                    lane.post_reads(&batch).unwrap();
+                }
+                Action::Writes(spans) => {
+                    if lane.outstanding() + spans.len() > lane.window() {
+                        take(&mut **lane, true, &mut ids);
+                    }
+                    let batch: Vec<_> = spans
+                        .iter()
+                        .map(|(to, from, len)| {
+                            next += 1;
+                            expected_ids.push(next);
+                            ring[*to..to + len].copy_from_slice(&upper[*from..from + len]);
+                            world.write(next, half + from, *to, *len)
+                        })
+                        .collect();
+                    lane.post_writes(&batch).unwrap();
+                }
+                Action::Poll => take(&mut **lane, false, &mut ids),
+                Action::Commit(to, from, len) => {
+                    ring[to..to + len].copy_from_slice(&upper[from..from + len]);
+                    lane.commit(&world.write(0, half + from, to, len), soon()).unwrap();
+                    // What was not polled is dropped.
+                    expected_ids.truncate(ids.len());
+                    prop_assert_eq!(lane.outstanding(), 0);
+                    prop_assert!(bytes(&world.ring, 0, RING_BYTES) == ring, "the ring at a commit");
+                }
+            }
+        }
+        take(&mut **lane, true, &mut ids);
+        prop_assert_eq!(&ids, &expected_ids);
+        prop_assert!(bytes(&world.local, 0, half) == lower, "what was read");
+        prop_assert!(bytes(&world.ring, 0, RING_BYTES) == ring, "what was written");
+        Ok(())
+    });
+    outcome.unwrap();
 }

@@ -47,8 +47,15 @@ pub struct LocalOwner {
     files: Vec<OwnedFd>,
     ring_file: Option<OwnedFd>,
     keepsake: Keepsake,
-    lanes: Vec<LaneStream>,
+    lanes: Vec<ServedLane>,
     broken: OwnedFd,
+}
+
+struct ServedLane {
+    id: LaneId,
+    stream: LaneStream,
+    /// Its end has been told, or is our own doing.
+    told: bool,
 }
 
 impl LocalOwner {
@@ -152,7 +159,7 @@ impl Owner for LocalOwner {
         let gone = epoll::EventFlags::RDHUP | epoll::EventFlags::HUP;
         epoll::add(&self.broken, &lane, epoll::EventData::new_u64(self.lanes.len() as u64), gone)
             .map_err(|error| io_error("watching a lane", error))?;
-        self.lanes.push(lane);
+        self.lanes.push(ServedLane { id, stream: lane, told: false });
         Ok(())
     }
 
@@ -168,15 +175,29 @@ impl Owner for LocalOwner {
         if let Some(file) = &self.ring_file {
             rustix::fs::ftruncate(file, 0).map_err(|error| io_error("truncating the revoked ring", error))?;
         }
-        for lane in &self.lanes {
+        for lane in &mut self.lanes {
             // A peer that is gone already has done this for us.
-            let _ = rustix::net::shutdown(lane, rustix::net::Shutdown::Both);
+            let _ = rustix::net::shutdown(&lane.stream, rustix::net::Shutdown::Both);
+            lane.told = true;
         }
         Ok(kept)
     }
 
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         Some(self.broken.as_fd())
+    }
+
+    fn take_failures(&mut self) -> Vec<FabricError> {
+        let now = Deadline::after(std::time::Duration::ZERO);
+        let ended = |lane: &ServedLane| wait_for(lane.stream.as_fd(), PollFlags::RDHUP, now).unwrap_or(true);
+        let mut failures = Vec::new();
+        for lane in self.lanes.iter_mut().filter(|lane| !lane.told) {
+            if ended(lane) {
+                lane.told = true;
+                failures.push(FabricError::PeerClosed { lane: lane.id });
+            }
+        }
+        failures
     }
 }
 

@@ -112,7 +112,8 @@ pub struct Write {
     pub len: u32,
 }
 
-/// The initiator's end of one lane. Used by one thread at a time; no call allocates or takes a lock that another lane holds.
+/// The initiator's end of one lane. Used by one thread at a time; no call allocates or takes a lock that another lane holds
+/// (TLS, where it is on, manages its own bounded buffers).
 pub trait Lane: Send {
     /// Which lane this is.
     fn id(&self) -> LaneId;
@@ -199,6 +200,9 @@ pub trait Owner: Send {
     /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
     /// cannot tell.
     fn broken(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What ended the lanes that have ended by themselves, each told once, for the operator (P9).
+    fn take_failures(&mut self) -> Vec<FabricError>;
 }
 
 /// The ring's bytes after revocation: private, nobody else can write them.

@@ -63,7 +63,8 @@ pub struct SessionConfig {
     pub max_frame_bytes: usize,
     /// Kernel pacing (SO_MAX_PACING_RATE) of what this side sends, for each connection by itself.
     pub pace_bytes_per_s: Option<u64>,
-    /// A TCP peer that is silent (no acknowledgement, no keepalive answer) for this long is taken to be gone.
+    /// A TCP peer that is silent (no acknowledgement, no keepalive answer) for this long is taken to be gone; 2 s or more.
+    /// So is one that leaves what it was sent unread in a full socket buffer for as long.
     pub peer_silence: Duration,
     /// Bound of one connection's way from accept to its hello or token.
     pub handshake_bound: Duration,

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// Socket buffers asked for where the process may (CAP_NET_ADMIN); elsewhere the kernel's own tuning stays on.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// Connections the kernel holds for the acceptor; with fewer, a burst of strangers costs an honest source a lost SYN.
+const BACKLOG: i32 = 1024;
 /// Pause before a Unix socket whose backlog is full is tried again.
 const BACKLOG_RETRY: Duration = Duration::from_millis(2);
 
@@ -167,6 +169,8 @@ pub(super) fn listen(address: &Address, config: &SessionConfig) -> Result<(Owned
             }
             let listener = TcpListener::bind(&candidates[..]).map_err(io)?;
             listener.set_nonblocking(true).map_err(io)?;
+            // std listens with a backlog of 128; listening again only changes that.
+            rustix::net::listen(&listener, BACKLOG).map_err(|error| io(error.into()))?;
             let bound = listener.local_addr().map_err(io)?.to_string();
             Ok((listener.into(), Address::Tcp(bound)))
         }
@@ -177,7 +181,7 @@ pub(super) fn listen(address: &Address, config: &SessionConfig) -> Result<(Owned
             // Set on the unbound socket, so that there is no moment at which the path has wider rights (bind keeps the mode).
             rustix::fs::fchmod(&fd, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).map_err(|e| io(e.into()))?;
             rustix::net::bind(&fd, &target).map_err(|error| io(error.into()))?;
-            rustix::net::listen(&fd, 128).map_err(|error| io(error.into()))?;
+            rustix::net::listen(&fd, BACKLOG).map_err(|error| io(error.into()))?;
             Ok((fd, address.clone()))
         }
     }

@@ -42,8 +42,10 @@ struct ServedLane {
     id: LaneId,
     /// The thread's socket, to shut it from outside.
     socket: OwnedFd,
-    /// Disconnects when the thread is about to end.
-    ended: Receiver<()>,
+    /// Says why the thread ends by itself, and disconnects when it is about to end.
+    ended: Receiver<FabricError>,
+    /// Taken from `ended` and not told yet.
+    failure: Option<FabricError>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -74,8 +76,12 @@ impl TcpOwner {
         }
         let bound = deadline.left();
         for lane in &mut self.lanes {
-            if let Err(RecvTimeoutError::Timeout) = lane.ended.recv_deadline(deadline.instant()) {
-                return Err(FabricError::TimedOut { lane: lane.id, bound });
+            loop {
+                match lane.ended.recv_deadline(deadline.instant()) {
+                    Ok(failure) => lane.failure = Some(failure),
+                    Err(RecvTimeoutError::Disconnected) => break,
+                    Err(RecvTimeoutError::Timeout) => return Err(FabricError::TimedOut { lane: lane.id, bound }),
+                }
             }
             if let Some(thread) = lane.thread.take() {
                 // A panic in it has been told by the panic hook, and its lane is over like any other.
@@ -121,17 +127,20 @@ impl Owner for TcpOwner {
         let stream = self.dialer.dial_lane(id, deadline)?;
         let socket = rustix::io::fcntl_dupfd_cloexec(&stream, 0).map_err(|e| io_error("duplicating a socket", e))?;
         rustix::io::ioctl_fionbio(&socket, false).map_err(|e| io_error("making a lane blocking", e))?;
-        let (alive, ended) = bounded::<()>(0);
-        let server = Server::new(stream, exports, Arc::clone(&self.revoked));
+        let (tell, ended) = bounded(1);
+        let server = Server::new(id, stream, exports, Arc::clone(&self.revoked));
         let broken = Arc::clone(&self.broken);
         let thread = std::thread::Builder::new()
             .name(format!("belay-{:?}{}", id.kind, id.index).to_lowercase())
             .spawn(move || {
-                let _told = Ending { broken, _alive: alive };
-                server.run();
+                let ending = Ending { broken, tell };
+                if let Some(failure) = server.run() {
+                    // There is room for the one failure that ends a lane.
+                    let _ = ending.tell.try_send(failure);
+                }
             })
             .map_err(|error| io_error("starting a lane's thread", error))?;
-        self.lanes.push(ServedLane { id, socket, ended, thread: Some(thread) });
+        self.lanes.push(ServedLane { id, socket, ended, failure: None, thread: Some(thread) });
         Ok(())
     }
 
@@ -149,6 +158,11 @@ impl Owner for TcpOwner {
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         Some((*self.broken).as_fd())
     }
+
+    fn take_failures(&mut self) -> Vec<FabricError> {
+        let told = |lane: &mut ServedLane| lane.failure.take().or_else(|| lane.ended.try_recv().ok());
+        self.lanes.iter_mut().filter_map(told).collect()
+    }
 }
 
 impl Drop for TcpOwner {
@@ -158,10 +172,10 @@ impl Drop for TcpOwner {
     }
 }
 
-/// Tells, when a lane's thread ends in whatever way, that it has.
+/// Tells, when a lane's thread ends in whatever way, that it has: first why, then by the descriptor, then by disconnecting.
 struct Ending {
     broken: Arc<OwnedFd>,
-    _alive: Sender<()>,
+    tell: Sender<FabricError>,
 }
 
 impl Drop for Ending {
@@ -171,20 +185,29 @@ impl Drop for Ending {
     }
 }
 
-/// Why a lane's thread ended: not kept, since the owner learns of it from [`Owner::broken`] and can do nothing with the reason.
+/// Why a lane's thread ends.
 enum End {
-    Socket,
-    Refused,
+    PeerClosed,
+    Io(io::Error),
+    NotARequest,
+    Refused { sequence: u64, reason: RefusedReason },
 }
 
 impl From<io::Error> for End {
-    fn from(_: io::Error) -> Self {
-        Self::Socket
+    fn from(error: io::Error) -> Self {
+        use io::ErrorKind as Kind;
+        match error.kind() {
+            Kind::ConnectionReset | Kind::BrokenPipe | Kind::UnexpectedEof | Kind::ConnectionAborted => {
+                Self::PeerClosed
+            }
+            _ => Self::Io(error),
+        }
     }
 }
 
 /// A lane's thread.
 struct Server {
+    id: LaneId,
     fd: OwnedFd,
     tls: Option<Box<rustls::Connection>>,
     exports: Arc<Exports>,
@@ -201,9 +224,10 @@ struct Server {
 }
 
 impl Server {
-    fn new(stream: LaneStream, exports: Arc<Exports>, revoked: Arc<AtomicBool>) -> Self {
+    fn new(id: LaneId, stream: LaneStream, exports: Arc<Exports>, revoked: Arc<AtomicBool>) -> Self {
         let (fd, tls) = stream.into_parts();
         Self {
+            id,
             fd,
             tls,
             exports,
@@ -218,11 +242,25 @@ impl Server {
         }
     }
 
-    fn run(mut self) {
+    /// Serves until the socket ends, at the latest when the owner shuts it. `None` when that was the owner's doing.
+    fn run(mut self) -> Option<FabricError> {
         let mut sequence = 0;
-        // Ends when the socket does, at the latest when the owner shuts it.
-        while self.serve(&mut sequence).is_ok() {}
+        let end = loop {
+            if let Err(end) = self.serve(&mut sequence) {
+                break end;
+            }
+        };
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+        if self.revoked.load(Ordering::SeqCst) {
+            return None;
+        }
+        let lane = self.id;
+        Some(match end {
+            End::PeerClosed => FabricError::PeerClosed { lane },
+            End::Io(source) => FabricError::Io { doing: format!("serving lane {lane:?}"), source },
+            End::NotARequest => FabricError::Protocol { lane, what: "what came is not the next request".to_owned() },
+            End::Refused { sequence, reason } => FabricError::Refused { lane, id: sequence, reason },
+        })
     }
 
     /// Takes one helping of requests and answers all of them.
@@ -232,7 +270,7 @@ impl Server {
             let bytes = self.intake[self.begin..self.begin + REQUEST_BYTES].try_into().expect("32 bytes");
             self.begin += REQUEST_BYTES;
             let request =
-                Request::decode(&bytes).filter(|request| request.sequence == *sequence).ok_or(End::Refused)?;
+                Request::decode(&bytes).filter(|request| request.sequence == *sequence).ok_or(End::NotARequest)?;
             let done = if self.revoked.load(Ordering::SeqCst) {
                 Err(RefusedReason::Revoked)
             } else {
@@ -244,7 +282,7 @@ impl Server {
             if let Err(reason) = done {
                 self.respond(Response { result: Err(reason), sequence: *sequence }, None)?;
                 self.flush()?;
-                return Err(End::Refused);
+                return Err(End::Refused { sequence: *sequence, reason });
             }
             *sequence += 1;
         }
@@ -288,7 +326,7 @@ impl Server {
                 }
             };
             if got == 0 {
-                return Err(End::Socket);
+                return Err(End::PeerClosed);
             }
             placed += got;
             // The intake was empty when data was read past it.
@@ -308,7 +346,7 @@ impl Server {
             Some(tls) => tls_read(self.fd.as_fd(), tls, room)?,
         };
         if got == 0 {
-            return Err(End::Socket);
+            return Err(End::PeerClosed);
         }
         self.end += got;
         Ok(())
