@@ -1,0 +1,290 @@
+//! The leanest loops that do the same work, for comparison. Nothing of belay is used here: system calls, memcpy, a socket.
+//!
+//! * fault: wait for a fault, copy 4 KiB (or ask for it over TCP), CONTINUE.
+//! * sweep: copy (or receive) a chunk, CONTINUE it, next chunk.
+//! * memcpy and stream: the same bytes without userfaultfd.
+
+use linux_raw_sys::general as raw;
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_REGISTER};
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+pub const PAGE: usize = 4096;
+/// Empty looks at the userfaultfd before the fault loop sleeps.
+const SPINS: u32 = 200;
+
+/// What one round of faults took, in nanoseconds.
+#[derive(Default)]
+pub struct Faults {
+    /// As the touching thread saw it.
+    pub toucher: Vec<u64>,
+    /// From event read to page shown, in the serving thread.
+    pub server: Vec<u64>,
+}
+
+/// Where the bytes come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Wire {
+    Memory,
+    Tcp,
+}
+
+/// A shared mapping.
+struct Map {
+    at: *mut u8,
+    len: usize,
+}
+
+// SAFETY: plain shared memory, used through raw copies only.
+unsafe impl Sync for Map {}
+// SAFETY: as above.
+unsafe impl Send for Map {}
+
+impl Map {
+    fn new(fd: &OwnedFd, len: usize, populate: bool) -> io::Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a null hint replaces no mapping.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        if populate {
+            // SAFETY: the range is the mapping just made.
+            check(unsafe { libc::madvise(at, len, libc::MADV_POPULATE_WRITE) })?;
+        }
+        Ok(Self { at: at.cast(), len })
+    }
+
+    fn page(&self, offset: usize, len: usize) -> *mut u8 {
+        assert!(offset + len <= self.len);
+        self.at.wrapping_add(offset)
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`; nothing refers to it any more.
+        unsafe { libc::munmap(self.at.cast(), self.len) };
+    }
+}
+
+fn check(outcome: i32) -> io::Result<i32> {
+    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
+}
+
+fn memfd(len: usize) -> io::Result<OwnedFd> {
+    // SAFETY: the name is NUL-terminated.
+    let fd = check(unsafe { libc::memfd_create(c"floor".as_ptr(), libc::MFD_CLOEXEC) })?;
+    // SAFETY: the kernel just made it and nobody else has it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: ftruncate touches no memory of ours.
+    check(unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) })?;
+    Ok(fd)
+}
+
+fn copy(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: both come from `Map::page`, valid for `len`, of different mappings.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+}
+
+/// Memory that faults, its alias, and a source full of bytes.
+struct Memory {
+    source: Map,
+    alias: Map,
+    guest: Map,
+    uffd: OwnedFd,
+}
+
+impl Memory {
+    fn new(len: usize) -> io::Result<Self> {
+        let source = Map::new(&memfd(len)?, len, true)?;
+        let file = memfd(len)?;
+        let (alias, guest) = (Map::new(&file, len, true)?, Map::new(&file, len, false)?);
+        // SAFETY: the system call takes its flags by value.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
+        // SAFETY: checked to be a descriptor the kernel just made.
+        let uffd = unsafe { OwnedFd::from_raw_fd(check(fd as i32)?) };
+        let mut api = raw::uffdio_api { api: u64::from(raw::UFFD_API), features: 0, ioctls: 0 };
+        ioctl(&uffd, UFFDIO_API, &mut api)?;
+        let range = raw::uffdio_range { start: guest.at as u64, len: len as u64 };
+        let mode = u64::from(raw::UFFDIO_REGISTER_MODE_MISSING | raw::UFFDIO_REGISTER_MODE_MINOR);
+        ioctl(&uffd, UFFDIO_REGISTER, &mut raw::uffdio_register { range, mode, ioctls: 0 })?;
+        Ok(Self { source, alias, guest, uffd })
+    }
+
+    #[inline]
+    fn show(&self, offset: usize, len: usize) -> io::Result<()> {
+        let range = raw::uffdio_range { start: self.guest.at as u64 + offset as u64, len: len as u64 };
+        ioctl(&self.uffd, UFFDIO_CONTINUE, &mut raw::uffdio_continue { range, mode: 0, mapped: 0 })
+    }
+}
+
+#[inline]
+fn ioctl<T>(fd: &OwnedFd, request: u32, argument: &mut T) -> io::Result<()> {
+    // SAFETY: every caller pairs a request with the kernel's struct for it.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), u64::from(request), std::ptr::from_mut(argument)) }).map(|_| ())
+}
+
+/// Touches the pages of `order` one after the other while the leanest loop serves them.
+pub fn faults(wire: Wire, len: usize, order: &[usize]) -> io::Result<Faults> {
+    let memory = Memory::new(len)?;
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let peer = match wire {
+            Wire::Memory => None,
+            Wire::Tcp => {
+                let listener = TcpListener::bind("127.0.0.1:0")?;
+                let ours = TcpStream::connect(listener.local_addr()?)?;
+                ours.set_nodelay(true)?;
+                let source = &memory.source;
+                scope.spawn(move || answer(listener, source));
+                Some(ours)
+            }
+        };
+        let server = scope.spawn(|| serve(&memory, &stop, peer));
+        let mut toucher = Vec::with_capacity(order.len());
+        for page in order {
+            let at = memory.guest.page(page * PAGE, 8).cast::<u64>();
+            let start = Instant::now();
+            // SAFETY: inside the mapping and aligned; volatile, because it is another thread that fills it.
+            unsafe { at.read_volatile() };
+            toucher.push(start.elapsed().as_nanos() as u64);
+        }
+        stop.store(true, Ordering::Release);
+        let server = server.join().map_err(|_| io::Error::other("the floor's server panicked"))??;
+        Ok(Faults { toucher, server })
+    })
+}
+
+fn serve(memory: &Memory, stop: &AtomicBool, mut peer: Option<TcpStream>) -> io::Result<Vec<u64>> {
+    let mut times = Vec::with_capacity(1 << 16);
+    let (mut message, mut page) = ([0_u64; 4], vec![0_u8; PAGE]);
+    let mut empty = 0_u32;
+    while !stop.load(Ordering::Relaxed) {
+        // SAFETY: the buffer takes one message of 32 bytes.
+        let got = unsafe { libc::read(memory.uffd.as_raw_fd(), message.as_mut_ptr().cast(), 32) };
+        if got != 32 {
+            empty += 1;
+            if empty > SPINS {
+                let mut descriptor = libc::pollfd { fd: memory.uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                // SAFETY: one valid pollfd.
+                unsafe { libc::poll(&mut descriptor, 1, 10) };
+            }
+            continue;
+        }
+        empty = 0;
+        let start = Instant::now();
+        let offset = (message[2] - memory.guest.at as u64) as usize & !(PAGE - 1);
+        match &mut peer {
+            None => copy(memory.source.page(offset, PAGE), memory.alias.page(offset, PAGE), PAGE),
+            Some(peer) => {
+                peer.write_all(&(offset as u64).to_ne_bytes())?;
+                peer.read_exact(&mut page)?;
+                copy(page.as_ptr(), memory.alias.page(offset, PAGE), PAGE);
+            }
+        }
+        memory.show(offset, PAGE)?;
+        times.push(start.elapsed().as_nanos() as u64);
+    }
+    Ok(times)
+}
+
+/// The other end of the TCP floor: an offset in, a page out.
+fn answer(listener: TcpListener, source: &Map) -> io::Result<()> {
+    let (mut stream, _) = listener.accept()?;
+    stream.set_nodelay(true)?;
+    let (mut request, mut page) = ([0; 8], vec![0_u8; PAGE]);
+    while stream.read_exact(&mut request).is_ok() {
+        copy(source.page(u64::from_ne_bytes(request) as usize, PAGE), page.as_mut_ptr(), PAGE);
+        stream.write_all(&page)?;
+    }
+    Ok(())
+}
+
+/// Copies (or receives) and shows all of `len` bytes in chunks.
+pub fn sweep(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
+    let memory = Memory::new(len)?;
+    match wire {
+        Wire::Memory => {
+            let start = Instant::now();
+            for offset in (0..len).step_by(chunk) {
+                copy(memory.source.page(offset, chunk), memory.alias.page(offset, chunk), chunk);
+                memory.show(offset, chunk)?;
+            }
+            Ok(start.elapsed())
+        }
+        Wire::Tcp => streamed(&memory.source, len, chunk, |stream, offset| {
+            receive(stream, memory.alias.page(offset, chunk), chunk)?;
+            memory.show(offset, chunk)
+        }),
+    }
+}
+
+/// The same bytes, copied or streamed only.
+pub fn plain(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
+    let source = Map::new(&memfd(len)?, len, true)?;
+    let target = Map::new(&memfd(len)?, len, true)?;
+    let start = Instant::now();
+    match wire {
+        Wire::Memory => {
+            for offset in (0..len).step_by(chunk) {
+                copy(source.page(offset, chunk), target.page(offset, chunk), chunk);
+            }
+            Ok(start.elapsed())
+        }
+        Wire::Tcp => streamed(&source, len, chunk, |stream, offset| receive(stream, target.page(offset, chunk), chunk)),
+    }
+}
+
+/// A sender pushes `source` as fast as the socket takes it; `take` is called for every chunk.
+fn streamed(
+    source: &Map,
+    len: usize,
+    chunk: usize,
+    mut take: impl FnMut(&TcpStream, usize) -> io::Result<()>,
+) -> io::Result<Duration> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let ours = TcpStream::connect(listener.local_addr()?)?;
+    std::thread::scope(|scope| {
+        scope.spawn(move || -> io::Result<()> {
+            let (theirs, _) = listener.accept()?;
+            for offset in (0..len).step_by(chunk) {
+                send(&theirs, source.page(offset, chunk), chunk)?;
+            }
+            Ok(())
+        });
+        let start = Instant::now();
+        for offset in (0..len).step_by(chunk) {
+            take(&ours, offset)?;
+        }
+        Ok(start.elapsed())
+    })
+}
+
+fn receive(stream: &TcpStream, to: *mut u8, len: usize) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        // SAFETY: the caller's chunk is `len` bytes long.
+        let got = unsafe { libc::recv(stream.as_raw_fd(), to.wrapping_add(done).cast(), len - done, 0) };
+        match usize::try_from(got) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => done += got,
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+    Ok(())
+}
+
+fn send(stream: &TcpStream, from: *const u8, len: usize) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        let at = from.wrapping_add(done).cast();
+        // SAFETY: the caller's chunk is `len` bytes long.
+        let put = unsafe { libc::send(stream.as_raw_fd(), at, len - done, libc::MSG_NOSIGNAL) };
+        done += usize::try_from(put).map_err(|_| io::Error::last_os_error())?;
+    }
+    Ok(())
+}

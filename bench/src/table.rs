@@ -1,0 +1,81 @@
+//! Tables in perftest's columns, and the same as JSON.
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+
+/// One row.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub name: String,
+    pub bytes: usize,
+    pub iterations: u64,
+    pub t_min_us: f64,
+    pub t_max_us: f64,
+    pub t_typical_us: f64,
+    pub t_avg_us: f64,
+    pub t_stdev_us: f64,
+    pub p99_us: f64,
+    pub p999_us: f64,
+}
+
+impl Row {
+    pub fn of_histogram(name: &str, bytes: usize, ns: &Histogram<u64>) -> Self {
+        let us = |ns: u64| ns as f64 / 1e3;
+        Self {
+            name: name.into(),
+            bytes,
+            iterations: ns.len(),
+            t_min_us: us(ns.min()),
+            t_max_us: us(ns.max()),
+            t_typical_us: us(ns.value_at_quantile(0.5)),
+            t_avg_us: ns.mean() / 1e3,
+            t_stdev_us: ns.stdev() / 1e3,
+            p99_us: us(ns.value_at_quantile(0.99)),
+            p999_us: us(ns.value_at_quantile(0.999)),
+        }
+    }
+
+    pub fn of_samples(name: &str, bytes: usize, ns: &[u64]) -> Self {
+        let mut histogram = Histogram::<u64>::new_with_bounds(1, 1 << 40, 3).expect("valid bounds");
+        ns.iter().for_each(|ns| histogram.saturating_record(*ns));
+        Self::of_histogram(name, bytes, &histogram)
+    }
+}
+
+/// The middle value; 0 of nothing.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+pub fn print(rows: &[Row]) {
+    println!(
+        " {:<34} {:>7} {:>11} {:>11} {:>11} {:>15} {:>11} {:>13} {:>9} {:>9}",
+        "",
+        "#bytes",
+        "#iterations",
+        "t_min[us]",
+        "t_max[us]",
+        "t_typical[us]",
+        "t_avg[us]",
+        "t_stdev[us]",
+        "99%[us]",
+        "99.9%[us]"
+    );
+    for row in rows {
+        println!(
+            " {:<34} {:>7} {:>11} {:>11.2} {:>11.2} {:>15.2} {:>11.2} {:>13.2} {:>9.2} {:>9.2}",
+            row.name,
+            row.bytes,
+            row.iterations,
+            row.t_min_us,
+            row.t_max_us,
+            row.t_typical_us,
+            row.t_avg_us,
+            row.t_stdev_us,
+            row.p99_us,
+            row.p999_us
+        );
+    }
+}
