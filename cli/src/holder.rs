@@ -148,10 +148,7 @@ impl Held {
         guest.lock().boot()?;
         guest.set_incarnation(nonce)?;
         guest.resume()?;
-        observer.note(
-            None,
-            Kind::GuestStarted { nonce, driven_by: driver.name().to_owned(), spec: spec.clone() },
-        );
+        observer.note(None, Kind::GuestStarted { nonce, driven_by: driver.name().to_owned(), spec: spec.clone() });
         Ok(Self { guest, spec: spec.clone(), nonces: vec![nonce] })
     }
 
@@ -270,7 +267,10 @@ impl Host for ThisHost {
             .map(|range| range.frames.start << page_size.shift()..range.frames.end << page_size.shift())
             .collect();
         if bytes.len() != parts.len() {
-            return Err(GuestError::BadState(format!("{shards} shards are more than {} of RAM can be split in", region.file.len())));
+            return Err(GuestError::BadState(format!(
+                "{shards} shards are more than {} of RAM can be split in",
+                region.file.len()
+            )));
         }
         let mode = match driver {
             Driver::Kvm => OpenMode::All,

@@ -1,5 +1,6 @@
 //! The `belay` command: parses, wires and shows. It decides nothing of its own.
 
+mod check;
 mod demo;
 mod exit;
 mod holder;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 /// The guest moves at once and its memory follows by one-sided reads. Until the last page has arrived, the destination sends
 /// checkpoints back, so that the source can catch the guest if the destination or the network fails.
 #[derive(Debug, Parser)]
-#[command(name = "belay", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+#[command(name = "belay", version, arg_required_else_help = true, after_help = AFTER_HELP, after_long_help = format!("{AFTER_HELP}\n\n{}", exit::TABLE))]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -47,6 +48,8 @@ enum Command {
     Receive(receive::ReceiveArgs),
     /// Make the certificates two hosts need to trust each other
     Keygen(keygen::KeygenArgs),
+    /// Say what this host can do, and for each thing missing the command that mends it
+    Check(check::CheckArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
     /// The small process that outlives a VMM (started by receive)
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Send(args) => send::run(args),
         Command::Receive(args) => receive::run(args),
         Command::Keygen(args) => keygen::run(args),
+        Command::Check(args) => check::run(args),
         Command::Observe(args) => observe::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };

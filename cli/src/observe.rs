@@ -94,12 +94,15 @@ mod tests {
     fn a_log_reads_back_as_it_was_written() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("packets");
-        let packet = |sequence, bytes: &[u8]| Seen { at_us: 7, sender: "source".into(), sequence, bytes: bytes.to_vec() };
+        let packet =
+            |sequence, bytes: &[u8]| Seen { at_us: 7, sender: "source".into(), sequence, bytes: bytes.to_vec() };
         let seen = [packet(0, &[]), packet(1, &[0, 255, 16])];
         write_log(&path, &seen).unwrap();
         let read = read_log(&path).unwrap();
         assert_eq!(read.len(), 2);
-        assert!(read.iter().zip(&seen).all(|(a, b)| (a.sequence, &a.bytes, &a.sender) == (b.sequence, &b.bytes, &b.sender)));
+        assert!(
+            read.iter().zip(&seen).all(|(a, b)| (a.sequence, &a.bytes, &a.sender) == (b.sequence, &b.bytes, &b.sender))
+        );
         std::fs::write(&path, "7 source 1 0g\n").unwrap();
         assert!(read_log(&path).is_err());
     }

@@ -113,7 +113,10 @@ impl std::str::FromStr for PolicyChoice {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "none" => Ok(Self::None),
-            text => text.parse().map(Self::Take).map_err(|error: belay_checkpoint::policy::PolicyParseError| error.to_string()),
+            text => text
+                .parse()
+                .map(Self::Take)
+                .map_err(|error: belay_checkpoint::policy::PolicyParseError| error.to_string()),
         }
     }
 }
@@ -279,7 +282,11 @@ pub struct ConfigFile {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read {path}")]
-    Read { path: PathBuf, #[source] source: std::io::Error },
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{path} is not a belay configuration:\n{source}")]
     Parse { path: PathBuf, source: Box<toml::de::Error> },
 }

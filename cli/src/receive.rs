@@ -1,9 +1,9 @@
 //! `belay receive`: waits for a guest, pulls its memory, tethers it, and owns it once the source has let go.
 
 use crate::exit::Exit;
+use crate::holder::{self, Held, ThisHost};
 use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::holder::{self, Held, ThisHost};
 use crate::{complain, report, signals};
 use belay_transport::session::{Address, Listener, SessionConfig};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
@@ -136,7 +136,11 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 _ => Exit::NotMoved,
             };
-            report::failed(observer, &error, "The guest runs on at the source. `belay check` says what this host lacks.");
+            report::failed(
+                observer,
+                &error,
+                "The guest runs on at the source. `belay check` says what this host lacks.",
+            );
             exit
         }
     }

@@ -85,7 +85,10 @@ fn sentence(kind: &Kind) -> Option<String> {
             time(*took_us)
         ),
         Kind::Caught { epoch, noticed_to_running_us, .. } => {
-            format!("caught at checkpoint {epoch}: guest runs here again {} after the loss was noticed", time(*noticed_to_running_us))
+            format!(
+                "caught at checkpoint {epoch}: guest runs here again {} after the loss was noticed",
+                time(*noticed_to_running_us)
+            )
         }
         Kind::ReleaseRecorded { path } => format!("release written to {path}: this host will never resume this guest"),
         Kind::Released { total_us } => format!("released; the migration took {}", time(*total_us)),
@@ -98,6 +101,10 @@ fn sentence(kind: &Kind) -> Option<String> {
         ),
         Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),
         Kind::Ended { outcome, exit_code } => format!("ended: {outcome} (exit code {exit_code})"),
-        Kind::Pull { .. } | Kind::Committed { .. } | Kind::Folded { .. } | Kind::Latency { .. } | Kind::CpuTime { .. } => return None,
+        Kind::Pull { .. }
+        | Kind::Committed { .. }
+        | Kind::Folded { .. }
+        | Kind::Latency { .. }
+        | Kind::CpuTime { .. } => return None,
     })
 }

@@ -1,9 +1,11 @@
 //! `belay send`: runs the proof guest and moves it to a waiting `belay receive`; catches it if that fails.
 
 use crate::exit::Exit;
-use crate::options::{ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions, TrackerChoice};
-use crate::quantity::Span;
 use crate::holder::{self, Held};
+use crate::options::{
+    ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions, TrackerChoice,
+};
+use crate::quantity::Span;
 use crate::{complain, report, signals};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
@@ -101,7 +103,8 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Err(error) => return fail(&error, "", Exit::Failed),
     };
     let tether = tether_settings(&args.tether);
-    let output = holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
+    let output =
+        holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
         Ok(output) => output,
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
@@ -160,7 +163,8 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
                 SourceError::Cancelled => Exit::Interrupted,
                 _ => Exit::NotMoved,
             };
-            let advice = "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?";
+            let advice =
+                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?";
             return fail(&error, advice, exit);
         }
     };
@@ -201,7 +205,10 @@ pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
         tracker: options.tracker.unwrap_or(TrackerChoice::KvmRing).into(),
         policy,
         output: options.output.map_or(OutputMode::Commit, Into::into),
-        lease: LeaseSettings { length: options.lease.map_or(LeaseSettings::default().length, |lease| lease.0), ..LeaseSettings::default() },
+        lease: LeaseSettings {
+            length: options.lease.map_or(LeaseSettings::default().length, |lease| lease.0),
+            ..LeaseSettings::default()
+        },
     })
 }
 

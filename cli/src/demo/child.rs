@@ -81,7 +81,9 @@ impl Proc {
     pub fn wait(&mut self, bound: Duration) -> std::io::Result<Option<ExitStatus>> {
         let end = Instant::now() + bound;
         let pid = rustix::process::Pid::from_raw(self.child.id() as i32);
-        if let Some(fd) = pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()) {
+        if let Some(fd) =
+            pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok())
+        {
             let left = end.saturating_duration_since(Instant::now());
             let timeout = rustix::time::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];

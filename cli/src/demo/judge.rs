@@ -101,7 +101,9 @@ pub fn judge(story: &Story, at_kill: Option<&AtKill>, log: &Path) -> Verdict {
     });
     let driven_by = spec.as_ref().map_or("nothing".to_owned(), |(_, (_, by))| by.clone());
     let caught = find(&story.source, |kind| match kind {
-        Kind::Caught { epoch, noticed_to_running_us, steps, .. } => Some((*epoch, *noticed_to_running_us, steps.clone())),
+        Kind::Caught { epoch, noticed_to_running_us, steps, .. } => {
+            Some((*epoch, *noticed_to_running_us, steps.clone()))
+        }
         _ => None,
     });
     let commits = story.commits();
@@ -218,9 +220,8 @@ fn judge_output(
         format!("{verdict} ({parts})"),
     );
     let logs = nonces.iter().map(|log| log.iter().map(|&(step, nonce)| NonceSeen { step, nonce }).collect()).collect();
-    let judged = Model::from_nonces_seen(spec, steps, logs, issued)
-        .map_err(|error| error.to_string())
-        .and_then(|model| {
+    let judged =
+        Model::from_nonces_seen(spec, steps, logs, issued).map_err(|error| error.to_string()).and_then(|model| {
             let got = model.check_packets(observer::distinct(seen)).map_err(|error| error.to_string())?;
             Ok((got, model.packets_due()))
         });
@@ -228,7 +229,12 @@ fn judge_output(
         Ok((got, due)) => claim(
             "every packet is what it must be, and none is missing",
             got == due,
-            format!("{} packets, {} due; the guest had {} incarnations", got.iter().sum::<u64>(), due.iter().sum::<u64>(), issued.len()),
+            format!(
+                "{} packets, {} due; the guest had {} incarnations",
+                got.iter().sum::<u64>(),
+                due.iter().sum::<u64>(),
+                issued.len()
+            ),
         ),
         Err(error) => claim("every packet is what it must be, and none is missing", false, error),
     }

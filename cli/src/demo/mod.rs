@@ -6,7 +6,9 @@ mod judge;
 mod timeline;
 
 use crate::exit::Exit;
-use crate::options::{ConfigFile, Drive, FabricChoice, GuestOptions ,OutputChoice, PolicyChoice, TetherOptions, VmmPlace};
+use crate::options::{
+    ConfigFile, Drive, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, TetherOptions, VmmPlace,
+};
 use crate::quantity::{Bytes, Span};
 use crate::{complain, report, usage};
 use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
@@ -94,10 +96,14 @@ pub fn run(mut args: DemoArgs) -> Exit {
     }
     let fabric = args.fabric.unwrap_or(FabricChoice::Local);
     if args.tls && fabric == FabricChoice::Local {
-        return usage("--tls goes with --fabric tcp: over local, control is a Unix socket that only this user can open");
+        return usage(
+            "--tls goes with --fabric tcp: over local, control is a Unix socket that only this user can open",
+        );
     }
     if args.tether.policy == Some(PolicyChoice::None) && args.kill_at != KillAt::Never {
-        return usage("--policy none leaves nothing to catch the guest with: add --kill-at never, or drop --policy none");
+        return usage(
+            "--policy none leaves nothing to catch the guest with: add --kill-at never, or drop --policy none",
+        );
     }
     let memory = args.guest.memory.unwrap_or(Bytes(256 << 20)).0;
     if let Err(text) = enough_memory(memory, &args.tether) {
@@ -115,7 +121,8 @@ pub fn run(mut args: DemoArgs) -> Exit {
 /// Two copies of RAM, the overflow reservation, ring and staging, and the checker's own copy must fit in what is free.
 fn enough_memory(memory: u64, tether: &TetherOptions) -> Result<(), String> {
     let ring = tether.ring.map_or(64 << 20, |bytes| bytes.0);
-    let overflow = if tether.policy == Some(PolicyChoice::None) { 0 } else { tether.overflow.map_or(memory, |bytes| bytes.0) };
+    let overflow =
+        if tether.policy == Some(PolicyChoice::None) { 0 } else { tether.overflow.map_or(memory, |bytes| bytes.0) };
     let wanted = 3 * memory + overflow + 3 * ring + (128 << 20);
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
@@ -135,7 +142,11 @@ fn enough_memory(memory: u64, tether: &TetherOptions) -> Result<(), String> {
 #[derive(Debug, thiserror::Error)]
 enum DemoError {
     #[error("cannot {doing}")]
-    Io { doing: &'static str, #[source] source: std::io::Error },
+    Io {
+        doing: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{who:?} ended before it was ready: {said}")]
     EndedEarly { who: Role, said: String },
     #[error("after {after:?} the demo still waited for {waiting_for}; what was said last: {said}")]
@@ -272,7 +283,9 @@ impl Demo {
 
     fn observer_command(&self, packets: &Path) -> Result<Command, DemoError> {
         let mut command = self.belay()?;
-        command.args(["observe", "--json", "--listen"]).arg(format!("unix:{}", self.directory.path("observer.sock").display()));
+        command
+            .args(["observe", "--json", "--listen"])
+            .arg(format!("unix:{}", self.directory.path("observer.sock").display()));
         command.arg("--log").arg(packets);
         Ok(command)
     }
@@ -437,7 +450,9 @@ impl Demo {
         let bar = self.bar("pulling");
         let mut seen = AtKill::default();
         loop {
-            let said = self.next("the moment to kill the destination (pull in progress, three commits, a packet out and one held)")?;
+            let said = self.next(
+                "the moment to kill the destination (pull in progress, three commits, a packet out and one held)",
+            )?;
             match said {
                 Said::Observation(Role::Destination, observation) => match observation.kind {
                     Kind::Committed { epoch, .. } => (seen.commits, seen.newest_commit) = (seen.commits + 1, epoch),
@@ -478,7 +493,9 @@ impl Demo {
     fn await_end(&mut self, who: Role) -> Result<(), DemoError> {
         loop {
             match self.next("the guest to run on and be checked")? {
-                Said::Observation(role, observation) if role == who && matches!(observation.kind, Kind::Ended { .. }) => {
+                Said::Observation(role, observation)
+                    if role == who && matches!(observation.kind, Kind::Ended { .. }) =>
+                {
                     return Ok(());
                 }
                 Said::Closed(role) if role == who => return Ok(()),
@@ -491,7 +508,8 @@ impl Demo {
         if self.args.json || !std::io::stderr().is_terminal() {
             return ProgressBar::hidden();
         }
-        let style = ProgressStyle::with_template("{msg:>12} [{bar:40}] {pos}/{len} pages").expect("the template is constant");
+        let style =
+            ProgressStyle::with_template("{msg:>12} [{bar:40}] {pos}/{len} pages").expect("the template is constant");
         ProgressBar::no_length().with_style(style.progress_chars("=> ")).with_message(what)
     }
 

@@ -31,7 +31,9 @@ impl Story {
     /// Every commit the destination was told of: (when, epoch, pages, pause, age).
     pub fn commits(&self) -> Vec<(u64, u64, u64, u64, u64)> {
         let commits = self.destination.iter().filter_map(|seen| match seen.kind {
-            Kind::Committed { epoch, pages, pause_us, age_us, .. } => Some((seen.at_us, epoch, pages, pause_us, age_us)),
+            Kind::Committed { epoch, pages, pause_us, age_us, .. } => {
+                Some((seen.at_us, epoch, pages, pause_us, age_us))
+            }
             _ => None,
         });
         commits.collect()
@@ -71,7 +73,8 @@ impl Story {
         if let Some(&(at, epoch, pages, pause, age)) = commits.last().filter(|_| commits.len() > 3) {
             let more = commits.len() - 4;
             let gap = if more > 0 { format!("… {more} more; ") } else { String::new() };
-            let text = format!("{gap}checkpoint {epoch} committed: {pages} pages, pause {}, age {}", time(pause), time(age));
+            let text =
+                format!("{gap}checkpoint {epoch} committed: {pages} pages, pause {}, age {}", time(pause), time(age));
             lines.push((at, "destination", text));
         }
         if let Some((at, (landed, absent, faults))) = Self::last(&self.destination, |kind| match kind {
@@ -79,14 +82,22 @@ impl Story {
             _ => None,
         }) {
             let share = absent as f64 * 100.0 / (landed + absent).max(1) as f64;
-            lines.push((at, "destination", format!("pull: {landed} pages here, {absent} absent ({share:.0} %), {faults} faults served")));
+            lines.push((
+                at,
+                "destination",
+                format!("pull: {landed} pages here, {absent} absent ({share:.0} %), {faults} faults served"),
+            ));
         }
         if let Some((at, (took, size))) = Self::first(&self.destination, |kind| match kind {
             Kind::AllLanded { took_us, bytes, .. } => Some((*took_us, *bytes)),
             _ => None,
         }) {
             let rate = size as f64 / took.max(1) as f64;
-            lines.push((at, "destination", format!("all pages landed: {} in {} ({rate:.0} MB/s)", bytes(size), time(took))));
+            lines.push((
+                at,
+                "destination",
+                format!("all pages landed: {} in {} ({rate:.0} MB/s)", bytes(size), time(took)),
+            ));
         }
         if let Some(at) = self.killed_at_us {
             lines.push((at, "demo", "destination killed with SIGKILL".to_owned()));
@@ -102,7 +113,9 @@ impl Story {
                 Kind::Caught { noticed_to_running_us, .. } => {
                     format!("running: guest is back, {} after the loss was noticed", time(*noticed_to_running_us))
                 }
-                Kind::ReleaseRecorded { .. } => "release recorded and fsynced: this host will never resume the guest".to_owned(),
+                Kind::ReleaseRecorded { .. } => {
+                    "release recorded and fsynced: this host will never resume the guest".to_owned()
+                }
                 Kind::Released { total_us } => format!("released: total migration time {}", time(*total_us)),
                 _ => continue,
             };
@@ -129,7 +142,9 @@ impl Story {
             return "no demand fault was served\n".to_owned();
         };
         let most = buckets.iter().map(|&(_, n)| n).max().unwrap_or(1).max(1);
-        let mut out = format!("demand faults, read from the userfaultfd to page in place: {count}, p50 {p50:.1} µs, p99 {p99:.1} µs, max {max:.0} µs\n");
+        let mut out = format!(
+            "demand faults, read from the userfaultfd to page in place: {count}, p50 {p50:.1} µs, p99 {p99:.1} µs, max {max:.0} µs\n"
+        );
         for &(upper, n) in buckets {
             let bar = "#".repeat((n * 50).div_ceil(most) as usize);
             let _ = writeln!(out, "  < {upper:>7.0} µs {n:>8}  {bar}");

@@ -171,7 +171,11 @@ pub enum DestinationError {
     #[error(transparent)]
     Tethering(#[from] TetheringError),
     #[error("cannot {doing}")]
-    Io { doing: &'static str, #[source] source: std::io::Error },
+    Io {
+        doing: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the source said: {0}")]
     PeerFailed(String),
     #[error("the source closed the session: {0}")]
@@ -349,7 +353,9 @@ impl<'a> Destination<'a> {
             let lane = open(id, LANE_WINDOW)?;
             match id.kind {
                 LaneKind::Fault => lane_pairs.push((lane, None)),
-                LaneKind::Bulk => lane_pairs.last_mut().expect("a fault lane comes before its bulk lane").1 = Some(lane),
+                LaneKind::Bulk => {
+                    lane_pairs.last_mut().expect("a fault lane comes before its bulk lane").1 = Some(lane)
+                }
                 LaneKind::Checkpoint => checkpoint_lanes.push(lane),
             }
         }
@@ -580,7 +586,8 @@ impl Destination<'_> {
             let page_size = ram.file.page_size();
             let count = ram.file.len() as u64 >> page_size.shift();
             let classes = map.iter().find(|classes| classes.id == ram.id);
-            let classes = classes.ok_or_else(|| DestinationError::Refused(format!("the switch map lacks {}", ram.id)))?;
+            let classes =
+                classes.ok_or_else(|| DestinationError::Refused(format!("the switch map lacks {}", ram.id)))?;
             let classes = classes.decode(count)?.into_iter().map(|(class, frames)| ClassRun {
                 class: match class {
                     PageClass::Peer => pull::PageClass::Peer,
@@ -638,11 +645,8 @@ impl Destination<'_> {
                 self.all_landed_at = Some(Instant::now());
                 let progress = self.engine.as_ref().map(|engine| engine.progress()).unwrap_or_default();
                 let took_us = self.resumed_at.map_or(0, |at| us(at.elapsed()));
-                let because = self.note(Kind::AllLanded {
-                    took_us,
-                    bytes: progress.bytes_pulled,
-                    faults: progress.faults,
-                });
+                let because =
+                    self.note(Kind::AllLanded { took_us, bytes: progress.bytes_pulled, faults: progress.faults });
                 let _ = self.tell(&ToSource::AllLanded { because });
                 Some(Event::AllLanded)
             }
@@ -887,7 +891,8 @@ impl Destination<'_> {
                 None
             }
             Action::AskRelease => {
-                let because = self.note(Kind::State { state: "release-asked".to_owned(), why: "every page is here".to_owned() });
+                let because =
+                    self.note(Kind::State { state: "release-asked".to_owned(), why: "every page is here".to_owned() });
                 self.send(&ToSource::ReleaseAsked { all_landed: true, because })
             }
             Action::DiscardGuest => {
@@ -981,7 +986,8 @@ impl Destination<'_> {
                 for range in ranges {
                     if let Some((ram, _, _, address)) = self.ram.iter().find(|(ram, ..)| ram.id == range.region) {
                         let shift = ram.file.page_size().shift();
-                        let (start, frames) = (address + (range.frames.start << shift), range.frames.end - range.frames.start);
+                        let (start, frames) =
+                            (address + (range.frames.start << shift), range.frames.end - range.frames.start);
                         let _ = uffd.unregister(start, frames << shift);
                     }
                 }

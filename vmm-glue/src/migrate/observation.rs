@@ -88,7 +88,16 @@ pub enum Kind {
         took_us: u64,
     },
     /// A latency distribution, in microseconds.
-    Latency { what: String, count: u64, p50_us: f64, p90_us: f64, p99_us: f64, p999_us: f64, max_us: f64, buckets: Vec<(f64, u64)> },
+    Latency {
+        what: String,
+        count: u64,
+        p50_us: f64,
+        p90_us: f64,
+        p99_us: f64,
+        p999_us: f64,
+        max_us: f64,
+        buckets: Vec<(f64, u64)>,
+    },
     /// How the tether went.
     TetherSummary {
         epochs: u64,

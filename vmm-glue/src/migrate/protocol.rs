@@ -90,7 +90,11 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ProtocolError> {
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
     #[error("a control message of {bytes} bytes is malformed")]
-    Malformed { bytes: usize, #[source] source: postcard::Error },
+    Malformed {
+        bytes: usize,
+        #[source]
+        source: postcard::Error,
+    },
     #[error("a control message of {bytes} bytes has {rest} bytes too many")]
     Trailing { bytes: usize, rest: usize },
     #[error("the peer sent {got} where {wanted} was due")]

@@ -23,10 +23,18 @@ pub struct ReleaseRecord {
 pub enum ReleaseError {
     /// It is certain that no record is on disk: the release may be refused.
     #[error("cannot write the release record {path}; it is not on disk")]
-    NotWritten { path: PathBuf, #[source] source: io::Error },
+    NotWritten {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// It may or may not survive a power failure: the guest must not be resumed here until a person has looked.
     #[error("cannot make sure that the release record {path} is on disk, nor that it is not")]
-    Unknown { path: PathBuf, #[source] source: io::Error },
+    Unknown {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl ReleaseRecord {

@@ -53,11 +53,7 @@ pub struct LeaseSettings {
 
 impl Default for LeaseSettings {
     fn default() -> Self {
-        Self {
-            length: Duration::from_secs(1),
-            margin: Duration::from_millis(100),
-            heartbeat: Duration::from_millis(2),
-        }
+        Self { length: Duration::from_secs(1), margin: Duration::from_millis(100), heartbeat: Duration::from_millis(2) }
     }
 }
 

@@ -64,7 +64,11 @@ pub enum Outcome {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     #[error("no session with {address}")]
-    Connect { address: String, #[source] source: SessionError },
+    Connect {
+        address: String,
+        #[source]
+        source: SessionError,
+    },
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -80,7 +84,11 @@ pub enum SourceError {
     #[error(transparent)]
     Guard(#[from] GuardError),
     #[error("cannot {doing}")]
-    Io { doing: &'static str, #[source] source: std::io::Error },
+    Io {
+        doing: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the destination said: {0}")]
     PeerFailed(String),
     #[error("the destination did not answer {waiting_for} within {bound:?}")]
@@ -92,7 +100,6 @@ pub enum SourceError {
     #[error("the operator cancelled")]
     Cancelled,
 }
-
 
 /// What can happen while a session is up, beside messages.
 #[derive(Debug)]
@@ -217,7 +224,8 @@ fn prepare(
     let ring_file = RamFile::memfd("belay-ring", config.ring_bytes, PageSize::Small)?;
     ring_file.preallocate(1, &|_| {})?;
     let owner_file = RamFile::memfd("belay-owner", OWNER_REGION_BYTES, PageSize::Small)?;
-    let (ring, owner_region) = (ring_file.map().map_err(io("map the ring"))?, owner_file.map().map_err(io("map the owner region"))?);
+    let (ring, owner_region) =
+        (ring_file.map().map_err(io("map the ring"))?, owner_file.map().map_err(io("map the owner region"))?);
     let (ring, owner_region) = (Arc::new(ring), Arc::new(owner_region));
     OwnerRegion::new(Arc::clone(&owner_region));
     let keys = owner.export_ring((&ring_file, &ring), (&owner_file, &owner_region))?;
@@ -272,11 +280,7 @@ fn prepare(
     Ok((live, last))
 }
 
-fn watch_guard(
-    connection: OwnedFd,
-    secrets: Secrets,
-    happened: Sender<Happening>,
-) -> Result<DeathWatch, GuardError> {
+fn watch_guard(connection: OwnedFd, secrets: Secrets, happened: Sender<Happening>) -> Result<DeathWatch, GuardError> {
     DeathWatch::spawn(connection, secrets, move |notice| {
         // A full channel has told the main loop already that something is wrong.
         let _ = happened.try_send(match notice {
@@ -432,13 +436,17 @@ impl Source<'_> {
                 self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);
                 None
             }
-            ToSource::Prepared { .. } => Some(self.lost(Event::ConnectionClosed, "the destination broke the protocol: Prepared twice")),
+            ToSource::Prepared { .. } => {
+                Some(self.lost(Event::ConnectionClosed, "the destination broke the protocol: Prepared twice"))
+            }
         }
     }
 
     /// What has no channel of its own.
     fn tick(&mut self) -> Option<Event> {
-        if self.switch_due.is_some_and(|due| due.expired()) && matches!(self.state, State::Switching { .. } | State::Released { .. }) {
+        if self.switch_due.is_some_and(|due| due.expired())
+            && matches!(self.state, State::Switching { .. } | State::Released { .. })
+        {
             self.switch_due = None;
             if matches!(self.state, State::Released { .. }) {
                 // The record is on disk and was acknowledged as well as can be; whether it was heard is the destination's story.
@@ -455,7 +463,8 @@ impl Source<'_> {
                 return Some(self.lost(Event::ConnectionClosed, &format!("its checkpoints cannot be taken: {failed}")));
             }
             if silence.has_lasted(&folder.heard(), boot_time()) {
-                let bound = self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
+                let bound =
+                    self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
                 return Some(self.lost(Event::LeaseRanOut, &format!("silent for {bound:?}")));
             }
         }
@@ -494,7 +503,9 @@ impl Source<'_> {
         match self.state {
             State::Running { .. } if self.outcome.is_none() => {
                 self.outcome = Some(match &self.recovered {
-                    Some(recovered) => Outcome::Caught { epoch: recovered.epoch, nonces: std::mem::take(&mut self.nonces) },
+                    Some(recovered) => {
+                        Outcome::Caught { epoch: recovered.epoch, nonces: std::mem::take(&mut self.nonces) }
+                    }
                     None => Outcome::NotMoved { why: std::mem::take(&mut self.why) },
                 });
             }
@@ -604,7 +615,10 @@ impl Source<'_> {
         let bounds = self.config.bounds;
         // What the guest showed before the switch has left before anything it shows after it.
         if !self.output.wait_sent(Deadline::after(bounds.stop)) {
-            return Err(SourceError::TimedOut { waiting_for: "output from before the switch to leave", bound: bounds.stop });
+            return Err(SourceError::TimedOut {
+                waiting_for: "output from before the switch to leave",
+                bound: bounds.stop,
+            });
         }
         let mut device_state = Vec::new();
         self.guest.save(&mut device_state)?;
@@ -665,7 +679,8 @@ impl Source<'_> {
     fn fold_and_load(&mut self) -> Option<Event> {
         let begun = Instant::now();
         let (Some(catch), Some(ring)) = (self.live.catch.take(), self.live.revoked.take()) else {
-            self.why = format!("{}; the guest moved without a tether, so there is no checkpoint to catch it with", self.why);
+            self.why =
+                format!("{}; the guest moved without a tether, so there is no checkpoint to catch it with", self.why);
             return Some(Event::CatchFailed { can_retry: false });
         };
         let recovered = match catch.finish(&ring) {
@@ -739,7 +754,8 @@ impl Source<'_> {
             Err(error @ ReleaseError::NotWritten { .. }) => {
                 self.note(Kind::Failed {
                     what: protocol::explain(&error),
-                    advice: "The tether is kept; make room or mend the directory, and the destination asks again.".to_owned(),
+                    advice: "The tether is kept; make room or mend the directory, and the destination asks again."
+                        .to_owned(),
                 });
                 Some(Event::ReleaseFailed)
             }

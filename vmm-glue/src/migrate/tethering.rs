@@ -29,7 +29,11 @@ const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
 #[derive(Debug, thiserror::Error)]
 pub enum TetheringError {
     #[error("the ring of {offered} bytes that the source offers is no use")]
-    Ring { offered: u64, #[source] source: RingTooSmall },
+    Ring {
+        offered: u64,
+        #[source]
+        source: RingTooSmall,
+    },
     #[error(transparent)]
     Ship(#[from] ShipError),
     #[error(transparent)]
@@ -101,8 +105,7 @@ impl Reserved {
         let LeaseSettings { length, heartbeat, .. } = settings.lease;
         let writer = RingWriter::new(records, keys, offer.bytes as usize, offer.nonce, for_records, deadline)?;
         let config = HeartbeatConfig { interval: heartbeat, lease: length, bound: length };
-        let heartbeat =
-            Heartbeat::start(beats, keys, for_beats, config).map_err(TetheringError::Heartbeat)?;
+        let heartbeat = Heartbeat::start(beats, keys, for_beats, config).map_err(TetheringError::Heartbeat)?;
         Ok(Tethering {
             settings,
             overflow_bytes: offer.overflow_bytes,
@@ -188,7 +191,8 @@ impl Tethering {
         let Some(tether) = self.tether else { return (None, None) };
         let Ok(end) = tether.stop() else { return (None, None) };
         let stats = &end.stats;
-        let at = |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        let at =
+            |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
         let summary = Kind::TetherSummary {
             epochs: stats.committed,
             pages: stats.pages,
