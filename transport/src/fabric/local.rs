@@ -5,8 +5,8 @@
 //! * a *commit* counts only if the epoch is read unchanged after the trailer and a fence. Owner: epoch bumped, fence, ring
 //!   copied. Initiator: trailer stored, fence, epoch read. One of the two fences comes first: either the copy holds the
 //!   trailer, or the initiator sees the new epoch and does not report a commit.
-//! * a batch of reads counts only if the epoch is read unchanged after the copies.
-//! * the ring file is then truncated, so that later writes fail (they go through the kernel and see EFAULT, not SIGBUS).
+//! * a batch of reads or writes counts only if the epoch is read unchanged after the copies.
+//! * the ring file is truncated in the background: the old initiator's writes go through the kernel and see EFAULT, not SIGBUS.
 //!
 //! The lane's socket carries the exports at the start and nothing afterwards; its end says that the other side is gone.
 
@@ -30,6 +30,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::thread::JoinHandle;
 
 const EXPORTS_MAGIC: u64 = u64::from_le_bytes(*b"BLYlocal");
 const HEAD_BYTES: usize = 32;
@@ -46,6 +47,7 @@ pub struct LocalOwner {
     /// As passed: opened again with the least right that works.
     files: Vec<OwnedFd>,
     ring_file: Option<OwnedFd>,
+    truncating: Option<JoinHandle<io::Result<()>>>,
     keepsake: Keepsake,
     lanes: Vec<ServedLane>,
     broken: OwnedFd,
@@ -66,6 +68,7 @@ impl LocalOwner {
             exports: Exports::default(),
             files: Vec::new(),
             ring_file: None,
+            truncating: None,
             keepsake: Keepsake::default(),
             lanes: Vec::new(),
             broken,
@@ -103,6 +106,15 @@ impl LocalOwner {
         let sent = rustix::net::sendmsg(lane, &[IoSlice::new(&message)], &mut control, SendFlags::NOSIGNAL)
             .map_err(|error| io_error("passing the exported descriptors", error))?;
         if sent == message.len() { Ok(()) } else { Err(io_error("passing the exported descriptors", Errno::MSGSIZE)) }
+    }
+}
+
+impl Drop for LocalOwner {
+    fn drop(&mut self) {
+        if let Some(truncating) = self.truncating.take() {
+            // One system call on memory: it ends. Its failure changes nothing that anybody relies on.
+            let _ = truncating.join();
+        }
     }
 }
 
@@ -176,8 +188,13 @@ impl Owner for LocalOwner {
             fence(Ordering::SeqCst);
         }
         let kept = self.keepsake.keep(self.exports.ring().map(|ring| &**ring));
-        if let Some(file) = &self.ring_file {
-            rustix::fs::ftruncate(file, 0).map_err(|error| io_error("truncating the revoked ring", error))?;
+        if let Some(file) = self.ring_file.take() {
+            // Beside the catch, which waits for nothing here: giving 64 MiB of pages back takes longer than copying them, and
+            // the copy alone is used. It only makes what a stale writer still does end sooner.
+            let truncate = move || rustix::fs::ftruncate(&file, 0).map_err(io::Error::from);
+            let thread = std::thread::Builder::new().name("belay-truncate".to_owned()).spawn(truncate);
+            self.truncating =
+                Some(thread.map_err(|error| io_error("starting the truncation of the revoked ring", error))?);
         }
         for lane in &mut self.lanes {
             // A peer that is gone already has done this for us.
@@ -453,7 +470,7 @@ impl Lane for LocalLane {
             self.remote(write.remote.0, Right::Write, write.remote_offset, write.len)?;
             super::local(&self.locals, write.local, write.local_offset, write.len)?;
         }
-        let stored = batch.iter().try_for_each(|write| self.store(write));
+        let stored = batch.iter().try_for_each(|write| self.store(write)).and_then(|()| self.check_epoch());
         self.break_on(stored)?;
         self.done.extend(batch.iter().map(|write| write.id));
         Ok(())

@@ -197,7 +197,7 @@ pub trait Owner: Send {
 
     /// Shuts the old initiator out, in the order of DESIGN.md's table, and hands back the ring's bytes as they were at that
     /// instant in private memory. Idempotent: a second call gives the same bytes. `tcp`: sockets shut and their threads
-    /// joined, then copied. `local`: owner epoch bumped, fence, copied, file truncated to nothing; from then on the owner's
+    /// joined, then copied. `local`: owner epoch bumped, fence, copied, file truncated to nothing (in the background); from then on the owner's
     /// own mapping of the ring raises SIGBUS too, so use the copy alone. Without a ring the bytes are empty.
     fn revoke(&mut self, deadline: Deadline) -> Result<RevokedRing, FabricError>;
 
