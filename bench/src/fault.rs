@@ -34,10 +34,11 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     };
     let order = scattered(len / floor::PAGE, touches);
     let source = Source::new(len)?;
+    let floor_source = floor::Source::new(len).map_err(BenchError::io("the floor's source"))?;
     let (mut floors, mut ours, mut loaded) = (floor::Faults::default(), Side::new(), Side::new());
     let (mut engine_ratios, mut toucher_ratios) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        let floor = floor::faults(wire, len, &order).map_err(BenchError::io("the floor's fault loop"))?;
+        let floor = floor::faults(wire, &floor_source, &order).map_err(BenchError::io("the floor's fault loop"))?;
         let unloaded = engine_round(fabric, &source, &order, true)?;
         engine_ratios.push(unloaded.server.value_at_quantile(0.5) as f64 / mid(&floor.server));
         toucher_ratios.push(mid(&unloaded.toucher) / mid(&floor.toucher));

@@ -90,9 +90,17 @@ fn copy(from: *const u8, to: *mut u8, len: usize) {
     unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
 }
 
-/// Memory that faults, its alias, and a source full of bytes.
+/// What is pulled: made once, like the engine's, so that neither side finds its bytes warmer in the caches.
+pub struct Source(Map);
+
+impl Source {
+    pub fn new(len: usize) -> io::Result<Self> {
+        Map::new(&memfd(len)?, len, true).map(Self)
+    }
+}
+
+/// Memory that faults, and its alias.
 struct Memory {
-    source: Map,
     alias: Map,
     guest: Map,
     uffd: OwnedFd,
@@ -100,7 +108,6 @@ struct Memory {
 
 impl Memory {
     fn new(len: usize) -> io::Result<Self> {
-        let source = Map::new(&memfd(len)?, len, true)?;
         let file = memfd(len)?;
         let (alias, guest) = (Map::new(&file, len, true)?, Map::new(&file, len, false)?);
         // SAFETY: the system call takes its flags by value.
@@ -112,7 +119,7 @@ impl Memory {
         let range = raw::uffdio_range { start: guest.at as u64, len: len as u64 };
         let mode = u64::from(raw::UFFDIO_REGISTER_MODE_MISSING | raw::UFFDIO_REGISTER_MODE_MINOR);
         ioctl(&uffd, UFFDIO_REGISTER, &mut raw::uffdio_register { range, mode, ioctls: 0 })?;
-        Ok(Self { source, alias, guest, uffd })
+        Ok(Self { alias, guest, uffd })
     }
 
     #[inline]
@@ -129,8 +136,8 @@ fn ioctl<T>(fd: &OwnedFd, request: u32, argument: &mut T) -> io::Result<()> {
 }
 
 /// Touches the pages of `order` one after the other while the leanest loop serves them.
-pub fn faults(wire: Wire, len: usize, order: &[usize]) -> io::Result<Faults> {
-    let memory = Memory::new(len)?;
+pub fn faults(wire: Wire, Source(source): &Source, order: &[usize]) -> io::Result<Faults> {
+    let memory = Memory::new(source.len)?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let peer = match wire {
@@ -139,12 +146,11 @@ pub fn faults(wire: Wire, len: usize, order: &[usize]) -> io::Result<Faults> {
                 let listener = TcpListener::bind("127.0.0.1:0")?;
                 let ours = TcpStream::connect(listener.local_addr()?)?;
                 ours.set_nodelay(true)?;
-                let source = &memory.source;
                 scope.spawn(move || answer(listener, source));
                 Some(ours)
             }
         };
-        let server = scope.spawn(|| serve(&memory, &stop, peer));
+        let server = scope.spawn(|| serve(&memory, source, &stop, peer));
         let mut toucher = Vec::with_capacity(order.len());
         for page in order {
             let at = memory.guest.page(page * PAGE, 8).cast::<u64>();
@@ -159,7 +165,7 @@ pub fn faults(wire: Wire, len: usize, order: &[usize]) -> io::Result<Faults> {
     })
 }
 
-fn serve(memory: &Memory, stop: &AtomicBool, mut peer: Option<TcpStream>) -> io::Result<Vec<u64>> {
+fn serve(memory: &Memory, source: &Map, stop: &AtomicBool, mut peer: Option<TcpStream>) -> io::Result<Vec<u64>> {
     let mut times = Vec::with_capacity(1 << 16);
     let (mut message, mut page) = ([0_u64; 4], vec![0_u8; PAGE]);
     let mut empty = 0_u32;
@@ -179,7 +185,7 @@ fn serve(memory: &Memory, stop: &AtomicBool, mut peer: Option<TcpStream>) -> io:
         let start = Instant::now();
         let offset = (message[2] - memory.guest.at as u64) as usize & !(PAGE - 1);
         match &mut peer {
-            None => copy(memory.source.page(offset, PAGE), memory.alias.page(offset, PAGE), PAGE),
+            None => copy(source.page(offset, PAGE), memory.alias.page(offset, PAGE), PAGE),
             Some(peer) => {
                 peer.write_all(&(offset as u64).to_ne_bytes())?;
                 peer.read_exact(&mut page)?;
@@ -204,19 +210,20 @@ fn answer(listener: TcpListener, source: &Map) -> io::Result<()> {
     Ok(())
 }
 
-/// Copies (or receives) and shows all of `len` bytes in chunks.
-pub fn sweep(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
+/// Copies (or receives) and shows all of the source in chunks.
+pub fn sweep(wire: Wire, Source(source): &Source, chunk: usize) -> io::Result<Duration> {
+    let len = source.len;
     let memory = Memory::new(len)?;
     match wire {
         Wire::Memory => {
             let start = Instant::now();
             for offset in (0..len).step_by(chunk) {
-                copy(memory.source.page(offset, chunk), memory.alias.page(offset, chunk), chunk);
+                copy(source.page(offset, chunk), memory.alias.page(offset, chunk), chunk);
                 memory.show(offset, chunk)?;
             }
             Ok(start.elapsed())
         }
-        Wire::Tcp => streamed(&memory.source, len, chunk, |stream, offset| {
+        Wire::Tcp => streamed(source, len, chunk, |stream, offset| {
             receive(stream, memory.alias.page(offset, chunk), chunk)?;
             memory.show(offset, chunk)
         }),
@@ -224,8 +231,8 @@ pub fn sweep(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
 }
 
 /// The same bytes, copied or streamed only.
-pub fn plain(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
-    let source = Map::new(&memfd(len)?, len, true)?;
+pub fn plain(wire: Wire, Source(source): &Source, chunk: usize) -> io::Result<Duration> {
+    let len = source.len;
     let target = Map::new(&memfd(len)?, len, true)?;
     let start = Instant::now();
     match wire {
@@ -235,7 +242,7 @@ pub fn plain(wire: Wire, len: usize, chunk: usize) -> io::Result<Duration> {
             }
             Ok(start.elapsed())
         }
-        Wire::Tcp => streamed(&source, len, chunk, |stream, offset| receive(stream, target.page(offset, chunk), chunk)),
+        Wire::Tcp => streamed(source, len, chunk, |stream, offset| receive(stream, target.page(offset, chunk), chunk)),
     }
 }
 

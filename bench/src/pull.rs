@@ -24,18 +24,19 @@ pub struct Report {
 }
 
 pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
-    let (rounds, len) = if quick { (7, 64 << 20) } else { (15, 256 << 20) };
+    let (rounds, len) = if quick { (7, 64 << 20) } else { (9, 256 << 20) };
     let chunk = Tuning::default().chunk_bytes as usize;
     let wire = match fabric {
         FabricKind::Local => floor::Wire::Memory,
         FabricKind::Tcp => floor::Wire::Tcp,
     };
     let source = Source::new(len)?;
+    let floor_source = floor::Source::new(len).map_err(BenchError::io("the floor's source"))?;
     let rate = |took: Duration| len as f64 / took.as_secs_f64();
     let (mut plain, mut floors, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds {
-        plain.push(rate(floor::plain(wire, len, chunk).map_err(BenchError::io("the plain copy"))?));
-        let floor = rate(floor::sweep(wire, len, chunk).map_err(BenchError::io("the floor's sweep"))?);
+        plain.push(rate(floor::plain(wire, &floor_source, chunk).map_err(BenchError::io("the plain copy"))?));
+        let floor = rate(floor::sweep(wire, &floor_source, chunk).map_err(BenchError::io("the floor's sweep"))?);
         let engine = rate(engine_round(fabric, &source)?);
         floors.push(floor);
         ours.push(engine);
