@@ -62,12 +62,12 @@ impl Wire {
         Box::new(MemoryLane { wire: self.clone(), done: VecDeque::new() })
     }
 
-    pub fn revoke(&self) -> RevokedRing {
+    pub fn revoke(&self) -> Vec<u8> {
         let mut state = self.0.lock().unwrap();
         state.revoked = true;
         // Reads still work, as they do over shared memory; the owner epoch tells.
         state.owner.atomic_u64(OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
-        RevokedRing { bytes: copy_of(&state.ring) }
+        copy_of(&state.ring)
     }
 
     /// The ring as it is now.
@@ -126,8 +126,16 @@ impl Owner for Wire {
     fn serve_lane(&mut self, _: LaneId, _: Deadline) -> Result<(), FabricError> {
         Ok(())
     }
-    fn revoke(&mut self, _: Deadline) -> Result<RevokedRing, FabricError> {
-        Ok(Wire::revoke(self))
+    fn extend_read(&mut self, _: ReadKey, _: &[Extent]) -> Result<(), FabricError> {
+        Ok(())
+    }
+    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), _: Deadline) -> Result<(), FabricError> {
+        Wire::revoke(self);
+        last_read(&self.0.lock().unwrap().ring);
+        Ok(())
+    }
+    fn take_failures(&mut self) -> Vec<FabricError> {
+        Vec::new()
     }
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         None

@@ -15,11 +15,13 @@ fn has_userfaultfd() -> bool {
 
 /// Runs the demo and gives its report object.
 fn demo(arguments: &[&str]) -> serde_json::Value {
-    let arguments: Vec<_> = ["demo", "--json", "--deadline", "60s", "--run-on", "100ms"].iter().chain(arguments).collect();
+    let arguments: Vec<_> =
+        ["demo", "--json", "--deadline", "60s", "--run-on", "100ms"].iter().chain(arguments).collect();
     let Output { status, stdout, stderr } = Command::new(BELAY).args(&arguments).output().expect("belay starts");
     let replay = format!("belay {}", arguments.iter().map(|word| word.to_string()).collect::<Vec<_>>().join(" "));
     let text = String::from_utf8_lossy(&stdout);
-    let told = text.lines().filter(|line| !line.contains(r#""event":"pull""#) && !line.contains(r#""event":"committed""#));
+    let told =
+        text.lines().filter(|line| !line.contains(r#""event":"pull""#) && !line.contains(r#""event":"committed""#));
     let told = told.collect::<Vec<_>>().join("\n");
     assert!(status.success(), "{status}; replay with: {replay}\n{}\n{told}", String::from_utf8_lossy(&stderr));
     let report = text.lines().last().expect("a report is the last line");

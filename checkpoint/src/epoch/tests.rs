@@ -123,7 +123,7 @@ impl Rig {
     /// Stops the folder, revokes, catches, and checks every byte and packet against what the model says they must be.
     fn catch_and_check(self) -> (Epoch, TetherEnd) {
         let Rig { wire, source, folder, tether, witness, outbox, pages, .. } = self;
-        let recovered = folder.stop().finish(&wire.revoke()).unwrap();
+        let recovered = folder.stop().finish(&wire.revoke()[..]).unwrap();
         let end = tether.stop().unwrap();
         assert!(recovered.epoch >= end.committed, "{} recovered, {} reported", recovered.epoch, end.committed);
         let steps = steps_of(&recovered.device_state);

@@ -1,15 +1,14 @@
 //! The catch: what is still in the ring after revocation is folded, and the guest's newest committed state handed out.
 //!
 //! ```text
-//! Folder::stop ─> Catch ── Owner::revoke ──> RevokedRing ─> Catch::finish ─> Recovered
+//! Folder::stop ─> Catch ── Owner::revoke ──> last read of the ring: Catch::finish ─> Recovered
 //! ```
 //! The order is in the types: a [`Catch`] has no thread that looks at the ring any more, and finishing takes the ring's bytes
 //! as they were when the old destination was shut out (P5).
 
 use super::{FoldError, FoldState};
 use crate::guest::{Epoch, Packet};
-use crate::ring::{RingReader, Step};
-use belay_transport::fabric::RevokedRing;
+use crate::ring::{RingBytes, RingReader, Step};
 use std::time::{Duration, Instant};
 
 /// A stopped folder, waiting for the revoked ring.
@@ -34,6 +33,14 @@ pub struct Recovered {
     pub folded_pages: u64,
     /// Where the time went.
     pub timings: CatchTimings,
+    /// To be dropped once the guest runs.
+    pub spent: Spent,
+}
+
+/// Memory that was reserved for the largest record. Giving it back takes tens of milliseconds, which a guest need not wait for.
+#[derive(Debug)]
+pub struct Spent {
+    _reader: RingReader,
 }
 
 /// What a catch took, on this side.
@@ -67,12 +74,12 @@ impl Catch {
     }
 
     /// Reads the revoked ring for the last time, folds every committed record in it, in order, and gives the newest state.
-    pub fn finish(mut self, ring: &RevokedRing) -> Result<Recovered, CatchError> {
+    pub fn finish<R: RingBytes + ?Sized>(mut self, ring: &R) -> Result<Recovered, CatchError> {
         let began = Instant::now();
         let (epoch, pages) = (self.state.epoch(), self.state.folded_pages());
         let failed = match self.failed.take() {
             Some(failed) => Some(failed),
-            None => self.last_read(&ring.bytes).err(),
+            None => self.last_read(ring).err(),
         };
         let timings = CatchTimings {
             stopping: self.stopping,
@@ -86,14 +93,21 @@ impl Catch {
             (Err(_), Some(failed)) => (Vec::new(), Some(failed)),
             (Err(source), None) => (Vec::new(), Some(FoldError::Contradiction { epoch, source })),
         };
-        let recovered = Recovered { epoch, device_state, outputs_to_resend, folded_pages, timings };
+        let recovered = Recovered {
+            epoch,
+            device_state,
+            outputs_to_resend,
+            folded_pages,
+            timings,
+            spent: Spent { _reader: self.reader },
+        };
         match failed {
             None => Ok(recovered),
             Some(source) => Err(CatchError::Unreadable { source, older: Box::new(recovered) }),
         }
     }
 
-    fn last_read(&mut self, ring: &[u8]) -> Result<(), FoldError> {
+    fn last_read<R: RingBytes + ?Sized>(&mut self, ring: &R) -> Result<(), FoldError> {
         loop {
             match self.reader.step(ring)? {
                 Step::NotYet => return Ok(()),

@@ -6,7 +6,7 @@ use crate::record::build::Image;
 use crate::record::{CRITICAL, encoding, kind};
 use crate::ring::{OwnerRegion, RingReader, SEGMENTS_OFFSET, ShipError};
 use crate::testing::*;
-use belay_transport::fabric::{FabricError, RevokedRing};
+use belay_transport::fabric::FabricError;
 use belay_transport::{PAGE_SIZE, PageIndex, RegionId};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
@@ -112,7 +112,7 @@ proptest! {
             }
         }
         let catch = folder.stop();
-        let recovered = catch.finish(&wire.revoke()).unwrap();
+        let recovered = catch.finish(&wire.revoke()[..]).unwrap();
         prop_assert!(recovered.epoch >= reported, "{} recovered, {} reported", recovered.epoch, reported);
         let truth = &truths[recovered.epoch.0 as usize];
         prop_assert!(bytes_of(&there) == truth.ram, "RAM is not that of {}", recovered.epoch);
@@ -136,7 +136,7 @@ fn a_catch_before_any_commit_gives_the_state_at_the_switch() {
     wire.dies_after(4400);
     let content = Content { dirty: (0..9).map(|page| (0, page)).collect(), ..Content::default() };
     sender.send(Epoch(1), &ram(&SHAPE), &content).unwrap_err();
-    let recovered = folder.stop().finish(&wire.revoke()).unwrap();
+    let recovered = folder.stop().finish(&wire.revoke()[..]).unwrap();
     assert_eq!((recovered.epoch, &recovered.device_state[..]), (Epoch(0), &b"state at the switch"[..]));
     assert!(recovered.outputs_to_resend.is_empty() && recovered.folded_pages == 0);
     assert!(bytes_of(&there) == before);
@@ -164,7 +164,7 @@ fn p5_a_commit_that_is_reported_is_in_what_revocation_hands_back() {
                 std::hint::spin_loop();
             }
             let catch = folder.stop();
-            let recovered = catch.finish(&wire.revoke()).unwrap();
+            let recovered = catch.finish(&wire.revoke()[..]).unwrap();
             (recovered, shipping.join().unwrap())
         });
         assert_eq!(recovered.epoch, reported, "what was in the ring at revocation was reported, and nothing else");
@@ -221,7 +221,7 @@ fn a_refused_record_leaves_ram_untouched_and_the_catch_says_so() {
     wire.ring().write(SEGMENTS_OFFSET, &image);
     let status = folder.wait_folded(Epoch(1), soon());
     assert!(matches!(status.failed, Some(FoldError::Refused { epoch: Epoch(1), .. })), "{status:?}");
-    let error = folder.stop().finish(&wire.revoke()).unwrap_err();
+    let error = folder.stop().finish(&wire.revoke()[..]).unwrap_err();
     let CatchError::Unreadable { source, older } = error;
     assert!(matches!(source, FoldError::Refused { .. }));
     assert_eq!((older.epoch, bytes_of(&memory)), (Epoch(0), vec![0; 100 * PAGE_SIZE]));
@@ -309,6 +309,6 @@ fn wait_until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 fn a_revoked_ring_of_another_size_is_an_error() {
     let (memory, wire) = (ram(&[4]), Wire::new(RING));
     let catch = folder(&wire, &memory).stop();
-    let error = catch.finish(&RevokedRing { bytes: vec![0; 10] }).unwrap_err();
+    let error = catch.finish(&[0; 10][..]).unwrap_err();
     assert!(matches!(error, CatchError::Unreadable { source: FoldError::Ring(_), .. }), "{error}");
 }

@@ -1,6 +1,6 @@
 //! What an owner has exported: keys, rights and ranges, and the check of what a peer asks for against them.
 
-use super::{FabricError, OWNER_EPOCH_OFFSET, ReadKey, RefusedReason, RevokedRing, RingKeys, WriteKey};
+use super::{FabricError, OWNER_EPOCH_OFFSET, ReadKey, RefusedReason, RingKeys, WriteKey};
 use crate::region::{Extent, Mapping};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -140,38 +140,6 @@ fn merged(extents: &[Extent], size: u64) -> Result<Vec<Extent>, FabricError> {
         }
     }
     Ok(out)
-}
-
-/// Private memory for the ring's bytes at revocation, with its pages already there: a catch has no time for page faults.
-#[derive(Debug, Default)]
-pub(super) struct Keepsake {
-    spare: Vec<u8>,
-    kept: Option<RevokedRing>,
-}
-
-impl Keepsake {
-    pub(super) fn with_room_for(ring: &Mapping) -> Self {
-        let mut spare = vec![0; ring.len()];
-        // Fresh zeroed memory has no pages yet; a write to each brings them in.
-        spare.iter_mut().step_by(crate::units::PAGE_SIZE).for_each(|byte| *std::hint::black_box(byte) = 1);
-        Self { spare, kept: None }
-    }
-
-    /// What an earlier revocation kept.
-    pub(super) fn kept(&self) -> Option<RevokedRing> {
-        self.kept.clone()
-    }
-
-    /// Copies the ring, once.
-    pub(super) fn keep(&mut self, ring: Option<&Mapping>) -> RevokedRing {
-        let mut bytes = std::mem::take(&mut self.spare);
-        if let Some(ring) = ring {
-            ring.read(0, &mut bytes);
-        }
-        let kept = RevokedRing { bytes: Arc::new(bytes) };
-        self.kept = Some(kept.clone());
-        kept
-    }
 }
 
 /// Whether a region can hold the owner epoch.

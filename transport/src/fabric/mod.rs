@@ -195,11 +195,12 @@ pub trait Owner: Send {
     /// Dials and serves lane `id`.
     fn serve_lane(&mut self, id: LaneId, deadline: Deadline) -> Result<(), FabricError>;
 
-    /// Shuts the old initiator out, in the order of DESIGN.md's table, and hands back the ring's bytes as they were at that
-    /// instant in private memory. Idempotent: a second call gives the same bytes. `tcp`: sockets shut and their threads
-    /// joined, then copied. `local`: owner epoch bumped, fence, copied, file truncated to nothing (in the background); from then on the owner's
-    /// own mapping of the ring raises SIGBUS too, so use the copy alone. Without a ring the bytes are empty.
-    fn revoke(&mut self, deadline: Deadline) -> Result<RevokedRing, FabricError>;
+    /// Shuts the old initiator out, in the order of DESIGN.md's table, and gives the ring to `last_read`, once, from the instant on
+    /// at which nothing can commit any more: whatever has committed is in it. Idempotent: a second call reads nothing.
+    /// `tcp`: sockets shut and their threads joined; the ring then stands still. `local`: owner epoch bumped, fence; a stale writer
+    /// may still scribble while `last_read` runs, so it judges from private copies; then the file is truncated to nothing, and the
+    /// owner's own mapping of it raises SIGBUS too. Without a ring nothing is read.
+    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError>;
 
     /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
     /// cannot tell.
@@ -207,12 +208,6 @@ pub trait Owner: Send {
 
     /// What ended the lanes that have ended by themselves, each told once, for the operator (P9).
     fn take_failures(&mut self) -> Vec<FabricError>;
-}
-
-/// The ring's bytes after revocation: private, nobody else can write them.
-#[derive(Debug, Clone)]
-pub struct RevokedRing {
-    pub bytes: Arc<Vec<u8>>,
 }
 
 /// The source's data path of a session, over the fabric that was agreed on.

@@ -28,6 +28,19 @@ pub fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(20))
 }
 
+/// What the owner read of the ring when nothing could commit any more; nothing at a second revocation.
+pub struct Revoked {
+    pub bytes: Vec<u8>,
+}
+
+/// Revokes `owner`'s session and keeps what it read last.
+pub fn revoke(owner: &mut dyn Owner) -> Revoked {
+    let mut kept = Vec::new();
+    let mut keep = |ring: &Mapping| kept = bytes(ring, 0, ring.len());
+    owner.revoke(&mut keep, soon()).unwrap();
+    Revoked { bytes: kept }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Over {
     Local,

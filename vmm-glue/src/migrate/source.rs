@@ -19,7 +19,7 @@ use belay_checkpoint::ownership::source::{Action, Event, State, step};
 use belay_checkpoint::ownership::{Fate, Illegal, Named};
 use belay_checkpoint::record::Limits;
 use belay_checkpoint::ring::{OWNER_REGION_BYTES, OwnerRegion, RingError, RingReader};
-use belay_transport::fabric::{self, FabricError, LaneId, LaneKind, Owner, ReadKey, RevokedRing};
+use belay_transport::fabric::{self, FabricError, LaneId, LaneKind, Owner, ReadKey};
 use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::session::{self, Address, Control, Offer, RegionGeometry, SessionConfig, SessionError};
 use belay_transport::{Deadline, PAGE_SIZE, PageSize, RegionId};
@@ -126,7 +126,8 @@ struct Live {
     /// The folder once it was stopped for the catch.
     catch: Option<Catch>,
     silence: Option<Silence>,
-    revoked: Option<RevokedRing>,
+    /// What the last read of the ring gave.
+    recovered: Option<Result<Recovered, CatchError>>,
     // Kept going until the session ends.
     _death_watch: Option<DeathWatch>,
     _lane_watch: Option<LaneWatch>,
@@ -273,7 +274,7 @@ fn prepare(
         folder: None,
         catch: None,
         silence: None,
-        revoked: None,
+        recovered: None,
         _death_watch: death_watch,
         _lane_watch: lane_watch,
     };
@@ -296,21 +297,18 @@ fn await_prepared(
     bound: Duration,
     words: &Receiver<i32>,
 ) -> Result<(Option<Secrets>, ObservationId), SourceError> {
-    let deadline = Deadline::after(bound);
-    loop {
-        select! {
-            recv(inbox.messages()) -> heard => match heard {
-                Ok(Listened::Message(ToSource::Prepared { secrets, because })) => return Ok((secrets, because)),
-                Ok(Listened::Message(ToSource::Failed { reason, .. })) => return Err(SourceError::PeerFailed(reason)),
-                Ok(Listened::Message(other)) => {
-                    return Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into());
-                }
-                Ok(Listened::Closed(why)) => return Err(SourceError::PeerClosed(why)),
-                Err(_) => return Err(SourceError::PeerClosed("the control thread ended".to_owned())),
-            },
-            recv(words) -> _ => return Err(SourceError::Cancelled),
-            default(deadline.left()) => return Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
-        }
+    select! {
+        recv(inbox.messages()) -> heard => match heard {
+            Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
+            Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
+            Ok(Listened::Message(other)) => {
+                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into())
+            }
+            Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
+            Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
+        },
+        recv(words) -> _ => Err(SourceError::Cancelled),
+        default(bound) => Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
     }
 }
 
@@ -657,16 +655,23 @@ impl Source<'_> {
 
     // ---- the catch -----------------------------------------------------------------------------------------------------------
 
+    /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
     fn revoke(&mut self) -> Option<Event> {
         let begun = Instant::now();
         // The folder first: revoking `local` takes the ring's file away under whoever still reads it.
         if let Some(folder) = self.live.folder.take() {
             self.live.catch = Some(folder.stop());
         }
-        match self.live.owner.revoke(Deadline::after(self.config.bounds.revoke)) {
-            Ok(ring) => {
-                self.live.revoked = Some(ring);
-                self.note(Kind::Revoked { took_us: us(begun.elapsed()) });
+        let (catch, recovered) = (&mut self.live.catch, &mut self.live.recovered);
+        let mut folding = Duration::ZERO;
+        let mut last_read = |ring: &Mapping| {
+            let begun = Instant::now();
+            *recovered = catch.take().map(|catch| catch.finish(ring));
+            folding = begun.elapsed();
+        };
+        match self.live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke)) {
+            Ok(()) => {
+                self.note(Kind::Revoked { took_us: us(begun.elapsed() - folding) });
                 Some(Event::Revoked)
             }
             Err(error) => {
@@ -678,15 +683,15 @@ impl Source<'_> {
 
     fn fold_and_load(&mut self) -> Option<Event> {
         let begun = Instant::now();
-        let (Some(catch), Some(ring)) = (self.live.catch.take(), self.live.revoked.take()) else {
-            self.why =
-                format!("{}; the guest moved without a tether, so there is no checkpoint to catch it with", self.why);
-            return Some(Event::CatchFailed { can_retry: false });
-        };
-        let recovered = match catch.finish(&ring) {
-            Ok(recovered) => recovered,
-            Err(CatchError::Unreadable { source, older }) => {
+        let recovered = match self.live.recovered.take() {
+            Some(Ok(recovered)) => recovered,
+            Some(Err(CatchError::Unreadable { source, older })) => {
                 self.why = format!("the ring cannot be read past {}: {}", older.epoch, protocol::explain(&source));
+                return Some(Event::CatchFailed { can_retry: false });
+            }
+            None => {
+                self.why =
+                    format!("{}; it moved without a tether, so there is no checkpoint to catch it with", self.why);
                 return Some(Event::CatchFailed { can_retry: false });
             }
         };
@@ -698,7 +703,7 @@ impl Source<'_> {
             epoch: recovered.epoch.0,
             pages: recovered.timings.pages,
             total_pages: recovered.folded_pages,
-            took_us: us(begun.elapsed()),
+            took_us: us(recovered.timings.last_read + begun.elapsed()),
             resent_packets: recovered.outputs_to_resend.len() as u64,
         });
         self.recovered = Some(recovered);

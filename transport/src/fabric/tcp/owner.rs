@@ -3,8 +3,8 @@
 use super::pipe::{Pieces, receive_bytes, receive_into, tls_flush, tls_read, tls_send, tls_send_mapped};
 use super::wire::{Operation, REQUEST_BYTES, RESPONSE_BYTES, Request, Response};
 use crate::deadline::Deadline;
-use crate::fabric::exports::{Exports, Keepsake, Right, check_owner_region};
-use crate::fabric::{FabricError, FabricKind, LaneId, Owner, ReadKey, RefusedReason, RevokedRing, RingKeys};
+use crate::fabric::exports::{Exports, Right, check_owner_region};
+use crate::fabric::{FabricError, FabricKind, LaneId, Owner, ReadKey, RefusedReason, RingKeys};
 use crate::region::{Extent, Mapping, RamFile};
 use crate::session::{LaneDialer, LaneStream};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -35,7 +35,8 @@ pub struct TcpOwner {
     lanes: Vec<ServedLane>,
     revoked: Arc<AtomicBool>,
     broken: Arc<OwnedFd>,
-    keepsake: Keepsake,
+    /// The last read is over.
+    read_last: bool,
 }
 
 struct ServedLane {
@@ -59,7 +60,7 @@ impl TcpOwner {
             lanes: Vec::new(),
             revoked: Arc::default(),
             broken: Arc::new(broken.map_err(|error| io_error("making an eventfd", error))?),
-            keepsake: Keepsake::default(),
+            read_last: false,
         })
     }
 
@@ -118,9 +119,7 @@ impl Owner for TcpOwner {
     ) -> Result<RingKeys, FabricError> {
         self.before_lanes("the ring exported")?;
         check_owner_region(owner_region)?;
-        let keys = self.exports.add_ring(ring, owner_region)?;
-        self.keepsake = Keepsake::with_room_for(ring);
-        Ok(keys)
+        self.exports.add_ring(ring, owner_region)
     }
 
     fn serve_lane(&mut self, id: LaneId, deadline: Deadline) -> Result<(), FabricError> {
@@ -148,15 +147,22 @@ impl Owner for TcpOwner {
         Ok(())
     }
 
-    fn revoke(&mut self, deadline: Deadline) -> Result<RevokedRing, FabricError> {
-        if let Some(kept) = self.keepsake.kept() {
-            return Ok(kept);
+    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError> {
+        if std::mem::replace(&mut self.read_last, true) {
+            return Ok(());
         }
         if let Some(region) = self.exports.owner_region() {
             region.mapping.atomic_u64(crate::fabric::OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
         }
-        self.end_lanes(deadline)?;
-        Ok(self.keepsake.keep(self.exports.ring().map(|ring| &**ring)))
+        if let Err(error) = self.end_lanes(deadline) {
+            // A thread still runs: nothing was read, and the next call tries again.
+            self.read_last = false;
+            return Err(error);
+        }
+        if let Some(ring) = self.exports.ring() {
+            last_read(ring);
+        }
+        Ok(())
     }
 
     fn broken(&self) -> Option<BorrowedFd<'_>> {
