@@ -67,7 +67,7 @@ impl Wire {
         state.revoked = true;
         // Reads still work, as they do over shared memory; the owner epoch tells.
         state.owner.atomic_u64(OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
-        RevokedRing { bytes: copy_of(&state.ring) }
+        RevokedRing { bytes: Arc::new(copy_of(&state.ring)) }
     }
 
     /// The ring as it is now.
@@ -131,6 +131,9 @@ impl Owner for Wire {
     }
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+    fn take_failures(&mut self) -> Vec<FabricError> {
+        Vec::new()
     }
 }
 

@@ -278,16 +278,13 @@ fn twenty_thousand_pages_are_folded_in_twenty_milliseconds() {
         image = image.data(0, &[3; 50]);
     }
     let image = image.end();
-    // Other tests run at the same time: it is tried until it has had the machine to itself.
-    let mut best = Duration::MAX;
-    for _ in 0..30 {
+    // Other work runs at the same time: it is tried until it has had the machine to itself for as long as it takes.
+    let (mut best, patience) = (Duration::MAX, soon());
+    while best >= Duration::from_millis(20) && !patience.expired() {
         let mut state = state(&memory);
         let began = Instant::now();
         state.fold(&image, || ()).unwrap();
         best = best.min(began.elapsed());
-        if best < Duration::from_millis(20) {
-            break;
-        }
     }
     eprintln!("{PAGES} scattered pages folded in {best:?}");
     assert!(best < Duration::from_millis(20), "{best:?}");
@@ -309,6 +306,6 @@ fn wait_until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 fn a_revoked_ring_of_another_size_is_an_error() {
     let (memory, wire) = (ram(&[4]), Wire::new(RING));
     let catch = folder(&wire, &memory).stop();
-    let error = catch.finish(&RevokedRing { bytes: vec![0; 10] }).unwrap_err();
+    let error = catch.finish(&RevokedRing { bytes: std::sync::Arc::new(vec![0; 10]) }).unwrap_err();
     assert!(matches!(error, CatchError::Unreadable { source: FoldError::Ring(_), .. }), "{error}");
 }
