@@ -140,6 +140,9 @@ impl Owner for Wire {
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+    fn take_failures(&mut self) -> Vec<FabricError> {
+        Vec::new()
+    }
 }
 
 struct MemoryLane {

@@ -2,7 +2,7 @@
 
 use super::FoldError;
 use crate::guest::RamBlock;
-use crate::record::RecordView;
+use crate::record::{PageBytes, RecordView};
 use belay_transport::region::RegionError;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -11,6 +11,9 @@ use std::ops::Range;
 
 /// Pages copied between two calls of `between`: about half a millisecond.
 const BREATH: usize = 1024;
+/// Records of fewer pages are copied by one thread: starting another costs as much as copying some hundred pages.
+const PARALLEL_PAGES: u64 = 4096;
+const MOST_THREADS: usize = 4;
 
 /// Guest RAM as a place to fold into.
 #[derive(Debug)]
@@ -57,14 +60,33 @@ impl FoldTarget {
             self.block(*region).zero(pages.clone());
             between();
         }
-        let mut pages = 0;
-        for run in &record.pages {
-            self.block(run.region).ram.alias.write(run.first.offset(), run.bytes);
-            pages += run.bytes.len() / PAGE_SIZE;
-            if pages >= BREATH {
-                pages = 0;
-                between();
+        // Copying is bound by one core's way to memory, so a large record is copied by several.
+        let threads = match record.page_count() {
+            ..PARALLEL_PAGES => 1,
+            _ => std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_THREADS)),
+        };
+        let (own, others) = record.pages.split_at(record.pages.len() / threads);
+        let blocks = &self.blocks;
+        std::thread::scope(|scope| {
+            for share in others.chunks(others.len().div_ceil((threads - 1).max(1)).max(1)) {
+                scope.spawn(move || copy(blocks, share, &mut || ()));
             }
+            copy(blocks, own, between);
+        });
+    }
+}
+
+/// Copies runs that were checked and whose pages are allocated.
+fn copy(blocks: &[Block], runs: &[PageBytes<'_>], between: &mut impl FnMut()) {
+    let mut pages = 0;
+    for run in runs {
+        let block = blocks.iter().find(|block| block.ram.id == run.region);
+        let block = block.expect("the record was checked against these regions");
+        block.ram.alias.write(run.first.offset(), run.bytes);
+        pages += run.bytes.len() / PAGE_SIZE;
+        if pages >= BREATH {
+            pages = 0;
+            between();
         }
     }
 }

@@ -278,16 +278,13 @@ fn twenty_thousand_pages_are_folded_in_twenty_milliseconds() {
         image = image.data(0, &[3; 50]);
     }
     let image = image.end();
-    // Other tests run at the same time: it is tried until it has had the machine to itself.
-    let mut best = Duration::MAX;
-    for _ in 0..30 {
+    // Other work runs at the same time: it is tried until it has had the machine to itself for as long as it takes.
+    let (mut best, patience) = (Duration::MAX, soon());
+    while best >= Duration::from_millis(20) && !patience.expired() {
         let mut state = state(&memory);
         let began = Instant::now();
         state.fold(&image, || ()).unwrap();
         best = best.min(began.elapsed());
-        if best < Duration::from_millis(20) {
-            break;
-        }
     }
     eprintln!("{PAGES} scattered pages folded in {best:?}");
     assert!(best < Duration::from_millis(20), "{best:?}");
