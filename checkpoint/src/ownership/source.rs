@@ -97,7 +97,8 @@ pub enum Event {
     ReleaseRecorded,
     /// [`Action::RecordRelease`] failed and the record is *known* not to be on disk.
     ReleaseFailed,
-    /// A fenced destination asks what became of the guest it had under `owner_epoch`.
+    /// A fenced destination asks, over a new connection, what became of the guest it had under `owner_epoch`. Once it was answered
+    /// that it is still tethered, the end of its earlier connections is no event any more.
     FateAsked { owner_epoch: OwnerEpoch },
 }
 
