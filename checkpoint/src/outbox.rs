@@ -258,6 +258,8 @@ impl Outbox {
     /// Shuts the gate: no emission *begins* from here on. One that is under way may end; see [`Outbox::wait_quiet`].
     pub fn shut(&self) {
         self.shared.lock().shut = true;
+        // Whoever waits for what may leave has nothing more to wait for.
+        self.shared.progress.notify_all();
     }
 
     /// Opens a shut gate again, under the rule it had.
@@ -438,6 +440,8 @@ impl Shared {
                 return state.held.front().cloned();
             }
             state = if state.cleared_to_send() {
+                // Only time tells that a lease has run out, so nobody else would tell those who wait.
+                self.progress.notify_all();
                 let waited = self.work.wait_timeout(state, LEASE_LOOK);
                 waited.unwrap_or_else(PoisonError::into_inner).0
             } else {

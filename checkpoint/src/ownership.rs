@@ -2,8 +2,8 @@
 //!
 //! Nothing here does I/O, reads a clock or waits. Time enters as events (`LeaseRanOut`, `LeaseExpired`), and what a role decides
 //! leaves as a list of actions, to be carried out **in the order given, one after the other**; an action that can finish or fail
-//! answers with an event. The same functions are driven by the real roles, by the exhaustive tests and by the model of two hosts
-//! and a bad network in `model.rs`.
+//! answers with an event. What a clock raises counts from what was carried out, not from what was decided. The same functions are
+//! driven by the real roles, by the exhaustive tests and by the model of two hosts and a bad network in `model.rs`.
 //!
 //! What they guarantee, whatever the order of events:
 //! * **P2** the source never folds, loads or resumes before the destination's session is revoked, and under `lease` not before
@@ -144,7 +144,9 @@ pub enum Named {
     PagesMissing,
     #[error("the guest would not stop in time, most likely because it waits for a page; its output is shut")]
     StopTimedOut,
-    #[error("every page is here but the source is gone: promote the guest to let it run on")]
+    #[error(
+        "every page is here but the source is gone: unless it had taken the guest back before, promote it to let it run on"
+    )]
     AwaitingPromotion,
     #[error("the guest is lost: neither host can run it; its memory is kept for whoever wants to look")]
     Lost,

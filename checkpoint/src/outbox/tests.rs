@@ -210,6 +210,24 @@ fn under_lease_output_leaves_at_once_while_the_lease_is_good_and_waits_otherwise
 }
 
 #[test]
+fn whoever_waits_for_output_to_leave_is_told_when_it_may_not_any_more() {
+    let world = World::default();
+    world.broken.store(true, Ordering::SeqCst);
+    let (outbox, sink) = commit_outbox(&world);
+    sink.emit(packet(0));
+    outbox.close_epoch(Epoch(1));
+    outbox.committed(Epoch(1));
+    assert!(outbox.shared.wait(soon(), |state| state.failures > 0));
+    let begun = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| outbox.wait_sent(soon()));
+        outbox.shut();
+        assert!(waiting.join().expect("no panic"));
+    });
+    assert!(begun.elapsed() < SOON, "it waited for its deadline");
+}
+
+#[test]
 fn dropping_an_outbox_ends_its_thread() {
     let (outbox, sink) = commit_outbox(&World::default());
     sink.emit(packet(0));

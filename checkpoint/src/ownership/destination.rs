@@ -72,7 +72,8 @@ pub enum Event {
     FateAnswered(Fate),
     /// The operator, a fence hook or an arbiter says that the source will not come back.
     SourceDead,
-    /// The operator or an arbiter gives the guest to this host, knowing that the source does not run it.
+    /// The operator or an arbiter gives the guest to this host, knowing that the source does not run it **and has not revoked**: a
+    /// source that caught the guest, showed output and died after has left this host with a past that never was.
     Promoted,
 }
 

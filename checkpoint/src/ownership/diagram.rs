@@ -174,6 +174,46 @@ fn p6_after_a_recorded_release_nothing_resumes_the_guest_on_the_source() {
 }
 
 #[test]
+fn p6_no_fate_is_told_while_a_release_is_being_written() {
+    use source::{Action, Event, State};
+    for state in source_states() {
+        let State::Serving(now) = state else { continue };
+        let event = Event::FateAsked { owner_epoch: now.owner_epoch };
+        let (next, actions) = source::step(&state, &event).expect("legal");
+        if now.recording_release {
+            assert_eq!((next, actions), (state, vec![]), "whichever answer it were, the record may make it a lie");
+        } else {
+            assert!(actions.iter().any(|action| matches!(action, Action::AnswerFate(_))), "{state:?}");
+        }
+    }
+}
+
+#[test]
+fn p2_silence_while_renewals_are_granted_is_not_yet_a_lease_that_has_run_out() {
+    use source::{Action, Event, State};
+    let mut state = State::new();
+    let mut done = vec![];
+    for event in [
+        Event::SwitchStarted { mode: OutputMode::Lease },
+        Event::StateSent,
+        Event::DestinationResumed,
+        Event::LeaseRanOut,
+        Event::OperatorCatch,
+        Event::LeaseRanOut,
+    ] {
+        let (next, actions) = source::step(&state, &event).expect("legal");
+        let revokes = actions.iter().any(|action| matches!(action, Action::Revoke { .. }));
+        assert_eq!(
+            revokes,
+            done.len() == 5,
+            "{event:?} in {state:?}: a renewal granted before the withdrawal must run out first"
+        );
+        state = next;
+        done.push(event);
+    }
+}
+
+#[test]
 fn p6_a_release_asked_before_every_page_landed_is_refused() {
     for state in source_states() {
         let event = source::Event::ReleaseAsked { all_landed: false };
@@ -200,7 +240,8 @@ fn p2_under_lease_nothing_is_caught_without_proof_or_the_operators_word_and_an_e
             {
                 let proven = before.death_proven || event == Event::DeathProven;
                 let ordered = before.catch_ordered || event == Event::OperatorCatch;
-                let ran_out = before.lease == Lease::RanOut || event == Event::LeaseRanOut;
+                let ran_out =
+                    before.lease == Lease::RanOut || (before.lease == Lease::Withdrawn && event == Event::LeaseRanOut);
                 assert!(proven || (ordered && ran_out), "{before:?} caught on {event:?}");
             }
         }

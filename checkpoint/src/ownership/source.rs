@@ -76,8 +76,9 @@ pub enum Event {
     DeathSign,
     /// The control connection or a lane ended without a word.
     ConnectionClosed,
-    /// Lease, drift and margin have passed since the last change seen of the destination's heartbeat, or since
-    /// [`Action::WithdrawLease`] where that is later; counted anew after a stall of our own.
+    /// While renewals are granted: lease, drift and margin have passed since the last change seen of the destination's heartbeat.
+    /// Once [`Action::WithdrawLease`] has been carried out: they have passed since then, whatever the heartbeat did. Counted anew
+    /// after a stall of our own.
     LeaseRanOut,
     /// The operator wants the guest back here. Under `lease` this is also their word that the destination shows nothing more.
     OperatorCatch,
@@ -97,7 +98,8 @@ pub enum Event {
     ReleaseRecorded,
     /// [`Action::RecordRelease`] failed and the record is *known* not to be on disk.
     ReleaseFailed,
-    /// A fenced destination asks what became of the guest it had under `owner_epoch`.
+    /// A fenced destination asks, over a new connection, what became of the guest it had under `owner_epoch`. Once it was answered
+    /// that it is still tethered, the end of its earlier connections is no event any more.
     FateAsked { owner_epoch: OwnerEpoch },
 }
 
@@ -288,12 +290,12 @@ fn serving(before: Serving, event: &Event) -> Option<Step> {
     match *event {
         Event::DeathSign | Event::ConnectionClosed => now.failed = true,
         Event::LeaseRanOut => {
-            if now.lease == Lease::Granted {
-                // It fell silent by itself; it must not get a renewal should it come back without asking.
-                actions.push(Action::WithdrawLease);
-            }
             now.failed = true;
-            now.lease = Lease::RanOut;
+            // Where renewals were still granted this is only silence: one may have been granted since it was noticed. It is withdrawn
+            // now (`settle`), and has run out when that much time has passed again.
+            if now.lease == Lease::Withdrawn {
+                now.lease = Lease::RanOut;
+            }
         }
         Event::OperatorCatch => now.catch_ordered = true,
         Event::DeathProven => {
@@ -319,16 +321,16 @@ fn serving(before: Serving, event: &Event) -> Option<Step> {
         Event::FateAsked { owner_epoch } if owner_epoch < now.owner_epoch => {
             actions.push(Action::AnswerFate(Fate::Revoked));
         }
+        // While a release is being written no answer is known to be true, whatever was ordered meanwhile; it asks again.
+        Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch && now.recording_release => {}
+        // There is no way back from an ordered catch, whether the lease has run out yet or not.
+        Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch && now.catch_ordered => {
+            actions.push(Action::AnswerFate(Fate::Revoked));
+        }
         Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch => {
-            if now.catch_ordered {
-                // There is no way back from an ordered catch, whether the lease has run out yet or not.
-                actions.push(Action::AnswerFate(Fate::Revoked));
-            } else if !now.recording_release {
-                now.failed = false;
-                now.lease = Lease::Granted;
-                actions.extend([Action::GrantLease, Action::AnswerFate(Fate::StillTethered)]);
-            }
-            // While a release is being written neither answer is known to be true; it asks again.
+            now.failed = false;
+            now.lease = Lease::Granted;
+            actions.extend([Action::GrantLease, Action::AnswerFate(Fate::StillTethered)]);
         }
         Event::DestinationResumed | Event::StateSent | Event::GuestResumed => {}
         _ => return None,

@@ -20,6 +20,10 @@ struct Memory {
 impl Memory {
     /// `None` where the kernel or the rights for it are missing.
     fn new(pages: u64, faults: Faults) -> Option<Self> {
+        Self::of(pages as usize * PAGE, PageSize::Small, faults)
+    }
+
+    fn of(len: usize, page_size: PageSize, faults: Faults) -> Option<Self> {
         let asked = REQUIRED_FEATURES.union(Features::MINOR_SHMEM).union(Features::MISSING_SHMEM);
         let uffd = match Uffd::open(OpenMode::UserModeOnly, asked) {
             Ok(uffd) => uffd,
@@ -28,14 +32,20 @@ impl Memory {
                 return None;
             }
         };
-        let len = pages as usize * PAGE;
-        let file = Arc::new(RamFile::memfd("tracker-test", len, PageSize::Small).expect("memfd"));
+        let file = match RamFile::memfd("tracker-test", len, page_size) {
+            Ok(file) => Arc::new(file),
+            Err(error) if page_size == PageSize::Huge => {
+                eprintln!("skipped: {error}");
+                return None;
+            }
+            Err(error) => panic!("{error}"),
+        };
         let guest = Arc::new(file.map().expect("map"));
         let alias = Arc::new(file.map().expect("map"));
         let modes = RegisterModes { faults, write_protect: true };
         uffd.register(guest.address(), len as u64, modes).expect("register");
         let vmm_address = guest.address();
-        let block = RamBlock { id: ID, page_size: PageSize::Small, file, alias, vmm_address };
+        let block = RamBlock { id: ID, page_size, file, alias, vmm_address };
         Some(Self { guest, block, uffd })
     }
 
@@ -130,6 +140,23 @@ fn p3_a_page_that_lands_clean_is_reported_once_it_is_written() {
     memory.write(2, 1);
     memory.write(6, 1);
     assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::from([2, 6]));
+}
+
+#[test]
+fn a_write_to_a_huge_page_reports_all_of_it() {
+    let huge = PageSize::Huge.bytes();
+    let Some(memory) = Memory::of(4 * huge, PageSize::Huge, Faults::None) else { return };
+    if let Err(error) = memory.block.file.preallocate(1, &|_| {}) {
+        eprintln!("skipped: {error}");
+        return;
+    }
+    let pages = (4 * huge / PAGE) as u64;
+    (0..4).for_each(|frame| memory.write(frame * 512, 1));
+    let mut tracker = started(&memory);
+    assert_eq!(harvest(&mut tracker, pages), BTreeSet::new());
+    memory.write(512 * 2 + 77, 2);
+    assert_eq!(harvest(&mut tracker, pages), (1024..1536).collect());
+    assert_eq!(harvest(&mut tracker, pages), BTreeSet::new());
 }
 
 #[test]
