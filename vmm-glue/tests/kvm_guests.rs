@@ -5,7 +5,7 @@ mod common;
 use belay_checkpoint::guest::Guest;
 use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, Program};
 use belay_vmm_glue::kvm::{BareGuest, KvmOptions, Tracking};
-use common::{Kind, Rig, no_kvm, soon};
+use common::{Kind, Rig, no_kvm, runs_identically_with_and_without_stops, soon};
 use std::time::{Duration, Instant};
 
 fn spec(program: Program, vcpus: u16, seed: u64) -> GuestSpec {
@@ -28,41 +28,6 @@ fn guests() -> impl Iterator<Item = GuestSpec> {
     let programs = [(Program::Ledger, 1), (Program::Ledger, 2), (Program::Scanner, 1), (Program::Scanner, 2)];
     let programs = programs.into_iter().chain([(Program::Metronome, 1)]);
     programs.zip(10..).map(|((program, vcpus), seed)| spec(program, vcpus, seed))
-}
-
-/// Numbers for choosing when to stop, from a seed.
-fn numbers(mut seed: u64) -> impl FnMut(u64) -> u64 {
-    move |below| {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        (seed >> 33) % below
-    }
-}
-
-fn runs_identically_with_and_without_stops(spec: &GuestSpec, kind: &Kind) {
-    let mut straight = Rig::boot_any(spec.clone(), kind);
-    straight.run_to_and_check(20_000);
-
-    let mut stopped = Rig::boot_any(spec.clone(), kind);
-    let mut number = numbers(spec.seed);
-    for stop in 0..12 {
-        if stop == 4 {
-            // The first stops fall into the fill, the others into the steps.
-            stopped.run_to_and_check(1);
-            stopped.guest.unpark().unwrap();
-        }
-        stopped.guest.resume().expect("resume");
-        std::thread::sleep(Duration::from_micros(number(8000)));
-        stopped.guest.pause(soon()).expect("pause");
-        if number(3) > 0 {
-            stopped.move_to_new_vm(kind).expect("save and load");
-        }
-    }
-    let reached = stopped.guest.steps().unwrap().into_iter().max().unwrap_or(0);
-    let model = stopped.run_to_and_check(reached + 20_000);
-    if spec.program != Program::Scanner {
-        let seen: usize = model.nonces_seen().iter().map(Vec::len).sum();
-        assert!(seen > 1, "no incarnation after the first was noticed");
-    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A small VMM on KVM: RAM, one to N vCPUs, one device (the packet port) and the bare guests that belay's promises are tested
 //! with.
 
+pub mod apart;
 mod bare;
 mod control;
 mod device;

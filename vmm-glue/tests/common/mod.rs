@@ -4,9 +4,12 @@
 use belay_checkpoint::guest::{GuestError, Packet, PacketSink};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize};
-use belay_vmm_glue::kvm::guests::GuestSpec;
+use belay_vmm_glue::kvm::apart::{self, RemoteGuest};
+use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::kvm::{BareGuest, HostGuest, KvmGuest, KvmOptions};
 use belay_vmm_glue::witness::model::Model;
+use std::os::fd::AsFd;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -59,6 +62,27 @@ impl Ram {
 pub enum Kind {
     Kvm(KvmOptions),
     HostThreads,
+    /// In a process of its own: this test program once more, running only `the_vmm_process_of_the_other_tests`.
+    Apart(KvmOptions),
+}
+
+/// Set for a test program that is to be a VMM.
+const VMM_VARIABLE: &str = "BELAY_TEST_IS_VMM";
+
+/// What `the_vmm_process_of_the_other_tests` does, where it is to be one.
+pub fn be_a_vmm_if_asked() {
+    if std::env::var_os(VMM_VARIABLE).is_some() {
+        let socket = std::io::stdin().as_fd().try_clone_to_owned().expect("stdin");
+        // How it ended is its parent's to judge: it watches the process.
+        let _ = apart::serve(socket.into(), Some(Duration::from_secs(30)));
+    }
+}
+
+pub fn spawn_apart(spec: &GuestSpec, options: &KvmOptions, ram: &Ram, sink: &Arc<Collected>) -> RemoteGuest {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command.args(["--exact", "the_vmm_process_of_the_other_tests", "--test-threads=1"]).env(VMM_VARIABLE, "1");
+    command.stdout(Stdio::null());
+    RemoteGuest::spawn(command, spec, options, ram.file.clone(), ram.alias.clone(), sink.clone()).expect("VMM process")
 }
 
 impl Kind {
@@ -66,6 +90,7 @@ impl Kind {
         let (file, alias, sink) = (ram.file.clone(), ram.alias.clone(), sink.clone());
         match self {
             Self::Kvm(options) => Box::new(KvmGuest::new(spec, options, file, alias, sink).expect("VM")),
+            Self::Apart(options) => Box::new(spawn_apart(spec, options, ram, &sink)),
             Self::HostThreads => Box::new(HostGuest::new(spec, file, alias, sink).expect("threads")),
         }
     }
@@ -106,6 +131,42 @@ impl Rig<dyn BareGuest> {
         self.guest = next;
         self.new_incarnation();
         Ok(())
+    }
+}
+
+/// Numbers for choosing when to stop, from a seed.
+fn numbers(mut seed: u64) -> impl FnMut(u64) -> u64 {
+    move |below| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % below
+    }
+}
+
+/// A guest ends up the same whether it ran straight on or was stopped and moved to a new VM again and again.
+pub fn runs_identically_with_and_without_stops(spec: &GuestSpec, kind: &Kind) {
+    let mut straight = Rig::boot_any(spec.clone(), kind);
+    straight.run_to_and_check(20_000);
+
+    let mut stopped = Rig::boot_any(spec.clone(), kind);
+    let mut number = numbers(spec.seed);
+    for stop in 0..12 {
+        if stop == 4 {
+            // The first stops fall into the fill, the others into the steps.
+            stopped.run_to_and_check(1);
+            stopped.guest.unpark().unwrap();
+        }
+        stopped.guest.resume().expect("resume");
+        std::thread::sleep(Duration::from_micros(number(8000)));
+        stopped.guest.pause(soon()).expect("pause");
+        if number(3) > 0 {
+            stopped.move_to_new_vm(kind).expect("save and load");
+        }
+    }
+    let reached = stopped.guest.steps().unwrap().into_iter().max().unwrap_or(0);
+    let model = stopped.run_to_and_check(reached + 20_000);
+    if spec.program != Program::Scanner {
+        let seen: usize = model.nonces_seen().iter().map(Vec::len).sum();
+        assert!(seen > 1, "no incarnation after the first was noticed");
     }
 }
 

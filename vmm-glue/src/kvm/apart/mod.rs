@@ -1,0 +1,176 @@
+//! The kvm VMM in a process of its own, so that the page server's death is not the guest's (P1).
+//!
+//! One Unix stream socket joins them. The client (the page server's process) asks, the VMM answers; the guest's packets travel
+//! on the same socket in order, so that whatever was emitted before "paused" has arrived before it.
+//!
+//! ```text
+//! frame     length u32, body (postcard); a descriptor, where one belongs to it, rides on the length
+//! client →  Request { id, ask }   ·   Room (so many packets were taken and there is room for more)
+//! VMM    →  Answer { id, result } ·   Packet
+//! ```
+//!
+//! The VMM makes the userfaultfds of its memory, keeps each for as long as it lives and hands out duplicates: when the page
+//! server dies, a vCPU that needs a page waits for it; it never reads zeroes. When the socket closes, the VMM shuts the gate, stops
+//! the guest and keeps its memory until it is told to end (SIGTERM) or its time to linger is over.
+
+mod frame;
+mod remote;
+mod server;
+
+pub use remote::{RemoteGuest, VmmFaults};
+pub use server::{ServeError, serve};
+
+use super::guests::GuestSpec;
+use super::{KvmOptions, Tracking};
+use belay_checkpoint::guest::{GuestError, TrackerKind};
+use serde::{Deserialize, Serialize};
+use std::io;
+
+/// Version of this protocol; both ends come from one build, this catches a mix-up.
+const VERSION: u16 = 1;
+
+/// Packets on their way to the client before the guest is held back.
+const PACKET_WINDOW: u64 = 64;
+
+#[derive(Debug, Serialize, Deserialize)]
+enum FromClient {
+    Request {
+        id: u64,
+        ask: Ask,
+    },
+    /// This many packets were taken in, and there is room.
+    Room {
+        packets: u64,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum FromVmm {
+    Answer { id: u64, result: Result<Answer, WireError> },
+    Packet { sequence: u64, bytes: Vec<u8> },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Ask {
+    /// First of all. The RAM file comes with it.
+    Setup {
+        version: u16,
+        spec: GuestSpec,
+        options: KvmOptions,
+    },
+    Boot,
+    Pause {
+        bound_us: u64,
+    },
+    Resume,
+    Save,
+    Load(Vec<u8>),
+    SetIncarnation(u64),
+    Track(TrackerKind),
+    StartTracking,
+    Harvest,
+    DirtySoFar,
+    DeviceWrites,
+    Park(Option<u64>),
+    WaitParked {
+        bound_us: u64,
+    },
+    Steps,
+    Failure,
+    /// A userfaultfd over a part of guest memory; it comes with the answer.
+    Userfaultfd {
+        features: u64,
+        offset: u64,
+        len: u64,
+        faults: VmmFaults,
+        write_protect: bool,
+    },
+    /// End the process.
+    Exit,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Done,
+    Ready {
+        vmm_address: u64,
+        tracking: Tracking,
+    },
+    State(Vec<u8>),
+    /// Words of the dirty bitmap that are not zero, by index.
+    Dirty(Vec<(u32, u64)>),
+    Count(Option<u64>),
+    Steps(Vec<u64>),
+    Failure(Option<String>),
+}
+
+/// A [`GuestError`] on its way.
+#[derive(Debug, Serialize, Deserialize)]
+enum WireError {
+    StopTimedOut { bound_ms: u64, running: u64, vcpus: u64 },
+    WrongState { call: String, state: String, wanted: String },
+    Io { doing: String, errno: Option<i32>, text: String },
+    BadState(String),
+    NoTracker { kind: TrackerKind, reason: String },
+    VmmGone(String),
+    Crashed(String),
+}
+
+impl From<GuestError> for WireError {
+    fn from(error: GuestError) -> Self {
+        match error {
+            GuestError::StopTimedOut { bound_ms, running, vcpus } => {
+                Self::StopTimedOut { bound_ms, running: running as u64, vcpus: vcpus as u64 }
+            }
+            GuestError::WrongState { call, state, wanted } => {
+                Self::WrongState { call: call.into(), state: state.into(), wanted: wanted.into() }
+            }
+            GuestError::Io { doing, source } => {
+                Self::Io { doing, errno: source.raw_os_error(), text: source.to_string() }
+            }
+            GuestError::BadState(what) => Self::BadState(what),
+            GuestError::NoTracker { kind, reason } => Self::NoTracker { kind, reason },
+            GuestError::VmmGone(what) => Self::VmmGone(what),
+            GuestError::Crashed(what) => Self::Crashed(what),
+        }
+    }
+}
+
+impl From<WireError> for GuestError {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::StopTimedOut { bound_ms, running, vcpus } => {
+                Self::StopTimedOut { bound_ms, running: running as usize, vcpus: vcpus as usize }
+            }
+            WireError::WrongState { call, state, wanted } => {
+                Self::WrongState { call: word(&call), state: word(&state), wanted: word(&wanted) }
+            }
+            WireError::Io { doing, errno, text } => {
+                let source = errno.map_or_else(|| io::Error::other(text), io::Error::from_raw_os_error);
+                Self::Io { doing: format!("{doing} (in the VMM process)"), source }
+            }
+            WireError::BadState(what) => Self::BadState(what),
+            WireError::NoTracker { kind, reason } => Self::NoTracker { kind, reason },
+            WireError::VmmGone(what) => Self::VmmGone(what),
+            WireError::Crashed(what) => Self::Crashed(what),
+        }
+    }
+}
+
+/// The words [`GuestError::WrongState`] is made of in this crate, which it holds as constants.
+fn word(text: &str) -> &'static str {
+    const WORDS: [&str; 11] = [
+        "save",
+        "load",
+        "boot",
+        "harvest",
+        "start tracking",
+        "asking for device writes",
+        "wait_parked",
+        "running",
+        "paused",
+        "paused or not told where to park",
+        "running and told where to park",
+    ];
+    WORDS.into_iter().find(|&word| word == text).unwrap_or("(see the VMM)")
+}
