@@ -134,9 +134,6 @@ impl Owner for Wire {
         last_read(&self.0.lock().unwrap().ring);
         Ok(())
     }
-    fn take_failures(&mut self) -> Vec<FabricError> {
-        Vec::new()
-    }
     fn broken(&self) -> Option<BorrowedFd<'_>> {
         None
     }

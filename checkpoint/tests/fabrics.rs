@@ -102,8 +102,11 @@ fn revoke_while_shipping(address: &Address, delay: Duration) {
             std::hint::spin_loop();
         }
         let catch = folder.stop();
-        let revoked = owner.revoke(soon()).unwrap();
-        (catch.finish(&revoked).unwrap(), shipping.join().unwrap())
+        let mut catch = Some(catch);
+        let mut recovered = None;
+        let mut last_read = |ring: &Mapping| recovered = catch.take().map(|catch| catch.finish(ring).unwrap());
+        owner.revoke(&mut last_read, soon()).unwrap();
+        (recovered.expect("the ring was read"), shipping.join().unwrap())
     });
     assert!(
         recovered.epoch >= reported && recovered.epoch >= Epoch(2),

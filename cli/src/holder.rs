@@ -1,7 +1,7 @@
 //! What `send` and `receive` share: the proof guest that one of them holds at the end, its output, and the check of both.
 
 use crate::exit::Exit;
-use crate::options::Drive;
+use crate::options::{Drive, VmmPlace};
 use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
@@ -10,12 +10,12 @@ use belay_transport::region::{RamFile, RegionError};
 use belay_transport::uffd::OpenMode;
 use belay_transport::{Deadline, PageSize, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
+use belay_vmm_glue::kvm::apart::{FaultSource, RemoteGuest, VmmFaults};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
-use belay_vmm_glue::kvm::registration::register;
+use belay_vmm_glue::kvm::registration::{features, register};
 use belay_vmm_glue::kvm::{DEFAULT_RING_ENTRIES, HostGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
 use belay_vmm_glue::migrate::destination::{Built, Host, Ram, shard_ranges};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
-use belay_vmm_glue::migrate::protocol::explain;
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
@@ -23,6 +23,7 @@ use belay_vmm_glue::witness::proof;
 use crossbeam_channel::Receiver;
 use std::io;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -102,26 +103,57 @@ impl Driver {
     }
 }
 
-/// A VMM in this process, its guest paused and empty.
+/// How long a VMM whose page server has died keeps the guest's memory.
+pub const LINGER: Duration = Duration::from_secs(600);
+
+/// A VMM, its guest paused and empty; beside it the guest's other face where it runs in a process of its own.
 fn build(
     driver: Driver,
+    place: VmmPlace,
     spec: &GuestSpec,
     tracker: Option<TrackerKind>,
     ram: &Ram,
     sink: Arc<dyn PacketSink>,
-) -> Result<SharedGuest, GuestError> {
+) -> Result<Vmm, GuestError> {
     let (file, alias) = (Arc::clone(&ram.file), Arc::clone(&ram.alias));
-    Ok(SharedGuest::new(match driver {
-        Driver::Kvm => {
-            let tracking = match tracker {
-                Some(TrackerKind::KvmLog) => Tracking::Log,
-                Some(TrackerKind::KvmRing) => Tracking::Ring { entries: DEFAULT_RING_ENTRIES },
-                Some(TrackerKind::UffdWp) | None => Tracking::None,
-            };
-            Box::new(KvmGuest::new(spec, &KvmOptions { tracking, ..KvmOptions::default() }, file, alias, sink)?)
+    let tracking = match tracker {
+        Some(TrackerKind::KvmLog) => Tracking::Log,
+        Some(TrackerKind::KvmRing) => Tracking::Ring { entries: DEFAULT_RING_ENTRIES },
+        Some(TrackerKind::UffdWp) | None => Tracking::None,
+    };
+    let options = KvmOptions { tracking, ..KvmOptions::default() };
+    let own = std::process::id();
+    Ok(match (driver, place) {
+        (Driver::Kvm, VmmPlace::InProcess) => {
+            let guest = KvmGuest::new(spec, &options, file, alias, sink)?;
+            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: None, pid: own }
         }
-        Driver::Threads => Box::new(HostGuest::new(spec, file, alias, sink)?),
-    }))
+        (Driver::Kvm, VmmPlace::Apart) => {
+            let program = std::env::current_exe()
+                .map_err(|source| GuestError::Io { doing: "find this program".into(), source })?;
+            let mut command = Command::new(program);
+            command.arg("vmm");
+            let guest = RemoteGuest::spawn(command, spec, &options, file, alias, sink)?;
+            let (pid, faults) = (guest.pid().unwrap_or(own), guest.faults());
+            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(faults), pid }
+        }
+        (Driver::Threads, VmmPlace::InProcess) => {
+            let guest = HostGuest::new(spec, file, alias, sink)?;
+            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: None, pid: own }
+        }
+        (Driver::Threads, VmmPlace::Apart) => {
+            return Err(GuestError::BadState(
+                "host threads run in the page server's process only: drop --vmm apart".into(),
+            ));
+        }
+    })
+}
+
+/// What [`build`] built.
+struct Vmm {
+    guest: SharedGuest,
+    remote: Option<FaultSource>,
+    pid: u32,
 }
 
 /// A guest that runs, with all it was given.
@@ -136,14 +168,17 @@ impl Held {
     /// Makes guest RAM, boots the guest for the first time and lets it run.
     pub fn start(
         spec: &GuestSpec,
-        drive: Option<Drive>,
+        place: (Option<Drive>, Option<VmmPlace>),
         sink: Arc<dyn PacketSink>,
         observer: &Observer,
     ) -> Result<Self, HolderError> {
         let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, PageSize::Small)?);
         let alias = Arc::new(file.map().map_err(HolderError::Map)?);
-        let driver = Driver::choose(drive);
-        let mut guest = build(driver, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        let (driver, place) = (Driver::choose(place.0), place.1.unwrap_or(VmmPlace::InProcess));
+        let Vmm { mut guest, pid, .. } = build(driver, place, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        if pid != std::process::id() {
+            observer.note(None, Kind::VmmStarted { pid });
+        }
         let nonce = fresh_nonce()?;
         guest.lock().boot()?;
         guest.set_incarnation(nonce)?;
@@ -232,14 +267,15 @@ impl Held {
 /// What a destination's role asks of this host.
 pub struct ThisHost {
     drive: Option<Drive>,
+    place: VmmPlace,
     /// The guest, once it was built.
     pub built: Option<SharedGuest>,
 }
 
 impl ThisHost {
     /// A host that drives guests as asked.
-    pub fn new(drive: Option<Drive>) -> Self {
-        Self { drive, built: None }
+    pub fn new(drive: Option<Drive>, place: Option<VmmPlace>) -> Self {
+        Self { drive, place: place.unwrap_or(VmmPlace::InProcess), built: None }
     }
 }
 
@@ -258,7 +294,7 @@ impl Host for ThisHost {
             return Err(GuestError::BadState(format!("{} regions of RAM; this VMM has one", ram.len())));
         };
         let driver = Driver::choose(self.drive);
-        let guest = build(driver, spec, tracker, region, sink)?;
+        let Vmm { guest, remote, pid } = build(driver, self.place, spec, tracker, region, sink)?;
         let parts = shard_ranges(ram, shards);
         let page_size = region.file.page_size();
         let bytes: Vec<_> = parts
@@ -278,11 +314,22 @@ impl Host for ThisHost {
         };
         let address = guest.memory()[0].vmm_address;
         let protect = tracker == Some(TrackerKind::UffdWp);
-        let uffds = register(address, page_size, &bytes, protect, mode)
-            .map_err(|error| GuestError::Io { doing: explain(&error), source: io::Error::other("userfaultfd") })?;
+        let uffds = match remote {
+            Some(remote) => {
+                let features = features(page_size, protect);
+                let one = |part: &std::ops::Range<u64>| {
+                    remote.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
+                };
+                bytes.iter().map(one).collect()
+            }
+            None => register(address, page_size, &bytes, protect, mode).map_err(|error| GuestError::Io {
+                doing: "registering guest RAM".into(),
+                source: io::Error::other(error),
+            }),
+        }?;
         self.built = Some(guest.clone());
         let shards = uffds.into_iter().zip(parts).collect();
-        Ok(Built { guest: Box::new(guest), shards, pid: std::process::id(), gives_sign: false })
+        Ok(Built { guest: Box::new(guest), shards, pid, gives_sign: false })
     }
 
     fn output(&mut self, address: Option<&str>) -> io::Result<Box<dyn Emitter>> {

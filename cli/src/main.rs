@@ -52,6 +52,9 @@ enum Command {
     Check(check::CheckArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
+    /// The VMM in a process of its own (started by send and receive with --vmm apart)
+    #[command(hide = true)]
+    Vmm(vmm::VmmArgs),
     /// The small process that outlives a VMM (started by receive)
     #[command(hide = true)]
     Guard(vmm::GuardArgs),
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Keygen(args) => keygen::run(args),
         Command::Check(args) => check::run(args),
         Command::Observe(args) => observe::run(args),
+        Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };
     ExitCode::from(exit.code())

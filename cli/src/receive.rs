@@ -111,7 +111,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
     };
-    let mut host = ThisHost::new(args.guest.drive);
+    let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
     match destination::run(&config, &listener, &mut host, observer, &words) {
         Ok(Ended { outcome: Outcome::Owner, output: Some(output), nonces, spec: Some(VmmSpec::Kvm(spec)), .. }) => {
             let guest = host.built.take().expect("an owned guest was built here");

@@ -109,7 +109,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(output) => output,
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
-    let mut held = match Held::start(&spec, args.guest.drive, output.sink(), observer) {
+    let mut held = match Held::start(&spec, (args.guest.drive, args.guest.vmm), output.sink(), observer) {
         Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };

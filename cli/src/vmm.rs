@@ -1,8 +1,31 @@
 //! Hidden subcommands: processes that belay starts beside itself.
 
-use crate::complain;
 use crate::exit::Exit;
+use crate::{complain, holder};
+use belay_vmm_glue::kvm::apart;
 use clap::Args;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+/// The VMM takes everything over its standard input, a socket.
+#[derive(Debug, Clone, Args)]
+pub struct VmmArgs {}
+
+/// Runs the VMM.
+pub fn run(_args: VmmArgs) -> Exit {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from);
+    let served = socket.map_err(apart::ServeError::from).and_then(|socket| apart::serve(socket, Some(holder::LINGER)));
+    match served {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            complain(
+                &error,
+                "`belay send` and `belay receive` start the VMM with --vmm apart; it is of no use by itself.",
+            );
+            Exit::Failed
+        }
+    }
+}
 
 /// The guard takes everything over its standard input.
 #[derive(Debug, Clone, Args)]

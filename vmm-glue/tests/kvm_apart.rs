@@ -136,7 +136,7 @@ fn p1_a_guest_whose_page_server_died_waits_and_never_reads_what_has_not_arrived(
     let mut guest = spawn_apart(&spec, &options(Tracking::None), &ram, &sink);
     guest.boot().unwrap();
     guest.set_incarnation(7).unwrap();
-    let uffd = guest.userfaultfd(features, 0, spec.memory_bytes, VmmFaults::MissingAndMinor, false).unwrap();
+    let uffd = guest.faults().userfaultfd(features, 0..spec.memory_bytes, VmmFaults::MissingAndMinor, false).unwrap();
     guest.resume().unwrap();
     // Enough for the guest to be well among its steps.
     assert_eq!(serve(&uffd, 300, soon()), 300);

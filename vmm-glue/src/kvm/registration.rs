@@ -5,6 +5,15 @@ use belay_transport::PageSize;
 use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd, UffdError};
 use std::ops::Range;
 
+/// What a userfaultfd over guest RAM has to be opened with.
+pub fn features(page_size: PageSize, protect: bool) -> Features {
+    let faults = match page_size {
+        PageSize::Small => Features::MISSING_SHMEM.union(Features::MINOR_SHMEM),
+        PageSize::Huge => Features::MISSING_HUGETLBFS.union(Features::MINOR_HUGETLBFS),
+    };
+    if protect { faults.union(REQUIRED_FEATURES) } else { faults }
+}
+
 /// Registers the byte ranges of `shards` (offsets from `address`), each with a userfaultfd of its own. `protect`: for tracking by
 /// asynchronous write protection too. Every frame must have been allocated. `mode` says whether faults raised by KVM are held.
 pub fn register(
@@ -14,13 +23,7 @@ pub fn register(
     protect: bool,
     mode: OpenMode,
 ) -> Result<Vec<Uffd>, UffdError> {
-    let mut features = match page_size {
-        PageSize::Small => Features::MISSING_SHMEM.union(Features::MINOR_SHMEM),
-        PageSize::Huge => Features::MISSING_HUGETLBFS.union(Features::MINOR_HUGETLBFS),
-    };
-    if protect {
-        features = features.union(REQUIRED_FEATURES);
-    }
+    let features = features(page_size, protect);
     let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: protect };
     let one = |range: &Range<u64>| {
         let uffd = Uffd::open(mode, features)?;

@@ -200,6 +200,7 @@ pub(super) enum Happening {
     LaneBroken(String),
     SourceRevoked(String),
     CommitFailed(String),
+    VmmGone(String),
     LeaseExpired,
 }
 
@@ -372,7 +373,9 @@ impl<'a> Destination<'a> {
         let output = Arc::new(output);
         let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
         let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
-        observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
+        if built.pid != std::process::id() {
+            observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
+        }
         let regions = built.guest.memory().iter().map(|block| block.vmm_address).collect::<Vec<_>>();
         let ram = ram
             .into_iter()
@@ -666,6 +669,10 @@ impl Destination<'_> {
             Happening::CommitFailed(why) => {
                 self.why = why;
                 Some(Event::CommitFailed)
+            }
+            Happening::VmmGone(why) => {
+                self.why = why;
+                Some(Event::GuestDied)
             }
             Happening::LeaseExpired => {
                 self.why = "the source has granted no lease in time".to_owned();

@@ -36,11 +36,6 @@ impl Silence {
         self.counted_from = self.counted_from.max(Duration::from_nanos(heard.changed_at_ns));
         now.saturating_sub(self.counted_from) > self.bound
     }
-
-    /// Starts to count anew: no lease was granted after `now`.
-    pub fn restart(&mut self, now: Duration) {
-        self.counted_from = now;
-    }
 }
 
 /// CLOCK_BOOTTIME: goes on while the host is suspended.

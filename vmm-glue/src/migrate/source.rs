@@ -126,6 +126,8 @@ struct Live {
     /// The folder once it was stopped for the catch.
     catch: Option<Catch>,
     silence: Option<Silence>,
+    /// When the last lease that may have been granted has run out, by CLOCK_BOOTTIME; once no more are granted.
+    lease_ends: Option<Duration>,
     /// What the last read of the ring gave.
     recovered: Option<Result<Recovered, CatchError>>,
     // Kept going until the session ends.
@@ -274,6 +276,7 @@ fn prepare(
         folder: None,
         catch: None,
         silence: None,
+        lease_ends: None,
         recovered: None,
         _death_watch: death_watch,
         _lane_watch: lane_watch,
@@ -460,6 +463,10 @@ impl Source<'_> {
             if let Some(failed) = folder.status().failed {
                 return Some(self.lost(Event::ConnectionClosed, &format!("its checkpoints cannot be taken: {failed}")));
             }
+            // After the withdrawal time alone decides, whatever the heartbeat does.
+            if self.live.lease_ends.take_if(|ends| boot_time() > *ends).is_some() {
+                return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
+            }
             if silence.has_lasted(&folder.heard(), boot_time()) {
                 let bound =
                     self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
@@ -550,6 +557,7 @@ impl Source<'_> {
                 self.switch_due = None;
                 if let (Some(folder), Some(tether)) = (&self.live.folder, &self.config.proposal.tether) {
                     folder.set_granting(true);
+                    self.live.lease_ends = None;
                     self.live.silence = Some(Silence::new(tether.lease.silence_bound(), boot_time()));
                 }
                 None
@@ -558,9 +566,9 @@ impl Source<'_> {
                 if let Some(folder) = &self.live.folder {
                     folder.set_granting(false);
                 }
-                if let Some(silence) = &mut self.live.silence {
-                    silence.restart(boot_time());
-                }
+                let lasts =
+                    self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
+                self.live.lease_ends = Some(boot_time() + lasts);
                 None
             }
             Action::Revoke { .. } => self.revoke(),

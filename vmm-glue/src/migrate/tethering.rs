@@ -216,18 +216,21 @@ fn whose(vmm_pid: u32) -> WhoseMemory {
 
 /// Whether somewhere in its causes an error says that the source has taken the session back.
 fn is_revoked(error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut at = Some(error);
-    while let Some(error) = at {
-        if matches!(error.downcast_ref::<FabricError>(), Some(FabricError::Revoked { .. })) {
-            return true;
-        }
-        // A transparent error passes its source's sources on and is skipped over itself.
-        if let Some(ShipError::Fabric(FabricError::Revoked { .. })) = error.downcast_ref::<ShipError>() {
-            return true;
-        }
-        at = error.source();
-    }
-    false
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|error| {
+        // A transparent error passes its source's sources on, and its source itself is skipped.
+        let fabric = match error.downcast_ref::<ShipError>() {
+            Some(ShipError::Fabric(error)) => Some(error),
+            _ => error.downcast_ref::<FabricError>(),
+        };
+        matches!(fabric, Some(FabricError::Revoked { .. }))
+    })
+}
+
+/// Whether somewhere in its causes an error says that the VMM has ended.
+fn is_vmm_gone(error: &(dyn std::error::Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.filter_map(|error| error.downcast_ref::<GuestError>()).any(|error| matches!(error, GuestError::VmmGone(_)))
 }
 
 /// The pull engine, as a harvest needs it.
@@ -277,6 +280,7 @@ impl EpochObserver for Ears {
         // A full channel has told the main loop already that something is wrong.
         let _ = self.happened.try_send(match &**error {
             error if is_revoked(error) => Happening::SourceRevoked(why),
+            error if is_vmm_gone(error) => Happening::VmmGone(why),
             _ => Happening::CommitFailed(why),
         });
     }

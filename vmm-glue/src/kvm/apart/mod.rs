@@ -17,7 +17,7 @@ mod frame;
 mod remote;
 mod server;
 
-pub use remote::{RemoteGuest, VmmFaults};
+pub use remote::{FaultSource, RemoteGuest, VmmFaults};
 pub use server::{ServeError, serve};
 
 use super::guests::GuestSpec;

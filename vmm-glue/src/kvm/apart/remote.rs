@@ -11,6 +11,7 @@ use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -168,16 +169,34 @@ impl RemoteGuest {
         self.child.as_ref().map(Child::id)
     }
 
-    /// A userfaultfd over `len` bytes of guest memory from `offset`, made and registered by the VMM, which keeps its own
-    /// duplicate (P1). Its addresses are the VMM's ([`RamBlock::vmm_address`]).
+    /// The hand by which its faults are asked for; it stays good while the guest is elsewhere.
+    pub fn faults(&self) -> FaultSource {
+        FaultSource { channel: self.channel.clone() }
+    }
+
+    /// Leaves the VMM to itself, as the death of this process would: it stops the guest and keeps its memory. Gives the
+    /// process, where this guest started it.
+    pub fn abandon(mut self) -> Option<Child> {
+        self.child.take()
+    }
+}
+
+/// Asks a VMM for its userfaultfds.
+pub struct FaultSource {
+    channel: Arc<Channel>,
+}
+
+impl FaultSource {
+    /// A userfaultfd over `bytes` of guest memory, made and registered by the VMM, which keeps its own duplicate (P1). Its
+    /// addresses are the VMM's ([`RamBlock::vmm_address`]).
     pub fn userfaultfd(
         &self,
         features: Features,
-        offset: u64,
-        len: u64,
+        bytes: Range<u64>,
         faults: VmmFaults,
         write_protect: bool,
     ) -> Result<Uffd, GuestError> {
+        let (offset, len) = (bytes.start, bytes.end - bytes.start);
         let ask = Ask::Userfaultfd { features: features.0, offset, len, faults, write_protect };
         match self.channel.ask(ask, None, Duration::ZERO)? {
             (Answer::Done, Some(fd)) => Uffd::from_fd(fd).map_err(|error| GuestError::Io {
@@ -186,12 +205,6 @@ impl RemoteGuest {
             }),
             (other, _) => Err(unexpected(&other)),
         }
-    }
-
-    /// Leaves the VMM to itself, as the death of this process would: it stops the guest and keeps its memory. Gives the
-    /// process, where this guest started it.
-    pub fn abandon(mut self) -> Option<Child> {
-        self.child.take()
     }
 }
 
