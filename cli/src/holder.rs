@@ -190,7 +190,7 @@ impl Held {
     /// Waits until the guest has filled its memory, and then for as long as it shall run here; whether a signal ended the wait.
     pub fn warm_up(&self, run: Duration, words: &Receiver<i32>) -> Result<bool, HolderError> {
         let begun = Instant::now();
-        while self.guest.steps().iter().any(|&step| step == 0) && self.spec.program != Program::Scanner {
+        while self.guest.steps().contains(&0) && self.spec.program != Program::Scanner {
             if let Some(failure) = self.guest.lock().failure() {
                 return Err(GuestError::Crashed(failure).into());
             }

@@ -197,7 +197,7 @@ pub fn guest_spec(options: &GuestOptions) -> GuestSpec {
 pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
     let policy = match (&options.policy, options.period) {
         (Some(PolicyChoice::None), _) => return None,
-        (Some(PolicyChoice::Take(policy)), _) => policy.clone(),
+        (Some(PolicyChoice::Take(policy)), _) => *policy,
         (None, Some(period)) => PolicySpec::Fixed { period: period.0 },
         (None, None) => PolicySpec::Fixed { period: Duration::from_millis(10) },
     };

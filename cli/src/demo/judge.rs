@@ -200,7 +200,6 @@ fn newest_steps(seen: &[Seen], vcpus: usize) -> Vec<u64> {
     newest
 }
 
-#[expect(clippy::too_many_arguments, reason = "all that determines what the output must be")]
 fn judge_output(
     claim: &mut impl FnMut(&'static str, bool, String),
     seen: &[Seen],

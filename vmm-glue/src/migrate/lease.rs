@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn silence_lasts_from_the_last_heartbeat_seen() {
-        let mut silence = Silence::new(50 * MS, 0 * MS);
+        let mut silence = Silence::new(50 * MS, Duration::ZERO);
         for now in (0..200).map(|ms| ms * MS) {
             let changed = now.min(100 * MS);
             assert_eq!(silence.has_lasted(&heard(changed, now), now), now > 150 * MS, "at {now:?}");
@@ -65,11 +65,11 @@ mod tests {
 
     #[test]
     fn a_stall_of_our_own_is_not_the_destinations_silence() {
-        let mut silence = Silence::new(50 * MS, 0 * MS);
-        assert!(!silence.has_lasted(&heard(0 * MS, 10 * MS), 10 * MS));
+        let mut silence = Silence::new(50 * MS, Duration::ZERO);
+        assert!(!silence.has_lasted(&heard(Duration::ZERO, 10 * MS), 10 * MS));
         // Nobody asked for a second; then nobody looked for a second.
-        assert!(!silence.has_lasted(&heard(0 * MS, 1000 * MS), 1000 * MS));
-        assert!(!silence.has_lasted(&heard(0 * MS, 900 * MS), 1010 * MS));
-        assert!(silence.has_lasted(&heard(0 * MS, 1080 * MS), 1080 * MS));
+        assert!(!silence.has_lasted(&heard(Duration::ZERO, 1000 * MS), 1000 * MS));
+        assert!(!silence.has_lasted(&heard(Duration::ZERO, 900 * MS), 1010 * MS));
+        assert!(silence.has_lasted(&heard(Duration::ZERO, 1080 * MS), 1080 * MS));
     }
 }
