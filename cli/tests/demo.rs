@@ -66,7 +66,7 @@ demo_kvm! {
     demo_kvm_tcp_wp_in_process: [21, 22], "--fabric" "tcp" "--tracker" "uffd-wp" "--vmm" "in-process";
     demo_kvm_tcp_wp_apart: [23, 24], "--fabric" "tcp" "--tls" "--tracker" "uffd-wp" "--vmm" "apart";
     demo_kvm_two_vcpus_two_shards: [25, 26], "--vcpus" "2" "--shards" "2" "--kill-at" "70";
-    demo_kvm_scanner: [27, 28], "--guest" "scanner";
+    demo_kvm_scanner: [27, 28], "--guest" "scanner" "--dirty-rate" "100k";
     demo_kvm_lease_at_the_operators_word: [29, 30], "--output" "lease";
     demo_kvm_budget_policy_and_epochs_larger_than_the_ring: [31, 32],
         "--policy" "dirty:512,max=20ms" "--dirty-rate" "200k" "--ring" "1M";

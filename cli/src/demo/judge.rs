@@ -4,7 +4,7 @@ use super::AtKill;
 use super::timeline::Story;
 use crate::observe;
 use crate::report::time;
-use belay_vmm_glue::kvm::guests::GuestSpec;
+use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::{Kind, Observation};
 use belay_vmm_glue::witness::model::{Model, NonceSeen};
 use belay_vmm_glue::witness::observer::{self, Seen};
@@ -99,6 +99,7 @@ pub fn judge(story: &Story, at_kill: Option<&AtKill>, log: &Path) -> Verdict {
         Kind::GuestStarted { spec, driven_by, .. } => Some((spec.clone(), driven_by.clone())),
         _ => None,
     });
+    let scanner = spec.as_ref().is_some_and(|(_, (spec, _))| spec.program == Program::Scanner);
     let driven_by = spec.as_ref().map_or("nothing".to_owned(), |(_, (_, by))| by.clone());
     let caught = find(&story.source, |kind| match kind {
         Kind::Caught { epoch, noticed_to_running_us, steps, .. } => {
@@ -112,7 +113,7 @@ pub fn judge(story: &Story, at_kill: Option<&AtKill>, log: &Path) -> Verdict {
         let (absent, held) = (100.0 - at_kill.landed_percent(), at_kill.held_packets);
         claim(
             "killed in mid-pull",
-            (10.0..=90.0).contains(&absent) && at_kill.commits >= 3 && at_kill.released_packets >= 1,
+            (10.0..=90.0).contains(&absent) && at_kill.commits >= 3 && (at_kill.released_packets >= 1 || scanner),
             format!(
                 "{absent:.0} % of pages absent, {} checkpoints committed, {} packets out, {held} held",
                 at_kill.commits, at_kill.released_packets
@@ -210,7 +211,9 @@ fn judge_output(
     killed: bool,
 ) {
     let verdict = observer::judge(seen);
-    let both = verdict.senders.len() >= 2 && verdict.senders.iter().all(|sender| sender.new > 0);
+    // A scanner may be caught before it has come round at the destination.
+    let talkative = spec.program != Program::Scanner;
+    let both = !talkative || (verdict.senders.len() >= 2 && verdict.senders.iter().all(|sender| sender.new > 0));
     let parts = verdict.senders.iter().map(|sender| format!("{} from {}", sender.new, sender.sender));
     let parts = parts.collect::<Vec<_>>().join(", ");
     claim(

@@ -7,7 +7,7 @@ mod timeline;
 
 use crate::exit::Exit;
 use crate::options::{
-    ConfigFile, Drive, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, TetherOptions, VmmPlace,
+    ConfigFile, Drive, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions, VmmPlace,
 };
 use crate::quantity::{Bytes, Span};
 use crate::{complain, report, usage};
@@ -464,7 +464,10 @@ impl Demo {
                         // Under a lease nothing is held, so a held packet is not waited for.
                         let held = held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
                         let far = seen.landed_percent() >= f64::from(percent);
-                        if far && seen.commits >= 3 && released_packets >= 1 && held {
+                        // A scanner speaks only once it has read everything.
+                        let shown =
+                            self.args.guest.guest == Some(ProgramChoice::Scanner) || (released_packets >= 1 && held);
+                        if far && seen.commits >= 3 && shown {
                             bar.finish_and_clear();
                             return Ok(seen);
                         }

@@ -6,14 +6,14 @@
 mod error;
 mod huge;
 mod mapping;
+mod occupancy;
 mod prealloc;
 
 pub use error::RegionError;
 pub use mapping::Mapping;
 
 use crate::units::PageSize;
-use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SeekFrom, fallocate, fstat, fstatfs, ftruncate};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, fstat, fstatfs, ftruncate};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -130,7 +130,7 @@ impl RamFile {
     /// The extents that hold data, in order and not touching. Must be taken before the file is read through a mapping or
     /// pinned for a device, both of which fill holes.
     pub fn occupancy(&self) -> Result<Vec<Extent>, RegionError> {
-        data_extents(&self.fd, self.len as u64)
+        occupancy::data_extents(&self.fd, self.len as u64)
     }
 
     /// Allocates (and zeroes, where they were holes) all frames through a mapping of its own. `progress` is told the bytes
@@ -166,35 +166,10 @@ impl AsFd for RamFile {
     }
 }
 
-/// The extents of a file's first `len` bytes that hold data (lseek(2), SEEK_DATA and SEEK_HOLE).
-fn data_extents(file: impl AsFd, len: u64) -> Result<Vec<Extent>, RegionError> {
-    let file = file.as_fd();
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < len {
-        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => break,
-            // hugetlbfs knows no holes: all of it has to be taken for data.
-            Err(Errno::INVAL) if extents.is_empty() => return Ok(vec![Extent { offset: 0, len }]),
-            Err(errno) => return Err(RegionError::io(format!("SEEK_DATA at {at}"))(errno)),
-        };
-        let end = rustix::fs::seek(file, SeekFrom::Hole(start))
-            .map_err(RegionError::io(format!("SEEK_HOLE at {start}")))?
-            .min(len);
-        if end <= start {
-            break;
-        }
-        extents.push(Extent { offset: start, len: end - start });
-        at = end;
-    }
-    Ok(extents)
-}
-
 /// Fills the page table of `mapping` wherever `file` has data, so that reads through it meet no page fault. Holes stay holes
 /// (touching one would allocate it). Advice: what the kernel does not do now, the first touch does.
 pub(crate) fn map_data_ahead(mapping: &Mapping, file: impl AsFd) -> Result<(), RegionError> {
-    for extent in data_extents(file, mapping.len() as u64)? {
+    for extent in occupancy::data_extents(file, mapping.len() as u64)? {
         let at = mapping.as_ptr().wrapping_add(extent.offset as usize);
         // SAFETY: the extent lies inside the mapping (data_extents stops at its length); populating changes no content.
         let _ = unsafe { rustix::mm::madvise(at.cast(), extent.len as usize, rustix::mm::Advice::LinuxPopulateRead) };

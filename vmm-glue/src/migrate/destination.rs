@@ -3,7 +3,7 @@
 //! Mirror image of [`super::source`]. What may happen is decided by [`ownership::destination`](belay_checkpoint::ownership); this
 //! file carries the actions out, turns what happens into events, and keeps every wait bounded.
 
-use super::observation::{Kind, ObservationId, Observer, us};
+use super::observation::{Kind, ObservationId, Observer, named_state, us};
 use super::peer::{Inbox, Listened, listen_to};
 use super::protocol::{self, PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, ReleasePolicy, VmmSpec};
@@ -13,8 +13,8 @@ use super::tethering::{self, Tethering, TetheringError};
 use crate::guard::{Guard, GuardCommand, GuardError, LifePage, Secrets, SignOfLife};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
+use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Action, Event, State, step};
-use belay_checkpoint::ownership::{Fate, Named};
 use belay_transport::fabric::{self, FabricError, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::pages::{PageStates, PagesError, RegionGeometry as Frames};
 use belay_transport::pull::{
@@ -350,7 +350,7 @@ impl<'a> Destination<'a> {
         let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
         let mut lane_pairs = Vec::new();
         let mut checkpoint_lanes = Vec::new();
-        for id in lanes(proposal.shards) {
+        for id in lanes(proposal.shards, proposal.tether.is_some()) {
             let lane = open(id, LANE_WINDOW)?;
             match id.kind {
                 LaneKind::Fault => lane_pairs.push((lane, None)),
@@ -1009,16 +1009,4 @@ impl Destination<'_> {
             spec: Some(self.proposal.vmm),
         }
     }
-}
-
-fn named_state(named: Named) -> String {
-    let name = format!("{named:?}");
-    let mut kebab = String::with_capacity(name.len() + 4);
-    for (at, letter) in name.char_indices() {
-        if letter.is_uppercase() && at > 0 {
-            kebab.push('-');
-        }
-        kebab.extend(letter.to_lowercase());
-    }
-    kebab
 }

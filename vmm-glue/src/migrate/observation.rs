@@ -4,6 +4,7 @@
 //! observation that made the peer send it, and what follows from it there names that id as its parent.
 
 use crate::kvm::guests::GuestSpec;
+use belay_checkpoint::ownership::Named;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -155,6 +156,19 @@ impl std::fmt::Debug for Observer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Observer").field("prefix", &self.inner.prefix).finish()
     }
+}
+
+/// A state that an operator hears of, as events name it: `SwitchTakenBack` is `switch-taken-back`.
+pub fn named_state(named: Named) -> String {
+    let name = format!("{named:?}");
+    let mut kebab = String::with_capacity(name.len() + 4);
+    for (at, letter) in name.char_indices() {
+        if letter.is_uppercase() && at > 0 {
+            kebab.push('-');
+        }
+        kebab.extend(letter.to_lowercase());
+    }
+    kebab
 }
 
 /// CLOCK_MONOTONIC in microseconds.

@@ -5,7 +5,7 @@
 
 use super::lane_watch::LaneWatch;
 use super::lease::{Silence, boot_time};
-use super::observation::{Kind, ObservationId, Observer, us};
+use super::observation::{Kind, ObservationId, Observer, named_state, us};
 use super::peer::{Inbox, Listened, listen_to};
 use super::protocol::{self, ProtocolError, RingOffer, ToDestination, ToSource};
 use super::release::{ReleaseError, ReleaseRecord};
@@ -121,7 +121,7 @@ struct Live {
     owner_region: Arc<Mapping>,
     nonce: u64,
     /// Reserved while preparing; goes into the folder at the switch.
-    reader: Option<RingReader>,
+    reserved: Option<(RingReader, FoldTarget)>,
     folder: Option<Folder>,
     /// The folder once it was stopped for the catch.
     catch: Option<Catch>,
@@ -233,8 +233,12 @@ fn prepare(
     OwnerRegion::new(Arc::clone(&owner_region));
     let keys = owner.export_ring((&ring_file, &ring), (&owner_file, &owner_region))?;
     let nonce = fresh_nonce()?;
-    let reader = match config.proposal.tether {
-        Some(_) => Some(RingReader::new(ring.len(), nonce, config.overflow_bytes as usize)?),
+    // Reserved now, so that missing memory is found before the guest leaves and nothing of it is downtime.
+    let reserved = match config.proposal.tether {
+        Some(_) => {
+            let reader = RingReader::new(ring.len(), nonce, config.overflow_bytes as usize)?;
+            Some((reader, FoldTarget::new(guest.memory())?))
+        }
         None => None,
     };
     let offer = RingOffer { bytes: ring.len() as u64, nonce, overflow_bytes: config.overflow_bytes };
@@ -242,7 +246,7 @@ fn prepare(
     let prepare = ToDestination::Prepare { ram: ram.clone(), ring: keys, ring_geometry: offer, because: connected };
     control.send(&protocol::encode(&prepare), Deadline::after(bounds.handshake))?;
     let deadline = Deadline::after(bounds.prepare);
-    for lane in lanes(config.proposal.shards) {
+    for lane in lanes(config.proposal.shards, config.proposal.tether.is_some()) {
         owner.serve_lane(lane, deadline)?;
     }
     let guard = match config.proposal.tether {
@@ -272,7 +276,7 @@ fn prepare(
         ring,
         owner_region,
         nonce,
-        reader,
+        reserved,
         folder: None,
         catch: None,
         silence: None,
@@ -316,9 +320,9 @@ fn await_prepared(
 }
 
 /// Every lane of a session, in the order in which the source dials and the destination takes them.
-pub(super) fn lanes(shards: u16) -> impl Iterator<Item = LaneId> {
+pub(super) fn lanes(shards: u16, tethered: bool) -> impl Iterator<Item = LaneId> {
     let a_shard = |index| [LaneKind::Fault, LaneKind::Bulk].map(|kind| LaneId { kind, index });
-    let checkpoint = [0, 1].map(|index| LaneId { kind: LaneKind::Checkpoint, index });
+    let checkpoint = (0..if tethered { 2 } else { 0 }).map(|index| LaneId { kind: LaneKind::Checkpoint, index });
     (0..shards).flat_map(a_shard).chain(checkpoint)
 }
 
@@ -602,7 +606,7 @@ impl Source<'_> {
     }
 
     fn report(&mut self, named: Named) -> Option<Event> {
-        self.note(Kind::State { state: format!("{named:?}").to_lowercase(), why: named.to_string() });
+        self.note(Kind::State { state: named_state(named), why: named.to_string() });
         if named == Named::AwaitingOperator {
             if self.config.catch_on_loss {
                 return Some(Event::OperatorCatch);
@@ -639,8 +643,8 @@ impl Source<'_> {
             zero_frames += classes.frames(PageClass::Zero);
             map.push(classes);
         }
-        if let (Some(reader), Some(tether)) = (self.live.reader.take(), &self.config.proposal.tether) {
-            self.live.folder = Some(self.start_folder(reader, device_state.clone(), tether.lease.length)?);
+        if let (Some(reserved), Some(tether)) = (self.live.reserved.take(), &self.config.proposal.tether) {
+            self.live.folder = Some(self.start_folder(reserved, device_state.clone(), tether.lease.length)?);
         }
         let nonce = fresh_nonce()?;
         self.nonces.push(nonce);
@@ -651,11 +655,16 @@ impl Source<'_> {
         Ok(())
     }
 
-    fn start_folder(&self, reader: RingReader, device_state: Vec<u8>, lease: Duration) -> Result<Folder, SourceError> {
+    fn start_folder(
+        &self,
+        (reader, target): (RingReader, FoldTarget),
+        device_state: Vec<u8>,
+        lease: Duration,
+    ) -> Result<Folder, SourceError> {
         let blocks = self.guest.memory();
         let pages = |bytes: usize| (bytes / PAGE_SIZE) as u64;
         let limits = Limits::for_regions(blocks.iter().map(|block| (block.id, pages(block.file.len()))));
-        let state = FoldState::new(FoldTarget::new(blocks)?, limits, device_state);
+        let state = FoldState::new(target, limits, device_state);
         let config = FoldConfig { lease, ..FoldConfig::default() };
         let owner = OwnerRegion::new(Arc::clone(&self.live.owner_region));
         Folder::start(config, Arc::clone(&self.live.ring), owner, reader, state).map_err(io("start folding"))
