@@ -1,5 +1,9 @@
 //! For tests: a session in one process's memory, guest RAM, and an end-to-end rig of writer and reader.
 
+/// Huge pages for a test: the same way as the transport's tests get them.
+#[path = "../../transport/src/testing.rs"]
+pub mod huge_pages;
+
 use crate::dirty::DirtySet;
 use crate::guest::{Epoch, Packet, RamBlock};
 use crate::record::{PacketHeader, kind};

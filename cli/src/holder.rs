@@ -7,7 +7,7 @@ use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
 use belay_transport::region::{RamFile, RegionError};
-use belay_transport::uffd::OpenMode;
+use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{Deadline, PageSize, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
 use belay_vmm_glue::kvm::apart::{FaultSource, RemoteGuest, VmmFaults};
@@ -78,27 +78,46 @@ const PARK_BOUND: Duration = Duration::from_secs(20);
 const FILL_BOUND: Duration = Duration::from_secs(120);
 
 /// What drives guest memory, as decided on this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Driver {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Driver {
     Kvm,
-    Threads,
+    /// Host threads, and why.
+    Threads(String),
 }
 
 impl Driver {
-    fn choose(asked: Option<Drive>) -> Self {
-        let usable = || std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    /// KVM where it can be used and where faults raised in it can be held; else threads, unless KVM was insisted on.
+    pub fn choose(asked: Option<Drive>) -> Self {
+        let kvm = || {
+            std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/kvm")
+                .map_err(|error| format!("/dev/kvm: {error}"))
+        };
+        let faults = || Uffd::open(OpenMode::All, Features::NONE).map_err(|error| error.to_string());
         match asked.unwrap_or(Drive::Auto) {
             Drive::Kvm => Self::Kvm,
-            Drive::Threads => Self::Threads,
-            Drive::Auto if usable() => Self::Kvm,
-            Drive::Auto => Self::Threads,
+            Drive::Threads => Self::Threads("as asked".to_owned()),
+            Drive::Auto => match kvm().and_then(|_| faults()) {
+                Ok(_) => Self::Kvm,
+                Err(why) => Self::Threads(format!("{why}; `belay check` says how to mend it")),
+            },
         }
     }
 
-    fn name(self) -> &'static str {
+    fn name(&self) -> String {
         match self {
-            Self::Kvm => "KVM",
-            Self::Threads => "host threads (/dev/kvm is missing or not ours; `belay check` says how to mend it)",
+            Self::Kvm => "KVM".to_owned(),
+            Self::Threads(why) => format!("host threads ({why})"),
+        }
+    }
+
+    /// The tracker to use when none was asked for: threads of the host are seen by userfaultfd alone.
+    pub fn tracker(&self) -> TrackerKind {
+        match self {
+            Self::Kvm => TrackerKind::KvmRing,
+            Self::Threads(_) => TrackerKind::UffdWp,
         }
     }
 }
@@ -108,7 +127,7 @@ pub const LINGER: Duration = Duration::from_secs(600);
 
 /// A VMM, its guest paused and empty; beside it the guest's other face where it runs in a process of its own.
 fn build(
-    driver: Driver,
+    driver: &Driver,
     place: VmmPlace,
     spec: &GuestSpec,
     tracker: Option<TrackerKind>,
@@ -137,11 +156,11 @@ fn build(
             let (pid, faults) = (guest.pid().unwrap_or(own), guest.faults());
             Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(faults), pid }
         }
-        (Driver::Threads, VmmPlace::InProcess) => {
+        (Driver::Threads(_), VmmPlace::InProcess) => {
             let guest = HostGuest::new(spec, file, alias, sink)?;
             Vmm { guest: SharedGuest::new(Box::new(guest)), remote: None, pid: own }
         }
-        (Driver::Threads, VmmPlace::Apart) => {
+        (Driver::Threads(_), VmmPlace::Apart) => {
             return Err(GuestError::BadState(
                 "host threads run in the page server's process only: drop --vmm apart".into(),
             ));
@@ -168,13 +187,13 @@ impl Held {
     /// Makes guest RAM, boots the guest for the first time and lets it run.
     pub fn start(
         spec: &GuestSpec,
-        place: (Option<Drive>, Option<VmmPlace>),
+        (driver, place): (&Driver, Option<VmmPlace>),
         sink: Arc<dyn PacketSink>,
         observer: &Observer,
     ) -> Result<Self, HolderError> {
         let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, PageSize::Small)?);
         let alias = Arc::new(file.map().map_err(HolderError::Map)?);
-        let (driver, place) = (Driver::choose(place.0), place.1.unwrap_or(VmmPlace::InProcess));
+        let place = place.unwrap_or(VmmPlace::InProcess);
         let Vmm { mut guest, pid, .. } = build(driver, place, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
         if pid != std::process::id() {
             observer.note(None, Kind::VmmStarted { pid });
@@ -183,7 +202,7 @@ impl Held {
         guest.lock().boot()?;
         guest.set_incarnation(nonce)?;
         guest.resume()?;
-        observer.note(None, Kind::GuestStarted { nonce, driven_by: driver.name().to_owned(), spec: spec.clone() });
+        observer.note(None, Kind::GuestStarted { nonce, driven_by: driver.name(), spec: spec.clone() });
         Ok(Self { guest, spec: spec.clone(), nonces: vec![nonce] })
     }
 
@@ -294,7 +313,7 @@ impl Host for ThisHost {
             return Err(GuestError::BadState(format!("{} regions of RAM; this VMM has one", ram.len())));
         };
         let driver = Driver::choose(self.drive);
-        let Vmm { guest, remote, pid } = build(driver, self.place, spec, tracker, region, sink)?;
+        let Vmm { guest, remote, pid } = build(&driver, self.place, spec, tracker, region, sink)?;
         let parts = shard_ranges(ram, shards);
         let page_size = region.file.page_size();
         let bytes: Vec<_> = parts
@@ -310,7 +329,7 @@ impl Host for ThisHost {
         }
         let mode = match driver {
             Driver::Kvm => OpenMode::All,
-            Driver::Threads => OpenMode::UserModeOnly,
+            Driver::Threads(_) => OpenMode::UserModeOnly,
         };
         let address = guest.memory()[0].vmm_address;
         let protect = tracker == Some(TrackerKind::UffdWp);

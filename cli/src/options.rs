@@ -27,7 +27,7 @@ pub struct TetherOptions {
     /// the world may have seen output the guest does not remember) [default: commit]
     #[arg(long, value_enum)]
     pub output: Option<OutputChoice>,
-    /// How dirty pages are found [default: kvm-ring]
+    /// How dirty pages are found [default: kvm-ring, or uffd-wp where host threads drive the guest]
     #[arg(long, value_enum)]
     pub tracker: Option<TrackerChoice>,
     /// How long a lease lasts [default: 1s]
@@ -64,7 +64,7 @@ pub struct GuestOptions {
     /// The part of RAM the guest keeps writing to [default: half of RAM]
     #[arg(long, value_name = "BYTES")]
     pub working_set: Option<Bytes>,
-    /// Page writes a second, a vCPU [default: 20k]
+    /// Page writes a second over all vCPUs [default: 20k]
     #[arg(long, value_name = "RATE")]
     pub dirty_rate: Option<PerSecond>,
     /// Virtual CPUs [default: 1]

@@ -1,12 +1,13 @@
 //! `belay send`: runs the proof guest and moves it to a waiting `belay receive`; catches it if that fails.
 
 use crate::exit::Exit;
-use crate::holder::{self, Held};
+use crate::holder::{self, Driver, Held};
 use crate::options::{
-    ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions, TrackerChoice,
+    ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
 use crate::{complain, report, signals};
+use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::session::{Address, SessionConfig};
@@ -102,14 +103,15 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(signals) => signals,
         Err(error) => return fail(&error, "", Exit::Failed),
     };
-    let tether = tether_settings(&args.tether);
+    let driver = Driver::choose(args.guest.drive);
+    let tether = tether_settings(&args.tether, driver.tracker());
     let output =
         holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
         Ok(output) => output,
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
-    let mut held = match Held::start(&spec, (args.guest.drive, args.guest.vmm), output.sink(), observer) {
+    let mut held = match Held::start(&spec, (&driver, args.guest.vmm), output.sink(), observer) {
         Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };
@@ -176,7 +178,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
 }
 
 /// What the guest is asked to do, with the defaults of the command.
-pub fn guest_spec(options: &GuestOptions) -> GuestSpec {
+fn guest_spec(options: &GuestOptions) -> GuestSpec {
     let defaults = GuestSpec::default();
     let memory_bytes = options.memory.map_or(256 << 20, |bytes| bytes.0);
     GuestSpec {
@@ -194,7 +196,7 @@ pub fn guest_spec(options: &GuestOptions) -> GuestSpec {
 }
 
 /// The tether, with the defaults of the command; `None` with `--policy none`.
-pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
+fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<TetherSettings> {
     let policy = match (&options.policy, options.period) {
         (Some(PolicyChoice::None), _) => return None,
         (Some(PolicyChoice::Take(policy)), _) => *policy,
@@ -202,7 +204,7 @@ pub fn tether_settings(options: &TetherOptions) -> Option<TetherSettings> {
         (None, None) => PolicySpec::Fixed { period: Duration::from_millis(10) },
     };
     Some(TetherSettings {
-        tracker: options.tracker.unwrap_or(TrackerChoice::KvmRing).into(),
+        tracker: options.tracker.map_or(tracker, Into::into),
         policy,
         output: options.output.map_or(OutputMode::Commit, Into::into),
         lease: LeaseSettings {

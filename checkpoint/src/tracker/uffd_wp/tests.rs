@@ -1,6 +1,7 @@
 //! With real memory: what was written is reported, once, and nothing written is missed.
 
 use super::*;
+use crate::testing::huge_pages::HugePages;
 use belay_transport::PageSize;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::{Faults, OpenMode, RegisterModes, Uffd};
@@ -145,6 +146,7 @@ fn p3_a_page_that_lands_clean_is_reported_once_it_is_written() {
 #[test]
 fn a_write_to_a_huge_page_reports_all_of_it() {
     let huge = PageSize::Huge.bytes();
+    let Some(_reserved) = HugePages::reserve(4) else { return };
     let Some(memory) = Memory::of(4 * huge, PageSize::Huge, Faults::None) else { return };
     if let Err(error) = memory.block.file.preallocate(1, &|_| {}) {
         eprintln!("skipped: {error}");
