@@ -2,20 +2,60 @@
 
 use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
 use belay_vmm_glue::migrate::protocol::explain;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
-/// An observer that prints what is noted: one JSON object a line on stdout with `json`, else a sentence a line on stderr.
+/// An observer that prints what is noted: one JSON object a line on stdout with `json`, else a sentence a line on stderr, with a
+/// progress bar under them on a terminal.
 pub fn reporter(role: &'static str, json: bool) -> Observer {
-    let started = std::time::Instant::now();
-    Observer::new(role, move |observation| {
-        if json {
+    if json {
+        return Observer::new(role, |observation| {
             let line = serde_json::to_string(observation).expect("an observation is plain data");
             // A reader that went away must not end the migration; the exit code still tells how it went.
             let _ = writeln!(std::io::stdout().lock(), "{line}");
-        } else if let Some(sentence) = sentence(&observation.kind) {
-            let _ = writeln!(std::io::stderr().lock(), "{:>10.3} s  {sentence}", started.elapsed().as_secs_f64());
+        });
+    }
+    let started = Instant::now();
+    let bar = Mutex::new(None);
+    Observer::new(role, move |observation| {
+        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+        advance(&mut bar, &observation.kind);
+        let Some(sentence) = sentence(&observation.kind) else { return };
+        let line = format!("{:>10.3} s  {sentence}", started.elapsed().as_secs_f64());
+        match &*bar {
+            Some(bar) => bar.suspend(|| drop(writeln!(std::io::stderr().lock(), "{line}"))),
+            None => drop(writeln!(std::io::stderr().lock(), "{line}")),
         }
     })
+}
+
+/// Shows how far a long piece of work is, or takes the bar away when it is done. Nothing where stderr is no terminal.
+fn advance(bar: &mut Option<ProgressBar>, kind: &Kind) {
+    let (what, done, total) = match *kind {
+        Kind::Allocating { done_bytes, total_bytes } => ("allocating", done_bytes >> 20, total_bytes >> 20),
+        Kind::Pull { landed_frames, absent_frames, .. } if absent_frames > 0 => {
+            ("pulling", landed_frames, landed_frames + absent_frames)
+        }
+        Kind::Allocated { .. } | Kind::AllLanded { .. } | Kind::Failed { .. } | Kind::Ended { .. } => {
+            if let Some(bar) = bar.take() {
+                bar.finish_and_clear();
+            }
+            return;
+        }
+        _ => return,
+    };
+    let bar = bar.get_or_insert_with(|| progress_bar(what, if what == "pulling" { "pages" } else { "MiB" }));
+    bar.set_length(total);
+    bar.set_position(done);
+}
+
+/// A bar on stderr, hidden where that is no terminal.
+pub fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
+    let template = format!("{{msg:>12}} [{{bar:40}}] {{pos}}/{{len}} {unit}");
+    let style = ProgressStyle::with_template(&template).expect("the template has only known keys");
+    ProgressBar::no_length().with_style(style.progress_chars("=> ")).with_message(what)
 }
 
 /// Notes a failure with all that caused it.
@@ -101,7 +141,8 @@ fn sentence(kind: &Kind) -> Option<String> {
         ),
         Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),
         Kind::Ended { outcome, exit_code } => format!("ended: {outcome} (exit code {exit_code})"),
-        Kind::Pull { .. }
+        Kind::Allocating { .. }
+        | Kind::Pull { .. }
         | Kind::Committed { .. }
         | Kind::Folded { .. }
         | Kind::Latency { .. }

@@ -16,7 +16,7 @@ use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
 use child::{Proc, Role, Said};
 use clap::Args;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::Command;
@@ -414,9 +414,7 @@ impl Demo {
         if self.args.json || !std::io::stderr().is_terminal() {
             return ProgressBar::hidden();
         }
-        let style =
-            ProgressStyle::with_template("{msg:>12} [{bar:40}] {pos}/{len} pages").expect("the template is constant");
-        ProgressBar::no_length().with_style(style.progress_chars("=> ")).with_message(what)
+        report::progress_bar(what, "pages")
     }
 
     fn show(&self, verdict: &judge::Verdict) {

@@ -29,6 +29,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a destination needs to know before any guest comes.
@@ -439,6 +440,8 @@ const LANE_WINDOW: usize = 64;
 const TETHER_STOP: Duration = Duration::from_millis(500);
 /// Threads that allocate RAM.
 const ALLOCATORS: usize = 2;
+/// Bytes between two reports of how far it is.
+const ALLOCATION_REPORT: u64 = 64 << 20;
 /// How often what has no channel is looked at.
 const TICK: Duration = Duration::from_millis(2);
 /// How often the pull is reported while it goes on, and after.
@@ -484,8 +487,16 @@ fn allocate(
     for region in geometry {
         let bytes = region.bytes as usize;
         let file = Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?);
-        file.preallocate(ALLOCATORS, &|_| {})?;
         let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
+        let told = AtomicU64::new(0);
+        let progress = |done_bytes: u64| {
+            // Told now and then; which of several threads tells does not matter.
+            if done_bytes >= told.load(Ordering::Relaxed) + ALLOCATION_REPORT {
+                told.store(done_bytes, Ordering::Relaxed);
+                observer.note(Some(because), Kind::Allocating { done_bytes, total_bytes: region.bytes });
+            }
+        };
+        file.preallocate_through(&alias, ALLOCATORS, &progress)?;
         ram.push(Ram { id: region.id, file, alias });
     }
     let bytes = geometry.iter().map(|region| region.bytes).sum();

@@ -41,6 +41,8 @@ pub enum Kind {
     VmmStarted { pid: u32 },
     /// The two hosts have agreed on a session.
     Connected { peer: String, fabric: String, tls: bool, protocol: u16 },
+    /// Destination RAM is being allocated.
+    Allocating { done_bytes: u64, total_bytes: u64 },
     /// Destination RAM has been allocated.
     Allocated { bytes: u64, took_us: u64 },
     /// Everything before the switch is done.
