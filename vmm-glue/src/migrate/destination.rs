@@ -140,6 +140,8 @@ pub struct Ended {
     pub why: String,
     /// The guest, where one is left to run or to look at.
     pub guest: Option<Box<dyn Guest>>,
+    /// What holds back a guest that waits for a page, for as long as there is one (P1). Declared after it, so dropped after it.
+    pub faults: Vec<Uffd>,
     pub output: Option<Arc<Outbox>>,
     /// Every nonce the guest was given, in order.
     pub nonces: Vec<u64>,
@@ -149,6 +151,8 @@ pub struct Ended {
 /// Why a destination could not take a guest. The guest runs on at the source.
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
+    #[error("no session with a source")]
+    Connect(#[source] SessionError),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error(transparent)]
@@ -213,39 +217,55 @@ pub fn run(
     observer: &Observer,
     words: &Receiver<i32>,
 ) -> Result<Ended, DestinationError> {
-    let Some(incoming) = await_source(listener, words)? else {
+    let Some((session, proposal)) = await_source(listener, config.bounds, observer, words)? else {
         return Ok(Ended {
             outcome: Outcome::Interrupted,
             why: "ended by a signal while it waited for a guest".to_owned(),
             guest: None,
+            faults: Vec::new(),
             output: None,
             nonces: Vec::new(),
             spec: None,
         });
     };
-    let (session, proposal) = agree(incoming, config.bounds)?;
     let control = Arc::clone(&session.control);
-    match Destination::prepare(config, session, proposal, host, observer, words) {
-        Ok(destination) => destination.run(),
-        Err(error) => {
-            let because = observer.note(None, Kind::Failed { what: protocol::explain(&error), advice: String::new() });
-            let failed = ToSource::Failed { reason: protocol::explain(&error), because };
+    let prepared = Destination::prepare(config, session, proposal, host, observer, words);
+    prepared
+        .and_then(|mut destination| destination.await_switch().map(|()| destination))
+        .map(Destination::run)
+        .inspect_err(|error| {
+            let reason = protocol::explain(error);
+            let state = "aborted".to_owned();
+            let because = observer.note(observer.latest().as_ref(), Kind::State { state, why: reason.clone() });
             // The source may be the one that failed; it has nothing to lose by not hearing this.
-            let _ = control.send(&protocol::encode(&failed), Deadline::after(Duration::from_secs(1)));
-            Err(error)
-        }
-    }
+            let failed = protocol::encode(&ToSource::Failed { reason, because });
+            let _ = control.send(&failed, Deadline::after(Duration::from_secs(1)));
+        })
 }
 
-fn await_source(listener: &Listener, words: &Receiver<i32>) -> Result<Option<Incoming>, DestinationError> {
+/// Waits for a source that may come in, and says whom it turned away. Nobody who only knows the address can end the wait.
+fn await_source(
+    listener: &Listener,
+    bounds: Bounds,
+    observer: &Observer,
+    words: &Receiver<i32>,
+) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
+    let turned_away = |why: String| observer.note(None, Kind::State { state: "turned-away".to_owned(), why });
     loop {
         if words.try_recv().is_ok() {
             return Ok(None);
         }
-        match listener.accept(Deadline::after(Duration::from_millis(200))) {
-            Ok(incoming) => return Ok(Some(incoming)),
+        let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
+        for rejection in listener.take_rejections() {
+            turned_away(protocol::explain(&rejection.error));
+        }
+        match incoming {
+            Ok(incoming) => match agree(incoming, bounds) {
+                Ok(agreed) => return Ok(Some(agreed)),
+                Err(error) => drop(turned_away(protocol::explain(&error))),
+            },
             Err(SessionError::TimedOut { .. }) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(DestinationError::Connect(error)),
         }
     }
 }
@@ -263,7 +283,10 @@ fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSession, Prop
             Some(format!("migration protocol {} is proposed, {PROTOCOL_VERSION} is spoken here", proposal.protocol))
         }
         Ok(_) if ram == 0 || ram > MOST_RAM => Some(format!("a guest of {ram} bytes of RAM")),
-        Ok(proposal) if proposal.shards == 0 || proposal.shards > 64 => Some(format!("{} shards", proposal.shards)),
+        Ok(_) if available().is_some_and(|available| ram > available) => {
+            Some(format!("a guest of {ram} bytes of RAM; {} are available here", available().unwrap_or(0)))
+        }
+        Ok(proposal) if proposal.check().is_err() => proposal.check().err(),
         Ok(proposal) => {
             let session = incoming.accept(&[], deadline)?;
             return Ok((session, proposal));
@@ -272,6 +295,14 @@ fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSession, Prop
     let reason = refusal.unwrap_or_default();
     incoming.refuse(&reason, deadline)?;
     Err(DestinationError::Refused(reason))
+}
+
+/// Bytes that could be allocated without swapping, if this host says: more than that asked for by a word must not end in the
+/// kernel's choosing a victim.
+fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    kib.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// A destination with a guest on its way.
@@ -302,6 +333,13 @@ struct Destination<'a> {
     resumed_at: Option<Instant>,
     all_landed_at: Option<Instant>,
     release_asked_at: Option<Instant>,
+    /// By when the source must have said go, once it was told that everything is loaded.
+    go_due: Option<Deadline>,
+    /// A signal ends this role: by when the source must have said that it has the guest.
+    leaving: Option<Deadline>,
+    /// The signal that said that ending here would lose the guest.
+    warned: bool,
+    ticked_at: Instant,
     reported_at: Instant,
     latencies_at: Instant,
     why: String,
@@ -426,6 +464,10 @@ impl<'a> Destination<'a> {
             resumed_at: None,
             all_landed_at: None,
             release_asked_at: None,
+            go_due: None,
+            leaving: None,
+            warned: false,
+            ticked_at: Instant::now(),
             reported_at: Instant::now(),
             latencies_at: Instant::now(),
             why: String::new(),
@@ -442,6 +484,8 @@ const TETHER_STOP: Duration = Duration::from_millis(500);
 const ALLOCATORS: usize = 2;
 /// Bytes between two reports of how far it is.
 const ALLOCATION_REPORT: u64 = 64 << 20;
+/// Why a role that a signal ended has ended.
+const ENDED_BY_SIGNAL: &str = "ended by a signal";
 /// How often what has no channel is looked at.
 const TICK: Duration = Duration::from_millis(2);
 /// How often the pull is reported while it goes on, and after.
@@ -536,15 +580,14 @@ impl pull::Observer for EngineEars {
 }
 
 impl Destination<'_> {
-    fn run(mut self) -> Result<Ended, DestinationError> {
-        self.await_switch()?;
+    fn run(mut self) -> Ended {
         while self.outcome.is_none() {
             if let Some(event) = self.next_event() {
                 self.drive(event);
             }
             self.report();
         }
-        Ok(self.end())
+        self.end()
     }
 
     fn note(&mut self, kind: Kind) -> ObservationId {
@@ -590,6 +633,7 @@ impl Destination<'_> {
         self.nonces.push(nonce);
         let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
         self.tell(&ToSource::Loaded { because })?;
+        self.go_due = Some(Deadline::after(self.config.bounds.switch));
         Ok(())
     }
 
@@ -633,11 +677,22 @@ impl Destination<'_> {
 
     /// Waits at most a tick for something to happen.
     fn next_event(&mut self) -> Option<Event> {
+        // A peer that never stops talking must not keep this host from looking at its lease.
+        if self.ticked_at.elapsed() > TICK
+            && let Some(event) = self.tick()
+        {
+            return Some(event);
+        }
         let messages = self.inbox.messages().clone();
         select! {
             recv(self.happenings) -> happening => self.happening(happening.ok()?),
             recv(messages) -> heard => match heard {
                 Ok(Listened::Message(message)) => self.message(message),
+                Ok(Listened::Closed(_)) if self.leaving.is_some() => {
+                    // It never said that it has the guest.
+                    self.outcome = Some(Outcome::Fenced);
+                    None
+                }
                 Ok(Listened::Closed(why)) => {
                     self.why = format!("the source is out of reach: {why}");
                     Some(Event::ConnectionClosed)
@@ -695,6 +750,7 @@ impl Destination<'_> {
     fn message(&mut self, message: ToDestination) -> Option<Event> {
         match message {
             ToDestination::Go { owner_epoch, because } => {
+                self.go_due = None;
                 self.last = because;
                 Some(Event::HandedOver { owner_epoch })
             }
@@ -728,7 +784,16 @@ impl Destination<'_> {
 
     /// A signal. A tethered guest is given back: it is stopped here for good, and the source told so, which then catches it.
     fn interrupted(&mut self) -> Option<Event> {
-        self.why = "ended by a signal".to_owned();
+        // Without a tether there is nothing the source could catch the guest with: the first signal only says so.
+        let untethered = self.proposal.tether.is_none() && matches!(self.state, State::Tethered { .. });
+        if untethered && !std::mem::replace(&mut self.warned, true) {
+            let what =
+                "a signal asked to end, but this guest moved without a tether: ending now would lose it".to_owned();
+            let advice = "It goes on until the source has released it. Signal again to lose the guest.".to_owned();
+            self.note(Kind::Failed { what, advice });
+            return None;
+        }
+        self.why = ENDED_BY_SIGNAL.to_owned();
         match self.state {
             State::Preparing { .. } => Some(Event::Cancelled),
             State::Tethered { .. } => {
@@ -747,6 +812,15 @@ impl Destination<'_> {
 
     /// What has no channel of its own.
     fn tick(&mut self) -> Option<Event> {
+        self.ticked_at = Instant::now();
+        if self.leaving.is_some_and(|due| due.expired()) {
+            self.outcome = Some(Outcome::Fenced);
+            return None;
+        }
+        if self.go_due.take_if(|due| due.expired()).is_some() && matches!(self.state, State::Preparing { .. }) {
+            self.why = format!("the source has not said go within {:?}", self.config.bounds.switch);
+            return Some(Event::PrepareFailed);
+        }
         if let (State::Tethered { .. }, Some(tethering)) = (&self.state, &self.tethering) {
             if let Some(failure) = tethering.heart_failure() {
                 return self.happening(failure);
@@ -896,15 +970,18 @@ impl Destination<'_> {
             }),
             // Guest RAM lives as long as this process does.
             Action::KeepMemory => None,
-            Action::AskFate { owner_epoch } => {
-                // With the control stream gone nobody answers; the source that took the guest back says so if it can.
-                let _ = self.tell(&ToSource::FateAsked { owner_epoch });
+            Action::AskFate { .. } => {
+                // A tether is made once a session, so over this one there is no way back to Tethered, and the answer that there is must
+                // not be asked for. The source is told instead, so that it need not wait for silence; what it does with the guest
+                // comes as its fate. With the control stream gone nobody answers, and the guest stays fenced.
+                let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
                 None
             }
             Action::SendGuestGone => {
+                // Where the stopped tether was noticed sooner the source has hung up; its last words, if any, are still to be read.
                 let _ = self.tell(&ToSource::GuestGone { because: self.last.clone() });
-                if self.why == "ended by a signal" {
-                    self.outcome = Some(Outcome::Retired);
+                if self.why == ENDED_BY_SIGNAL {
+                    self.leaving = Some(Deadline::after(self.config.bounds.handshake));
                 }
                 None
             }
@@ -1015,6 +1092,7 @@ impl Destination<'_> {
             outcome,
             why: self.why,
             guest: self.guest,
+            faults: self.uffds.into_iter().map(|(uffd, _)| uffd).collect(),
             output: Some(self.output),
             nonces: self.nonces,
             spec: Some(self.proposal.vmm),

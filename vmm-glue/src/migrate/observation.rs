@@ -129,6 +129,8 @@ pub struct Observer {
 struct Inner {
     prefix: String,
     next: AtomicU64,
+    /// The number noted last; 0 before the first.
+    latest: AtomicU64,
     take: Box<dyn Fn(&Observation) + Send + Sync>,
 }
 
@@ -136,7 +138,9 @@ impl Observer {
     /// An observer whose ids start with `role` and this process's number.
     pub fn new(role: &str, take: impl Fn(&Observation) + Send + Sync + 'static) -> Self {
         let prefix = format!("{role}-{}", std::process::id());
-        Self { inner: Arc::new(Inner { prefix, next: AtomicU64::new(1), take: Box::new(take) }) }
+        Self {
+            inner: Arc::new(Inner { prefix, next: AtomicU64::new(1), latest: AtomicU64::new(0), take: Box::new(take) }),
+        }
     }
 
     /// One that drops everything (for tests and benches that look elsewhere).
@@ -150,7 +154,16 @@ impl Observer {
         let id = ObservationId(format!("{}-{number}", self.inner.prefix));
         let observation = Observation { id: id.clone(), parent: parent.cloned(), at_us: monotonic_us(), kind };
         (self.inner.take)(&observation);
+        self.inner.latest.fetch_max(number, Ordering::Relaxed);
         id
+    }
+
+    /// The observation noted last, as the cause of what has no better one.
+    pub fn latest(&self) -> Option<ObservationId> {
+        match self.inner.latest.load(Ordering::Relaxed) {
+            0 => None,
+            number => Some(ObservationId(format!("{}-{number}", self.inner.prefix))),
+        }
     }
 }
 

@@ -25,6 +25,40 @@ pub struct Proposal {
     pub nonces: Vec<u64>,
 }
 
+impl Proposal {
+    /// Whether both sides can keep to it; if not, what is wrong. The peer's numbers become waits, threads and sizes here.
+    pub fn check(&self) -> Result<(), String> {
+        const LONGEST: Duration = Duration::from_secs(24 * 3600);
+        let VmmSpec::Kvm(guest) = &self.vmm;
+        if self.shards == 0 || self.shards > 64 {
+            return Err(format!("{} shards; 1 to 64 are possible", self.shards));
+        }
+        if guest.vcpus == 0 || guest.vcpus > 64 {
+            return Err(format!("{} vCPUs; 1 to 64 are possible", guest.vcpus));
+        }
+        let Some(tether) = &self.tether else { return Ok(()) };
+        let LeaseSettings { length, margin, heartbeat } = tether.lease;
+        if heartbeat < Duration::from_micros(100) || length < heartbeat * 5 || length > LONGEST || margin > LONGEST {
+            return Err(format!(
+                "a lease of {length:?} with a heartbeat every {heartbeat:?}; it must last five heartbeats at least, {LONGEST:?} at most"
+            ));
+        }
+        if let ReleasePolicy::After(kept) = self.release
+            && kept > LONGEST * 365
+        {
+            return Err(format!("a tether kept for {kept:?}; say never instead"));
+        }
+        match tether.policy {
+            PolicySpec::Fixed { period } | PolicySpec::DirtyBudget { at_most: period, .. }
+                if period.is_zero() || period > LONGEST =>
+            {
+                Err(format!("a checkpoint period of {period:?}; more than nothing and at most {LONGEST:?} is possible"))
+            }
+            PolicySpec::Fixed { .. } | PolicySpec::DirtyBudget { .. } => Ok(()),
+        }
+    }
+}
+
 /// Which VMM, and what it needs to know. Later VMMs are added at the end.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum VmmSpec {

@@ -54,7 +54,7 @@ pub enum Outcome {
     Caught { epoch: Epoch, nonces: Vec<u64> },
     /// The guest never left.
     NotMoved { why: String },
-    /// The destination is out of reach, and only the operator may order the catch.
+    /// A catch that stuck twice, or a release of which nobody knows whether it is on disk: only a person can say what is right.
     AwaitsOperator { why: String },
     /// The guest cannot be resumed here.
     Lost { why: String },
@@ -99,6 +99,8 @@ pub enum SourceError {
     Illegal(#[from] Illegal),
     #[error("the operator cancelled")]
     Cancelled,
+    #[error("this migration makes no sense: {0}")]
+    Proposal(String),
 }
 
 /// What can happen while a session is up, beside messages.
@@ -155,6 +157,11 @@ pub struct Source<'a> {
     nonces: Vec<u64>,
     /// The last failure, for reports.
     why: String,
+    ticked_at: Instant,
+    /// The signal that said that a catch would lose the guest.
+    warned: bool,
+    /// A catch that had stuck was ordered again.
+    ordered_again: bool,
     outcome: Option<Outcome>,
 }
 
@@ -185,6 +192,9 @@ pub fn run(
         recovered: None,
         nonces: config.proposal.nonces.clone(),
         why: String::new(),
+        ticked_at: Instant::now(),
+        warned: false,
+        ordered_again: false,
         outcome: None,
     };
     source.run()
@@ -198,6 +208,7 @@ fn prepare(
     words: &Receiver<i32>,
 ) -> Result<(Live, ObservationId), SourceError> {
     let bounds = config.bounds;
+    config.proposal.check().map_err(SourceError::Proposal)?;
     let geometry = guest.memory().iter().map(|block| RegionGeometry {
         id: block.id,
         bytes: block.file.len() as u64,
@@ -246,13 +257,18 @@ fn prepare(
     let prepare = ToDestination::Prepare { ram: ram.clone(), ring: keys, ring_geometry: offer, because: connected };
     control.send(&protocol::encode(&prepare), Deadline::after(bounds.handshake))?;
     let deadline = Deadline::after(bounds.prepare);
-    for lane in lanes(config.proposal.shards, config.proposal.tether.is_some()) {
-        owner.serve_lane(lane, deadline)?;
-    }
-    let guard = match config.proposal.tether {
-        Some(_) => Some(session.lanes.dial_guard(deadline)?),
-        None => None,
+    let mut dial = || {
+        for lane in lanes(config.proposal.shards, config.proposal.tether.is_some()) {
+            owner.serve_lane(lane, deadline)?;
+        }
+        let tethered = config.proposal.tether.as_ref();
+        Ok(tethered.map(|_| session.lanes.dial_guard(deadline)).transpose()?)
     };
+    // A destination that has failed closes its lanes too; why it did is on the control stream.
+    let guard = dial().map_err(|error: SourceError| match inbox.messages().recv_timeout(LAST_WORDS) {
+        Ok(Listened::Message(ToSource::Failed { reason, .. })) => SourceError::PeerFailed(reason),
+        _ => error,
+    })?;
     let (happened, happenings) = bounded(64);
     let (secrets, prepared) = await_prepared(&inbox, bounds.prepare, words)?;
     let death_watch = match (guard, secrets) {
@@ -338,6 +354,8 @@ fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> SourceError {
     move |source| SourceError::Io { doing, source }
 }
 
+/// How long a destination that has broken off is listened to for its reason.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 /// How often the main loop looks at what has no channel: the heartbeat and the folder.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -369,6 +387,12 @@ impl Source<'_> {
 
     /// Waits at most a tick for something to happen.
     fn next_event(&mut self) -> Option<Event> {
+        // A peer that never stops talking must not keep this host from hearing that its heart has stopped.
+        if self.ticked_at.elapsed() > TICK
+            && let Some(event) = self.tick()
+        {
+            return Some(event);
+        }
         let messages = self.live.inbox.messages().clone();
         select! {
             recv(self.live.happenings) -> happening => match happening.ok()? {
@@ -383,7 +407,13 @@ impl Source<'_> {
             },
             recv(messages) -> heard => match heard {
                 Ok(Listened::Message(message)) => self.message(message),
-                Ok(Listened::Closed(why)) => Some(self.lost(Event::ConnectionClosed, &why)),
+                Ok(Listened::Closed(why)) => {
+                    if matches!(self.state, State::Released { .. }) {
+                        // The record is on disk, and nobody is left to say farewell; whether the release was heard is the destination's story.
+                        self.outcome = Some(Outcome::Released);
+                    }
+                    Some(self.lost(Event::ConnectionClosed, &why))
+                }
                 Err(_) => {
                     // Told once already; what remains is to wait for ticks and words.
                     std::thread::park_timeout(TICK);
@@ -391,12 +421,38 @@ impl Source<'_> {
                 }
             },
             // A signal takes back a switch that has not happened, and a guest that has left.
-            recv(self.words) -> word => match (word, &self.state) {
-                (Ok(_), State::Switching { .. }) => Some(Event::Cancelled),
-                (Ok(_), _) => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
-                (Err(_), _) => self.tick(),
+            recv(self.words) -> word => match word {
+                Ok(_) => self.ordered(),
+                Err(_) => self.tick(),
             },
             default(TICK) => self.tick(),
+        }
+    }
+
+    /// A signal: the operator's word.
+    fn ordered(&mut self) -> Option<Event> {
+        match self.state {
+            State::Switching { .. } => Some(Event::Cancelled),
+            // Nobody knows whether the release is on disk, so nothing here may resume the guest.
+            State::Serving(serving) if serving.recording_release => {
+                self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });
+                None
+            }
+            // Without a tether there is nothing to catch the guest with: the first signal only says so.
+            State::Serving(_)
+                if self.config.proposal.tether.is_none() && !std::mem::replace(&mut self.warned, true) =>
+            {
+                let what =
+                    "a signal asked for the guest, but it moved without a tether: taking it back now would lose it";
+                let advice = "It goes on at the destination. Signal again to lose it.".to_owned();
+                self.note(Kind::Failed { what: what.to_owned(), advice });
+                None
+            }
+            State::Revoking { stuck, .. } => {
+                self.ordered_again = stuck;
+                Some(Event::OperatorCatch)
+            }
+            _ => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
         }
     }
 
@@ -417,7 +473,9 @@ impl Source<'_> {
             }
             ToSource::Resumed { because } => {
                 self.last = because;
-                self.note(Kind::Blackout { took_us: us(self.paused_at.elapsed()) });
+                if matches!(self.state, State::Switching { .. }) {
+                    self.note(Kind::Blackout { took_us: us(self.paused_at.elapsed()) });
+                }
                 Some(Event::DestinationResumed)
             }
             ToSource::AllLanded { because } => {
@@ -435,7 +493,10 @@ impl Source<'_> {
             }
             ToSource::Failed { reason, because } => {
                 self.last = because;
-                Some(self.lost(Event::SwitchFailed, &format!("the destination failed: {reason}")))
+                // Before the guest went this takes the switch back; after it, the destination has fenced itself.
+                let switching = matches!(self.state, State::Switching { .. });
+                let event = if switching { Event::SwitchFailed } else { Event::ConnectionClosed };
+                Some(self.lost(event, &format!("the destination failed: {reason}")))
             }
             ToSource::Farewell => {
                 self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);
@@ -449,6 +510,7 @@ impl Source<'_> {
 
     /// What has no channel of its own.
     fn tick(&mut self) -> Option<Event> {
+        self.ticked_at = Instant::now();
         if self.switch_due.is_some_and(|due| due.expired())
             && matches!(self.state, State::Switching { .. } | State::Released { .. })
         {
@@ -488,7 +550,7 @@ impl Source<'_> {
         while let Some(event) = events.pop_front() {
             let (next, actions) = match step(&self.state, &event) {
                 Ok(step) => step,
-                // A peer that breaks the protocol is a peer that is gone; the state stands.
+                // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
                     self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
                     continue;
@@ -500,7 +562,13 @@ impl Source<'_> {
                 self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
             }
             for action in actions {
-                events.extend(self.carry_out(action));
+                let came_of_it = self.carry_out(action);
+                let failed = came_of_it == Some(Event::SwitchFailed);
+                events.extend(came_of_it);
+                if failed {
+                    // A guest that would not stop must not be sent.
+                    break;
+                }
             }
             self.settle();
         }
@@ -521,8 +589,9 @@ impl Source<'_> {
             State::Lost { .. } if self.outcome.is_none() => {
                 self.outcome = Some(Outcome::Lost { why: std::mem::take(&mut self.why) });
             }
-            State::Revoking { stuck: true, .. } if self.outcome.is_none() => {
-                self.outcome = Some(Outcome::Lost { why: std::mem::take(&mut self.why) });
+            // Nothing is lost by a catch that has stuck: it waits for the operator's word, once.
+            State::Revoking { stuck: true, .. } if self.ordered_again && self.outcome.is_none() => {
+                self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });
             }
             _ => {}
         }
@@ -607,12 +676,19 @@ impl Source<'_> {
 
     fn report(&mut self, named: Named) -> Option<Event> {
         self.note(Kind::State { state: named_state(named), why: named.to_string() });
-        if named == Named::AwaitingOperator {
-            if self.config.catch_on_loss {
-                return Some(Event::OperatorCatch);
+        let advice = match named {
+            Named::AwaitingOperator if self.config.catch_on_loss => return Some(Event::OperatorCatch),
+            Named::AwaitingOperator => {
+                "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \
+                 word for the catch. --catch-on-loss gives it beforehand."
             }
-            self.outcome = Some(Outcome::AwaitsOperator { why: self.why.clone() });
-        }
+            Named::CannotRevoke | Named::CatchStuck => {
+                "The guest's memory is kept here. Mend what failed, then send SIGINT to try again, once."
+            }
+            _ => return None,
+        };
+        let what = format!("{named}: {}", self.why);
+        self.note(Kind::Failed { what, advice: advice.to_owned() });
         None
     }
 
@@ -759,7 +835,11 @@ impl Source<'_> {
 
     fn cannot_resume(&mut self, why: String) -> Option<Event> {
         self.why = format!("cannot resume: {why}");
-        matches!(self.state, State::Revoking { .. }).then_some(Event::CatchFailed { can_retry: true })
+        if matches!(self.state, State::Revoking { .. }) {
+            return Some(Event::CatchFailed { can_retry: true });
+        }
+        self.outcome = Some(Outcome::Lost { why: self.why.clone() });
+        None
     }
 
     // ---- the release ---------------------------------------------------------------------------------------------------------
@@ -784,9 +864,9 @@ impl Source<'_> {
             Err(error @ ReleaseError::Unknown { .. }) => {
                 let what = protocol::explain(&error);
                 self.why = what.clone();
-                let advice = "This host will not resume the guest. Look at the file, then promote the destination or order the catch.";
+                let advice = "This host will not resume the guest; it runs on at the destination, tethered. Look at the file and mend the disk. \
+                              SIGINT ends this host's part, and the guest is then the destination's to promote.";
                 self.note(Kind::Failed { what, advice: advice.to_owned() });
-                self.outcome = Some(Outcome::AwaitsOperator { why: self.why.clone() });
                 None
             }
         }

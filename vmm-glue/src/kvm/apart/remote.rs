@@ -130,9 +130,19 @@ impl RemoteGuest {
         let (ours, theirs) = UnixStream::pair().map_err(|error| failed("making a socket pair", error))?;
         let child = command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn();
         let child = child.map_err(|error| failed("starting the VMM process", error))?;
-        let mut guest = Self::connect(ours, spec, options, file, alias, sink)?;
-        guest.child = Some(child);
-        Ok(guest)
+        let mut child = child;
+        match Self::connect(ours, spec, options, file, alias, sink) {
+            Ok(mut guest) => {
+                guest.child = Some(child);
+                Ok(guest)
+            }
+            Err(error) => {
+                // Left to itself it would linger for a client that never comes back.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
     }
 
     /// Makes the guest in the VMM at the other end of `stream`.
