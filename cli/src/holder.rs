@@ -22,6 +22,7 @@ use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
 use belay_vmm_glue::witness::proof;
 use crossbeam_channel::Receiver;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -151,7 +152,8 @@ fn build(
             let program = std::env::current_exe()
                 .map_err(|source| GuestError::Io { doing: "find this program".into(), source })?;
             let mut command = Command::new(program);
-            command.arg("vmm");
+            // Its own group: a SIGINT from the terminal is for whoever holds the guest, who then decides.
+            command.arg("vmm").process_group(0);
             let guest = RemoteGuest::spawn(command, spec, &options, file, alias, sink)?;
             let (pid, faults) = (guest.pid().unwrap_or(own), guest.faults());
             Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(faults), pid }

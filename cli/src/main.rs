@@ -61,7 +61,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let exit = match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return ExitCode::from(wrong_command_line(&error).code()),
+    };
+    let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(args),
         Command::Receive(args) => receive::run(args),
@@ -74,16 +78,30 @@ fn main() -> ExitCode {
     ExitCode::from(exit.code())
 }
 
+/// Shows what clap has to say: the help that was asked for, or what is wrong; to programs too, if --json was among the words.
+fn wrong_command_line(error: &clap::Error) -> Exit {
+    if !error.use_stderr() {
+        // A reader that went away has read enough.
+        let _ = error.print();
+        return Exit::Done;
+    }
+    if std::env::args_os().any(|word| word == "--json") {
+        let observer = report::reporter("command-line", true);
+        report::failed_text(
+            &observer,
+            error.to_string().trim(),
+            "Nothing was started; `belay help COMMAND` tells what is possible.",
+        );
+        return report::ended(&observer, Exit::Usage);
+    }
+    let _ = error.print();
+    Exit::Usage
+}
+
 /// Prints an error with everything that caused it, and what to do next.
 pub(crate) fn complain(error: &dyn std::error::Error, advice: &str) {
     eprintln!("belay: {}", belay_vmm_glue::migrate::protocol::explain(error));
     if !advice.is_empty() {
         eprintln!("       {advice}");
     }
-}
-
-/// The usual ending of a command line that asked for something impossible.
-pub(crate) fn usage(text: &str) -> Exit {
-    eprintln!("belay: {text}");
-    Exit::Usage
 }

@@ -35,8 +35,9 @@ pub fn run(args: ObserveArgs) -> Exit {
     let server = match signals::termination().and_then(|words| Ok((words, ObserverServer::bind(&args.listen)?))) {
         Ok(server) => server,
         Err(error) => {
-            report::failed(&observer, &error, "Choose another --listen address.");
-            return Exit::NoSession;
+            let what = format!("cannot listen on {}: {error}", args.listen);
+            report::failed_text(&observer, &what, "Choose another --listen address.");
+            return report::ended(&observer, Exit::NoSession);
         }
     };
     let (words, server) = server;
@@ -48,10 +49,10 @@ pub fn run(args: ObserveArgs) -> Exit {
         && let Err(error) = write_log(path, &server.seen())
     {
         report::failed(&observer, &error, "The verdict stands; the packets were not written.");
-        return Exit::Failed;
+        return report::ended(&observer, Exit::Failed);
     }
     let exit = if verdict.is_good() { Exit::Done } else { Exit::CheckFailed };
-    observer.note(None, Kind::Ended { outcome: verdict.to_string(), exit_code: exit.code() });
+    observer.note(observer.latest().as_ref(), Kind::Ended { outcome: verdict.to_string(), exit_code: exit.code() });
     exit
 }
 

@@ -4,7 +4,7 @@ use crate::exit::Exit;
 use crate::holder::{self, Held, ThisHost};
 use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::{complain, report, signals};
+use crate::{report, signals};
 use belay_transport::session::{Address, Listener, SessionConfig};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
@@ -67,6 +67,7 @@ SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's me
 
 /// Runs the command.
 pub fn run(mut args: ReceiveArgs) -> Exit {
+    let observer = report::reporter("destination", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
@@ -76,15 +77,13 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
-                complain(&error, "Nothing was started.");
-                return Exit::Usage;
+                report::failed(&observer, &error, "Nothing was started.");
+                return report::ended(&observer, Exit::Usage);
             }
         }
     }
-    let observer = report::reporter("destination", args.json);
     let exit = receive(&args, &observer);
-    observer.note(None, Kind::Ended { outcome: format!("{exit:?}"), exit_code: exit.code() });
-    exit
+    report::ended(&observer, exit)
 }
 
 fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
@@ -98,7 +97,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
     };
     let words = match signals::termination() {
         Ok(signals) => signals,
-        Err(error) => return fail(&error, "", Exit::Failed),
+        Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
     let listener = match Listener::bind(&args.listen, SessionConfig::new(security)) {
         Ok(listener) => listener,
@@ -118,7 +117,9 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
             let held = Held { guest, spec, nonces };
             held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Done)
         }
-        Ok(Ended { outcome, why, .. }) => {
+        Ok(Ended { outcome, why, faults, .. }) => {
+            // A guest that waits for a page which will not come must wait until this process has ended (P1).
+            std::mem::forget(faults);
             let (exit, advice) = match outcome {
                 Outcome::Owner => (Exit::Done, ""),
                 Outcome::Aborted => (Exit::NotMoved, "The guest runs on at the source."),
@@ -132,7 +133,8 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         }
         Err(error) => {
             let exit = match &error {
-                DestinationError::Session(_) | DestinationError::Refused(_) => Exit::NoSession,
+                DestinationError::Connect(_) => Exit::NoSession,
+                DestinationError::Interrupted => Exit::Interrupted,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 _ => Exit::NotMoved,
             };

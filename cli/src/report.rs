@@ -1,5 +1,6 @@
 //! How observations reach the person or the program that runs belay: sentences on a terminal, JSON lines for programs.
 
+use crate::exit::Exit;
 use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
 use belay_vmm_glue::migrate::protocol::explain;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -23,7 +24,7 @@ pub fn reporter(role: &'static str, json: bool) -> Observer {
         let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
         advance(&mut bar, &observation.kind);
         let Some(sentence) = sentence(&observation.kind) else { return };
-        let line = format!("{:>10.3} s  {sentence}", started.elapsed().as_secs_f64());
+        let line = format!("{:>10.3} s  {}", started.elapsed().as_secs_f64(), printable(&sentence));
         match &*bar {
             Some(bar) => bar.suspend(|| drop(writeln!(std::io::stderr().lock(), "{line}"))),
             None => drop(writeln!(std::io::stderr().lock(), "{line}")),
@@ -58,6 +59,12 @@ pub fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
     ProgressBar::no_length().with_style(style.progress_chars("=> ")).with_message(what)
 }
 
+/// Text that may have come from the peer, without what would steer a terminal.
+fn printable(text: &str) -> String {
+    let steers = |c: char| c.is_control() && c != '\n';
+    text.chars().map(|c| if steers(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
 /// Notes a failure with all that caused it.
 pub fn failed(observer: &Observer, error: &dyn std::error::Error, advice: &str) {
     failed_text(observer, &explain(error), advice);
@@ -65,7 +72,13 @@ pub fn failed(observer: &Observer, error: &dyn std::error::Error, advice: &str) 
 
 /// Notes a failure.
 pub fn failed_text(observer: &Observer, what: &str, advice: &str) {
-    observer.note(None, Kind::Failed { what: what.to_owned(), advice: advice.to_owned() });
+    observer.note(observer.latest().as_ref(), Kind::Failed { what: what.to_owned(), advice: advice.to_owned() });
+}
+
+/// Notes the end of a command, and gives its exit code back.
+pub fn ended(observer: &Observer, exit: Exit) -> Exit {
+    observer.note(observer.latest().as_ref(), Kind::Ended { outcome: format!("{exit:?}"), exit_code: exit.code() });
+    exit
 }
 
 /// Reads one JSON line back.
@@ -148,4 +161,16 @@ fn sentence(kind: &Kind) -> Option<String> {
         | Kind::Latency { .. }
         | Kind::CpuTime { .. } => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_peer_says_cannot_steer_the_terminal() {
+        let sentence = printable("the source failed: \u{1b}[2Jall is well\r\u{9b}31m\nnext");
+        assert!(sentence.chars().all(|c| c == '\n' || !c.is_control()), "{sentence:?}");
+        assert!(sentence.contains("all is well") && sentence.ends_with("\nnext"));
+    }
 }

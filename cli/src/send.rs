@@ -6,13 +6,13 @@ use crate::options::{
     ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
-use crate::{complain, report, signals};
+use crate::{report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::session::{Address, SessionConfig};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
-use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
 use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError};
@@ -70,6 +70,7 @@ SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught
 
 /// Runs the command.
 pub fn run(mut args: SendArgs) -> Exit {
+    let observer = report::reporter("source", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
@@ -78,15 +79,13 @@ pub fn run(mut args: SendArgs) -> Exit {
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
-                complain(&error, "Nothing was started.");
-                return Exit::Usage;
+                report::failed(&observer, &error, "Nothing was started.");
+                return report::ended(&observer, Exit::Usage);
             }
         }
     }
-    let observer = report::reporter("source", args.json);
     let exit = send(&args, &observer);
-    observer.note(None, Kind::Ended { outcome: format!("{exit:?}"), exit_code: exit.code() });
-    exit
+    report::ended(&observer, exit)
 }
 
 fn send(args: &SendArgs, observer: &Observer) -> Exit {
@@ -101,10 +100,23 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
     };
     let words = match signals::termination() {
         Ok(signals) => signals,
-        Err(error) => return fail(&error, "", Exit::Failed),
+        Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
     let driver = Driver::choose(args.guest.drive);
     let tether = tether_settings(&args.tether, driver.tracker());
+    let mut proposal = Proposal {
+        protocol: PROTOCOL_VERSION,
+        vmm: VmmSpec::Kvm(spec.clone()),
+        tether,
+        output_to: args.output_to.clone(),
+        release: release_policy(args.tether.release),
+        shards: args.tether.shards.unwrap_or(1),
+        nonces: Vec::new(),
+    };
+    if let Err(why) = proposal.check() {
+        report::failed_text(observer, &why, "Nothing was started; `belay help send` names the limits.");
+        return Exit::Usage;
+    }
     let output =
         holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
@@ -122,20 +134,13 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
     }
     let mut session = SessionConfig::new(security);
     session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
+    proposal.nonces = held.nonces.clone();
     let config = SourceConfig {
         address: args.to.clone(),
         session,
         ring_bytes: args.tether.ring.map_or(64 << 20, |ring| ring.0 as usize),
         overflow_bytes: args.tether.overflow.map_or(holder::overflow_for(spec.memory_bytes), |bytes| bytes.0),
-        proposal: Proposal {
-            protocol: PROTOCOL_VERSION,
-            vmm: VmmSpec::Kvm(spec.clone()),
-            tether,
-            output_to: args.output_to.clone(),
-            release: release_policy(args.tether.release),
-            shards: args.tether.shards.unwrap_or(1),
-            nonces: held.nonces.clone(),
-        },
+        proposal,
         state_dir: args.state_dir.clone().unwrap_or_else(holder::default_state_dir),
         bounds: Bounds::default(),
         catch_on_loss: args.catch_on_loss,
@@ -154,19 +159,22 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         }
         Ok(Outcome::NotMoved { why }) => (why, "The guest never left and runs on here.", Exit::NotMoved),
         Ok(Outcome::AwaitsOperator { why }) => {
-            let advice = "Make sure that the destination shows no more output, then catch the guest; --catch-on-loss gives that word \
-                          beforehand.";
+            let advice = "This host has not resumed the guest. If the destination still has it, promote it there.";
             (why, advice, Exit::CatchNeedsOperator)
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
-            let exit = match &error {
-                SourceError::Connect { .. } => Exit::NoSession,
-                SourceError::Cancelled => Exit::Interrupted,
-                _ => Exit::NotMoved,
+            let (exit, advice) = match &error {
+                SourceError::Connect { .. } => (
+                    Exit::NoSession,
+                    "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
+                ),
+                SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
+                _ => (
+                    Exit::NotMoved,
+                    "The guest was not touched. `belay check`, there and here, says what a host lacks.",
+                ),
             };
-            let advice =
-                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?";
             return fail(&error, advice, exit);
         }
     };

@@ -1,10 +1,13 @@
 //! One process of the demo: started, listened to, and never left behind.
 
 use crate::report;
-use belay_vmm_glue::migrate::observation::Observation;
+use belay_vmm_glue::migrate::observation::{Kind, Observation};
 use crossbeam_channel::Sender;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io::{BufRead, BufReader};
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which process something came from.
@@ -28,6 +31,8 @@ pub enum Said {
 pub struct Proc {
     role: Role,
     child: Child,
+    /// The VMM it started beside itself, which would outlive it.
+    vmm: Arc<Mutex<Option<OwnedFd>>>,
 }
 
 impl Proc {
@@ -37,6 +42,8 @@ impl Proc {
         let mut child = command.spawn()?;
         let stdout = child.stdout.take().expect("stdout was asked to be a pipe");
         let stderr = child.stderr.take().expect("stderr was asked to be a pipe");
+        let vmm = Arc::new(Mutex::new(None));
+        let its_vmm = Arc::clone(&vmm);
         let lines = said.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
@@ -47,7 +54,14 @@ impl Proc {
         });
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let what = match report::parse(&line) {
+                let parsed = report::parse(&line);
+                if let Some(Observation { kind: Kind::VmmStarted { pid }, .. }) = parsed {
+                    // A pidfd, so that nobody else who may have got its number later is meant.
+                    let pid = Pid::from_raw(pid as i32);
+                    let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+                    *its_vmm.lock().unwrap_or_else(PoisonError::into_inner) = pidfd;
+                }
+                let what = match parsed {
                     Some(observation) => Said::Observation(role, Box::new(observation)),
                     None => Said::Line(role, line),
                 };
@@ -57,7 +71,7 @@ impl Proc {
             }
             let _ = said.send(Said::Closed(role));
         });
-        Ok(Self { role, child })
+        Ok(Self { role, child, vmm })
     }
 
     /// Which it is.
@@ -65,25 +79,32 @@ impl Proc {
         self.role
     }
 
-    /// SIGKILL, as a crash of the host would end it. Does not wait.
+    /// SIGKILL, as a crash of the host would end it, its VMM included. Does not wait.
     pub fn kill(&mut self) -> std::io::Result<()> {
-        self.child.kill()
+        self.child.kill()?;
+        self.kill_vmm();
+        Ok(())
+    }
+
+    fn kill_vmm(&self) {
+        if let Some(vmm) = &*self.vmm.lock().unwrap_or_else(PoisonError::into_inner) {
+            // One that has ended already needs no more.
+            let _ = pidfd_send_signal(vmm, Signal::KILL);
+        }
     }
 
     /// Asks it to end (SIGTERM).
     pub fn terminate(&self) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.child.id() as i32) {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        if let Some(pid) = Pid::from_raw(self.child.id() as i32) {
+            let _ = rustix::process::kill_process(pid, Signal::TERM);
         }
     }
 
     /// Waits until it has ended, at most `bound`.
     pub fn wait(&mut self, bound: Duration) -> std::io::Result<Option<ExitStatus>> {
         let end = Instant::now() + bound;
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32);
-        if let Some(fd) =
-            pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok())
-        {
+        let pid = Pid::from_raw(self.child.id() as i32);
+        if let Some(fd) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) {
             let left = end.saturating_duration_since(Instant::now());
             let timeout = rustix::time::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
@@ -98,6 +119,7 @@ impl Drop for Proc {
         if matches!(self.child.try_wait(), Ok(None)) {
             let _ = self.child.kill();
         }
+        self.kill_vmm();
         let _ = self.child.wait();
     }
 }

@@ -11,8 +11,9 @@ use crate::options::{
     ConfigFile, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
 };
 use crate::quantity::{Bytes, Span};
-use crate::{complain, report, usage};
+use crate::report;
 use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
+use belay_vmm_glue::migrate::protocol::explain;
 use child::{Proc, Role, Said};
 use clap::Args;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
@@ -83,16 +84,18 @@ impl std::str::FromStr for KillAt {
 
 /// Runs the demo.
 pub fn run(mut args: DemoArgs) -> Exit {
+    let observer = report::reporter("demo", args.json);
+    let usage = |text: &str| {
+        report::failed_text(&observer, text, "Nothing was started.");
+        report::ended(&observer, Exit::Usage)
+    };
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
             }
-            Err(error) => {
-                complain(&error, "Nothing was started.");
-                return Exit::Usage;
-            }
+            Err(error) => return usage(&explain(&error)),
         }
     }
     let fabric = args.fabric.unwrap_or(FabricChoice::Local);
@@ -113,8 +116,9 @@ pub fn run(mut args: DemoArgs) -> Exit {
     match Demo::new(args, fabric, memory).and_then(Demo::run) {
         Ok(exit) => exit,
         Err(error) => {
-            complain(&error, "Every process of the demo has been ended.");
-            Exit::Failed
+            report::failed(&observer, &error, "Every process of the demo has been ended.");
+            let interrupted = matches!(error, DemoError::Interrupted(_));
+            report::ended(&observer, if interrupted { Exit::Interrupted } else { Exit::Failed })
         }
     }
 }
@@ -244,8 +248,8 @@ impl Demo {
             KillAt::Percent(percent) => {
                 let at_kill = self.await_kill_moment(percent)?;
                 self.story.killed_at_us = Some(monotonic_us());
+                // With the VMM apart, the host's death takes it too.
                 destination.kill().map_err(io("kill the destination"))?;
-                self.kill_vmm();
                 Some(at_kill)
             }
             KillAt::Never => None,
@@ -382,17 +386,6 @@ impl Demo {
                 }
                 _ => {}
             }
-        }
-    }
-
-    /// With the VMM apart, the host's death takes it too.
-    fn kill_vmm(&self) {
-        let vmm = self.story.destination.iter().rev().find_map(|seen| match seen.kind {
-            Kind::VmmStarted { pid } => rustix::process::Pid::from_raw(pid as i32),
-            _ => None,
-        });
-        if let Some(pid) = vmm {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
 
