@@ -1,0 +1,461 @@
+//! The promises P1 to P9 kept by belay's own processes: real guests, real signals, real ends.
+
+mod running;
+
+use running::{BELAY, Place, Process, has_kvm, is_running, kill};
+use serde_json::Value;
+
+/// Source, destination and an outside observer, joined as an operator would join them.
+struct Road {
+    place: Place,
+    observer: Process,
+    destination: Process,
+    source: Process,
+}
+
+impl Road {
+    /// Starts all three over `fabric` ("local" or "tcp"), with further options of `receive` and `send`.
+    fn start(fabric: &str, receive: &[&str], send: &[&str]) -> Self {
+        Self::start_in(Place::new(), fabric, receive, send)
+    }
+
+    fn start_in(place: Place, fabric: &str, receive: &[&str], send: &[&str]) -> Self {
+        let observer_address = format!("unix:{}", place.text("observer.sock"));
+        let mut observer = place.belay(&["observe", "--json", "--listen", &observer_address]);
+        observer.wait_for_event("listening");
+        let listen = match fabric {
+            "local" => format!("unix:{}", place.text("receive.sock")),
+            _ => "127.0.0.1:0".to_owned(),
+        };
+        let state = place.text("destination");
+        let common = ["--json", "--output-to", &observer_address];
+        let mut destination = place.belay(
+            &[&["receive", "--listen", &listen, "--state-dir", &state, "--drive", "kvm"], &common[..], receive]
+                .concat(),
+        );
+        let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+        let state = place.text("source");
+        let guest = ["--memory", "32M", "--drive", "kvm", "--run-before", "50ms", "--check"];
+        let source =
+            place.belay(&[&["send", "--to", &to, "--state-dir", &state], &guest[..], &common[..], send].concat());
+        Self { place, observer, destination, source }
+    }
+
+    /// Waits until so much of RAM is at the destination and at least three checkpoints have committed.
+    fn await_mid_pull(&mut self, landed_percent: u64) {
+        let mut commits = 0;
+        self.destination.wait_for("a pull under way with three checkpoints", |event| {
+            commits += u64::from(event["event"] == "committed");
+            let landed = event["landed_frames"].as_u64().unwrap_or(0);
+            let absent = event["absent_frames"].as_u64().unwrap_or(0);
+            commits >= 3 && absent > 0 && landed * 100 >= (landed + absent) * landed_percent
+        });
+    }
+
+    /// The source must have caught the guest, found every byte right, and ended by itself; the epoch it caught.
+    fn expect_caught(&mut self) -> u64 {
+        assert_eq!(self.source.end(), 10, "{}", self.source.story());
+        let caught = self.source.events("caught").last().expect("it says what it caught").clone();
+        let checked = self.source.events("checked").last().expect("it says what it found").clone();
+        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{checked}");
+        caught["epoch"].as_u64().unwrap()
+    }
+
+    /// The outside must have seen neither gap nor contradiction, and no process may be left.
+    fn expect_good_end(mut self) {
+        self.observer.signal(libc::SIGTERM);
+        assert_eq!(self.observer.end(), 0, "{}", self.observer.story());
+        drop((self.source, self.destination, self.observer));
+        self.place.expect_nothing_left();
+    }
+}
+
+macro_rules! needs_kvm {
+    ($name:literal) => {
+        if !has_kvm() {
+            eprintln!("skipped: {} needs /dev/kvm", $name);
+            return;
+        }
+    };
+}
+
+fn committed_epochs(process: &Process) -> impl Iterator<Item = u64> {
+    process.events("committed").map(|event| event["epoch"].as_u64().unwrap())
+}
+
+mod kvm {
+    use super::*;
+
+    #[test]
+    fn p1_a_guest_whose_page_server_is_killed_waits_while_the_source_catches_it() {
+        needs_kvm!("p1");
+        let mut road = Road::start("local", &["--vmm", "apart", "--hold-pull-at", "30"], &["--run-on", "200ms"]);
+        road.await_mid_pull(30);
+        let vmm = road.destination.events("vmm-started").next().expect("the VMM is apart")["pid"].as_i64().unwrap();
+        let vmm = i32::try_from(vmm).unwrap();
+        road.destination.crash();
+        road.expect_caught();
+        // The stale guest is still there: it waits for pages, its gate is shut. Had it read zeroes it would have crashed or said so.
+        assert!(is_running(vmm), "the VMM outlives its page server");
+        kill(vmm, libc::SIGTERM);
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p2_p5_a_destination_that_stalled_past_its_lease_commits_and_shows_nothing_more_over_local() {
+        needs_kvm!("p2");
+        stall_past_the_lease("local");
+    }
+
+    #[test]
+    fn p2_p5_a_destination_that_stalled_past_its_lease_commits_and_shows_nothing_more_over_tcp() {
+        needs_kvm!("p2");
+        stall_past_the_lease("tcp");
+    }
+
+    fn stall_past_the_lease(fabric: &str) {
+        let send = ["--lease", "200ms", "--run-on", "400ms"];
+        let mut road = Road::start(fabric, &["--hold-pull-at", "40"], &send);
+        road.await_mid_pull(40);
+        road.destination.signal(libc::SIGSTOP);
+        let revoked = road.source.wait_for_event("revoked")["at_us"].as_u64().unwrap();
+        road.source.wait_for_event("caught");
+        road.destination.signal(libc::SIGCONT);
+        let code = road.destination.end();
+        assert_eq!(code, 13, "it hears that the source has the guest: {}", road.destination.story());
+        let caught = road.expect_caught();
+        let newest = committed_epochs(&road.destination).max().unwrap();
+        assert!(newest <= caught, "the destination was told of checkpoint {newest}, {caught} was caught");
+        let later = road.destination.events("pull").filter(|event| event["at_us"].as_u64().unwrap() > revoked);
+        let released: Vec<_> = later.map(|event| event["released_packets"].as_u64().unwrap()).collect();
+        assert!(released.windows(2).all(|pair| pair[0] == pair[1]), "packets left after the revocation: {released:?}");
+        assert!(!road.destination.was("owner"), "{}", road.destination.story());
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p3_p4_whenever_the_destination_dies_the_guest_is_whole_and_its_output_has_no_gap() {
+        needs_kvm!("p3");
+        for (percent, seed, fabric) in [("12", "101", "tcp"), ("45", "102", "local"), ("75", "103", "tcp")] {
+            let place = Place::new();
+            let arguments = ["demo", "--json", "--memory", "64M", "--drive", "kvm", "--run-on", "100ms"];
+            let mut demo =
+                place.belay(&[&arguments[..], &["--kill-at", percent, "--seed", seed, "--fabric", fabric]].concat());
+            assert_eq!(demo.end(), 0, "{}", demo.story());
+            let claims = demo.events("report").last().expect("it ends with a report")["claims"].clone();
+            for about in
+                ["every byte of RAM", "no gap, no contradiction", "none is missing", "recovered the newest commit"]
+            {
+                let claim =
+                    claims.as_array().unwrap().iter().find(|claim| claim["claim"].as_str().unwrap().contains(about));
+                assert_eq!(claim.unwrap_or_else(|| panic!("{about} is claimed"))["holds"], true, "{claims}");
+            }
+            place.expect_nothing_left();
+        }
+    }
+
+    #[test]
+    fn p6_a_source_that_is_gone_has_released_nothing() {
+        needs_kvm!("p6");
+        for fabric in ["local", "tcp"] {
+            let mut road = Road::start(fabric, &[], &["--release", "never"]);
+            road.destination.wait_for_event("all-landed");
+            road.source.crash();
+            road.destination.wait_for_state("fenced");
+            road.destination.signal(libc::SIGTERM);
+            assert_eq!(road.destination.end(), 11, "{}", road.destination.story());
+            assert!(!road.destination.was("owner"), "{}", road.destination.story());
+            road.expect_good_end();
+        }
+    }
+
+    #[test]
+    fn p6_a_source_that_dies_in_mid_pull_leaves_a_fenced_guest_that_can_be_ended() {
+        needs_kvm!("p6");
+        for place in ["in-process", "apart"] {
+            let mut road = Road::start("tcp", &["--hold-pull-at", "20", "--vmm", place], &[]);
+            road.await_mid_pull(20);
+            road.source.crash();
+            road.destination.wait_for_state("fenced");
+            road.destination.signal(libc::SIGINT);
+            assert_eq!(road.destination.end(), 11, "{}", road.destination.story());
+            road.expect_good_end();
+        }
+    }
+
+    #[test]
+    fn p6_a_release_that_cannot_be_written_down_is_refused_and_the_tether_kept() {
+        needs_kvm!("p6");
+        let place = Place::new();
+        std::fs::write(place.path("source"), "in the way").unwrap();
+        let mut road = Road::start_in(place, "local", &[], &["--run-on", "200ms"]);
+        road.destination.wait_for_event("all-landed");
+        let failed = road.source.wait_for_event("failed");
+        assert!(failed["what"].as_str().unwrap().contains("release record"), "{failed}");
+        // Kept: checkpoints go on being committed, and the guest can still be caught.
+        let newest = committed_epochs(&road.destination).max().unwrap_or(0);
+        road.destination.wait_for("a later checkpoint", |event| event["epoch"].as_u64() > Some(newest + 3));
+        assert!(!road.destination.was("owner"));
+        road.destination.crash();
+        assert!(road.expect_caught() > newest);
+        assert_eq!(road.source.events("release-recorded").count(), 0);
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p7_a_guest_that_dirties_more_than_the_link_carries_is_slowed_and_still_caught_whole() {
+        needs_kvm!("p7");
+        let send = ["--dirty-rate", "300k", "--ring", "1M", "--pace", "400M", "--run-on", "100ms", "--lease", "5s"];
+        let mut road = Road::start("tcp", &["--hold-pull-at", "50"], &send);
+        road.await_mid_pull(50);
+        road.destination.crash();
+        road.expect_caught();
+        let held = road.destination.events("pull").filter_map(|event| event["held_packets"].as_u64()).max();
+        assert!(held < Some(65_536), "{held:?}");
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p9_without_a_tether_the_guest_of_a_dead_destination_is_lost_and_said_to_be() {
+        needs_kvm!("p9");
+        let mut road = Road::start("local", &["--hold-pull-at", "30"], &["--policy", "none"]);
+        road.destination.wait_for("a pull under way", |event| event["landed_frames"].as_u64() > Some(0));
+        road.destination.crash();
+        assert_eq!(road.source.end(), 12, "{}", road.source.story());
+        let failed = road.source.events("failed").last().expect("it says what was lost").clone();
+        assert!(failed["what"].as_str().unwrap().contains("without a tether"), "{failed}");
+        road.observer.signal(libc::SIGTERM);
+        road.observer.end();
+        road.place.expect_nothing_left();
+    }
+
+    #[test]
+    fn p9_a_signal_does_not_lose_a_guest_that_moved_without_a_tether() {
+        needs_kvm!("p9");
+        let send = ["--policy", "none", "--pace", "200M"];
+        let mut road = Road::start("tcp", &["--run-on", "100ms", "--check"], &send);
+        road.destination.wait_for_state("tethered");
+        road.destination.signal(libc::SIGTERM);
+        road.source.signal(libc::SIGTERM);
+        for process in [&mut road.destination, &mut road.source] {
+            let failed = process.wait_for_event("failed");
+            assert!(failed["what"].as_str().unwrap().contains("without a tether"), "{failed}");
+            assert_eq!(process.end(), 0, "{}", process.story());
+        }
+        assert_eq!(road.destination.events("checked").last().unwrap()["wrong_pages"], 0);
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p2_under_lease_the_guest_is_kept_until_the_operator_gives_the_word() {
+        needs_kvm!("p2");
+        let send = ["--output", "lease", "--lease", "200ms", "--run-on", "100ms"];
+        let mut road = Road::start("tcp", &["--hold-pull-at", "30"], &send);
+        road.await_mid_pull(30);
+        // Frozen, not dead: nothing proves that it shows nothing more.
+        road.destination.signal(libc::SIGSTOP);
+        let failed = road.source.wait_for_event("failed");
+        assert!(failed["advice"].as_str().unwrap().contains("SIGINT"), "{failed}");
+        road.source.signal(libc::SIGINT);
+        road.source.wait_for_event("caught");
+        road.destination.signal(libc::SIGCONT);
+        assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
+        road.expect_caught();
+        drop(road.observer);
+        road.place.expect_nothing_left();
+    }
+
+    #[test]
+    fn p9_a_signal_at_the_source_takes_the_guest_back() {
+        needs_kvm!("p9");
+        for signal in [libc::SIGINT, libc::SIGTERM] {
+            let mut road = Road::start("local", &["--hold-pull-at", "30"], &["--run-on", "100ms"]);
+            road.await_mid_pull(30);
+            road.source.signal(signal);
+            road.expect_caught();
+            assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
+            road.expect_good_end();
+        }
+    }
+
+    #[test]
+    fn p9_a_signal_at_the_destination_gives_the_guest_back() {
+        needs_kvm!("p9");
+        for (fabric, signal, vmm) in [("local", libc::SIGINT, "apart"), ("tcp", libc::SIGTERM, "in-process")] {
+            let mut road = Road::start(fabric, &["--hold-pull-at", "30", "--vmm", vmm], &["--run-on", "100ms"]);
+            road.await_mid_pull(30);
+            road.destination.signal(signal);
+            assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
+            road.expect_caught();
+            road.expect_good_end();
+        }
+    }
+
+    #[test]
+    fn p9_a_signal_ends_a_demo_and_everything_it_started() {
+        needs_kvm!("p9");
+        let place = Place::new();
+        let mut demo = place.belay(&[
+            "demo",
+            "--json",
+            "--memory",
+            "32M",
+            "--vmm",
+            "apart",
+            "--kill-at",
+            "never",
+            "--release",
+            "never",
+        ]);
+        demo.wait_for_event("all-landed");
+        demo.signal(libc::SIGINT);
+        assert_eq!(demo.end(), 130, "{}", demo.story());
+        place.expect_nothing_left();
+    }
+
+    #[test]
+    fn p9_a_signal_before_anything_moved_ends_in_order() {
+        needs_kvm!("p9");
+        let place = Place::new();
+        let listen = format!("unix:{}", place.text("receive.sock"));
+        let mut destination = place.belay(&["receive", "--json", "--listen", &listen]);
+        destination.wait_for_event("listening");
+        let mut source = place.belay(&["send", "--json", "--to", &listen, "--memory", "32M", "--run-before", "60s"]);
+        source.wait_for_event("guest-started");
+        source.signal(libc::SIGTERM);
+        assert_eq!(source.end(), 130, "{}", source.story());
+        destination.signal(libc::SIGINT);
+        assert_eq!(destination.end(), 130, "{}", destination.story());
+        place.expect_nothing_left();
+    }
+}
+
+#[test]
+fn p9_every_configuration_file_we_ship_is_understood() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../cluster-configs");
+    let place = Place::new();
+    let mut files = 0;
+    for entry in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        if entry.path().extension().is_none_or(|kind| kind != "toml") {
+            continue;
+        }
+        files += 1;
+        let path = entry.path().to_str().unwrap().to_owned();
+        // An address beyond loopback without certificates is refused after the file was read: nothing is started.
+        let mut receive = place.belay(&["receive", "--json", "--listen", "0.0.0.0:0", "--config", &path]);
+        assert_eq!(receive.end(), 4, "{path}: {}", receive.story());
+        let mut send = place.belay(&["send", "--json", "--to", "127.0.0.1:1", "--config", &path, "--output-to", "?"]);
+        assert_eq!(send.end(), 2, "{path}: {}", send.story());
+        let what = send.events("failed").last().unwrap()["what"].clone();
+        assert!(!what.as_str().unwrap().contains(&path), "{what}");
+    }
+    assert!(files >= 2, "{directory} has {files} configuration files");
+}
+
+/// A failing command line: what it ends with, and a word its message must have.
+struct Failing {
+    arguments: Vec<String>,
+    code: i32,
+    says: &'static str,
+}
+
+fn failing(arguments: &str, code: i32, says: &'static str) -> Failing {
+    Failing { arguments: arguments.split_whitespace().map(str::to_owned).collect(), code, says }
+}
+
+#[test]
+fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
+    let place = Place::new();
+    let file = |name: &str, text: &str| {
+        std::fs::write(place.path(name), text).unwrap();
+        place.text(name)
+    };
+    let unknown = file("unknown.toml", "[tether]\noutputt = \"commit\"\n");
+    let bad = file("bad.toml", "[tether\n");
+    let wrong_value = file("value.toml", "[guest]\nmemory = \"lots\"\n");
+    let nobody = format!("unix:{}", place.text("nobody.sock"));
+    for case in [
+        failing("send --to nonsense", 2, "nonsense"),
+        failing("send --too 127.0.0.1:1", 2, "--to"),
+        failing("receive", 2, "--listen"),
+        failing("receive --listen 127.0.0.1:0 --hold-pull-at 0", 2, "1..=100"),
+        failing("send --to 127.0.0.1:1 --period 5ms --policy none", 2, "cannot be used with"),
+        failing("send --to 127.0.0.1:1 --period 0ms", 2, "period"),
+        failing("send --to 127.0.0.1:1 --lease 0ms", 2, "lease"),
+        failing("send --to 127.0.0.1:1 --cert x.crt", 2, "--key"),
+        failing("send --to 127.0.0.1:1 --cert x.crt --key x.key --peer-cert y.crt", 2, "x.crt"),
+        failing("demo --policy none", 2, "--kill-at never"),
+        failing("demo --tls", 2, "--fabric tcp"),
+        failing("demo --memory 900T", 2, "--memory"),
+        failing("frobnicate", 2, "frobnicate"),
+        failing(&format!("send --to 127.0.0.1:1 --config {unknown}"), 2, "outputt"),
+        failing(&format!("receive --listen 127.0.0.1:0 --config {bad}"), 2, "bad.toml"),
+        failing(&format!("demo --config {wrong_value}"), 2, "lots"),
+        failing("demo --config /nowhere/at/all.toml", 2, "/nowhere/at/all.toml"),
+        failing("receive --listen 0.0.0.0:0", 4, "not a loopback address"),
+        failing("receive --listen unix:/nowhere/at/all.sock", 4, "/nowhere/at/all.sock"),
+        failing("observe --listen unix:/nowhere/at/all.sock", 4, "/nowhere/at/all.sock"),
+        failing("send --to 192.0.2.1:7700 --memory 8M --drive threads --run-before 0ms", 4, "loopback"),
+        failing("send --to 127.0.0.1:1 --memory 8M --drive threads --run-before 0ms", 4, "127.0.0.1:1"),
+        failing(&format!("send --to {nobody} --memory 8M --drive threads --run-before 0ms"), 4, "nobody.sock"),
+        failing("send --to 127.0.0.1:1 --drive threads --vmm apart", 3, "--vmm apart"),
+        failing("send --to 127.0.0.1:1 --drive threads --guest scanner --memory 8M", 3, "scanner"),
+    ] {
+        let mut arguments: Vec<_> = case.arguments.iter().map(String::as_str).collect();
+        arguments.insert(1, "--json");
+        let mut process = place.belay(&arguments);
+        let code = process.end();
+        let said = process.complaints();
+        let events = process.seen.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
+        assert_eq!(code, case.code, "{arguments:?}: {said}\n{events}");
+        let failed = process.events("failed").last().unwrap_or_else(|| panic!("{arguments:?} has no event: {said}"));
+        let text = format!("{} {}", failed["what"].as_str().unwrap(), failed["advice"].as_str().unwrap());
+        assert!(text.contains(case.says), "{arguments:?}: {text:?} lacks {:?}", case.says);
+        assert!(!failed["advice"].as_str().unwrap().is_empty(), "{arguments:?} advises nothing: {failed}");
+        let ended = process.events("ended").last().unwrap_or_else(|| panic!("{arguments:?} does not end: {events}"));
+        assert_eq!(
+            (&ended["parent"], &ended["exit_code"]),
+            (&failed["id"], &case.code.into()),
+            "{arguments:?}: {ended}"
+        );
+    }
+    place.expect_nothing_left();
+}
+
+#[test]
+fn p9_the_wrong_certificate_is_named_at_both_ends_and_the_destination_waits_on() {
+    let place = Place::new();
+    let directory = place.text("keys");
+    for names in [["source", "destination"], ["stranger", "nobody"]] {
+        let [source, destination] = names;
+        let arguments = ["keygen", "--out", &directory, "--source", source, "--destination", destination];
+        let made = std::process::Command::new(BELAY).args(arguments).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    }
+    let of = |own: &str, peer: &str| {
+        let file = |name: &str, kind: &str| format!("{directory}/{name}.{kind}");
+        let [cert, key, peer] = [file(own, "crt"), file(own, "key"), file(peer, "crt")];
+        ["--cert".to_owned(), cert, "--key".to_owned(), key, "--peer-cert".to_owned(), peer].to_vec()
+    };
+    let start = |first: &[&str], keys: Vec<String>| {
+        place.belay(&first.iter().copied().chain(keys.iter().map(String::as_str)).collect::<Vec<_>>())
+    };
+    let mut destination = start(&["receive", "--json", "--listen", "127.0.0.1:0"], of("destination", "source"));
+    let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+    let mut send = vec!["send", "--json", "--to", &to, "--memory", "8M", "--drive", "threads", "--run-before", "0ms"];
+    let mut source = start(&send, of("stranger", "destination"));
+    assert_eq!(source.end(), 4, "{}", source.story());
+    let failed = source.events("failed").last().expect("it says why").clone();
+    assert!(!failed["advice"].as_str().unwrap().is_empty(), "{failed}");
+    let refused = destination.wait_for_state("turned-away");
+    assert!(refused["why"].as_str().unwrap().contains("certificate"), "{refused}");
+    // One stranger must not keep the right source out.
+    send.extend(["--tracker", "uffd-wp"]);
+    let mut right = start(&send, of("source", "destination"));
+    destination.wait_for_event("connected");
+    right.signal(libc::SIGKILL);
+    right.end();
+    destination.signal(libc::SIGTERM);
+    destination.end();
+    place.expect_nothing_left();
+}
