@@ -189,11 +189,12 @@ impl Held {
     /// Makes guest RAM, boots the guest for the first time and lets it run.
     pub fn start(
         spec: &GuestSpec,
+        page_size: PageSize,
         (driver, place): (&Driver, Option<VmmPlace>),
         sink: Arc<dyn PacketSink>,
         observer: &Observer,
     ) -> Result<Self, HolderError> {
-        let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, PageSize::Small)?);
+        let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, page_size)?);
         let alias = Arc::new(file.map().map_err(HolderError::Map)?);
         let place = place.unwrap_or(VmmPlace::InProcess);
         let Vmm { mut guest, pid, .. } = build(driver, place, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;

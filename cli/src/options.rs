@@ -7,6 +7,7 @@ use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
+use belay_transport::PageSize;
 use belay_transport::session::{Credentials, Security, SessionError};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,9 @@ pub struct GuestOptions {
     /// Guest RAM [default: 256M]
     #[arg(long, value_name = "BYTES")]
     pub memory: Option<Bytes>,
+    /// Page size of guest RAM on both hosts; 2M needs reserved huge pages [default: 4k]
+    #[arg(long, value_enum, value_name = "SIZE")]
+    pub page_size: Option<PageSizeChoice>,
     /// The part of RAM the guest keeps writing to [default: half of RAM]
     #[arg(long, value_name = "BYTES")]
     pub working_set: Option<Bytes>,
@@ -221,6 +225,19 @@ choice! {
     }
 }
 choice! {
+    /// Page size of guest RAM.
+    PageSizeChoice {
+        /// Ordinary pages
+        #[value(name = "4k")]
+        #[serde(rename = "4k")]
+        Small,
+        /// Huge pages
+        #[value(name = "2M")]
+        #[serde(rename = "2M")]
+        Huge,
+    }
+}
+choice! {
     /// Where the VMM runs.
     VmmPlace {
         /// In the page server's process
@@ -247,6 +264,15 @@ choice! {
         Local,
         /// TCP
         Tcp,
+    }
+}
+
+impl From<PageSizeChoice> for PageSize {
+    fn from(choice: PageSizeChoice) -> Self {
+        match choice {
+            PageSizeChoice::Small => Self::Small,
+            PageSizeChoice::Huge => Self::Huge,
+        }
     }
 }
 
@@ -318,7 +344,7 @@ impl TetherOptions {
 impl GuestOptions {
     /// Fills what the command line left open from the file.
     pub fn or(mut self, file: Self) -> Self {
-        or_from!(self, file: guest, memory, working_set, dirty_rate, vcpus, seed, vmm, drive);
+        or_from!(self, file: guest, memory, page_size, working_set, dirty_rate, vcpus, seed, vmm, drive);
         self
     }
 }

@@ -10,6 +10,7 @@ use crate::{report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
+use belay_transport::PageSize;
 use belay_transport::session::{Address, SessionConfig};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
@@ -123,7 +124,8 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(output) => output,
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
-    let mut held = match Held::start(&spec, (&driver, args.guest.vmm), output.sink(), observer) {
+    let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
+    let mut held = match Held::start(&spec, page_size, (&driver, args.guest.vmm), output.sink(), observer) {
         Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };

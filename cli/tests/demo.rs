@@ -3,6 +3,9 @@
 
 use std::process::{Command, Output};
 
+#[path = "../../transport/src/testing.rs"]
+mod huge_pages;
+
 const BELAY: &str = env!("CARGO_BIN_EXE_belay");
 
 fn has_kvm() -> bool {
@@ -96,4 +99,18 @@ fn demo_on_host_threads_where_there_is_no_kvm() {
     let report = demo(&["--memory", "32M", "--drive", "threads", "--tracker", "uffd-wp"]);
     assert_eq!(report["passed"], true, "{report}");
     assert!(report["driven_by"].as_str().is_some_and(|by| by.contains("threads")), "{report}");
+}
+
+#[test]
+fn demo_kvm_huge_pages() {
+    if !has_kvm() {
+        eprintln!("skipped: it needs /dev/kvm");
+        return;
+    }
+    // Two copies of 32 MiB, and what the kernel keeps for itself.
+    let Some(_reserved) = huge_pages::HugePages::reserve(40) else { return };
+    for tracker in ["kvm-ring", "kvm-log", "uffd-wp"] {
+        let report = demo(&["--memory", "32M", "--page-size", "2M", "--drive", "kvm", "--tracker", tracker]);
+        assert_eq!(report["passed"], true, "{report}");
+    }
 }

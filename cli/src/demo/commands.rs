@@ -75,6 +75,7 @@ impl Demo {
             }
         };
         pass("--memory", Some(Bytes(self.memory).to_string()));
+        pass("--page-size", guest.page_size.map(|size| size.to_string()));
         pass("--guest", guest.guest.map(|choice| choice.to_string()));
         pass("--working-set", guest.working_set.map(|bytes| bytes.to_string()));
         pass("--dirty-rate", guest.dirty_rate.map(|rate| rate.to_string()));
