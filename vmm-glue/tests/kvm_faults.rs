@@ -169,19 +169,26 @@ fn a_pause_is_as_long_in_the_guests_own_clock_as_in_the_hosts() {
         u64::from_le_bytes(bytes)
     };
     rig.guest.resume().unwrap();
-    std::thread::sleep(Duration::from_millis(100));
-    rig.guest.pause(soon()).unwrap();
-    let paused = Instant::now();
-    std::thread::sleep(Duration::from_millis(150));
-    rig.guest.resume().unwrap();
-    let held = paused.elapsed();
-    let until = Instant::now() + Duration::from_secs(5);
-    while largest(&rig) / khz < 100 && Instant::now() < until {
-        std::thread::sleep(Duration::from_millis(1));
+    // A loaded machine lengthens a gap and never shortens one: each try is held to the lower bound, one of them to the upper.
+    let mut tries = Vec::new();
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(50));
+        rig.guest.pause(soon()).unwrap();
+        rig.ram.alias.write(log + 8, &0_u64.to_le_bytes());
+        let paused = Instant::now();
+        std::thread::sleep(Duration::from_millis(100));
+        rig.guest.resume().unwrap();
+        let held_ms = paused.elapsed().as_millis() as u64;
+        let until = Instant::now() + Duration::from_secs(5);
+        while largest(&rig) / khz < 90 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let seen_ms = largest(&rig) / khz;
+        assert!(seen_ms + 5 >= held_ms, "{seen_ms} ms of {held_ms}");
+        if seen_ms < held_ms + 50 {
+            return;
+        }
+        tries.push((seen_ms, held_ms));
     }
-    let seen_ms = largest(&rig) / khz;
-    assert!(
-        seen_ms + 5 >= held.as_millis() as u64 && seen_ms < held.as_millis() as u64 + 100,
-        "{seen_ms} ms of {held:?}"
-    );
+    panic!("the guest saw much longer pauses than it was given (ms seen, held): {tries:?}");
 }
