@@ -347,7 +347,7 @@ impl DirtyTracker for LentTracker {
     }
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
         let Lent { tracker, taken } = &mut *self.lock();
-        if taken.len() > 0 {
+        if !taken.is_empty() {
             into.merge(taken);
             taken.clear();
         }
