@@ -1,6 +1,8 @@
 //! Why a measurement could not be made.
 
 use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
@@ -20,6 +22,26 @@ pub enum BenchError {
     Wait(#[from] belay_transport::pull::WaitError),
     #[error(transparent)]
     Stop(#[from] belay_transport::pull::StopError),
+    #[error(transparent)]
+    Guest(#[from] belay_checkpoint::guest::GuestError),
+    #[error(transparent)]
+    Ring(#[from] belay_checkpoint::ring::RingError),
+    #[error(transparent)]
+    RingShape(#[from] belay_checkpoint::ring::RingTooSmall),
+    #[error(transparent)]
+    Ship(#[from] belay_checkpoint::ring::ShipError),
+    #[error(transparent)]
+    Stage(#[from] belay_checkpoint::staging::StageError),
+    #[error(transparent)]
+    Tether(#[from] belay_checkpoint::epoch::TetherError),
+    #[error("a checkpoint did not commit in time{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
+    NoCommit { why: Option<Arc<belay_checkpoint::epoch::TetherError>> },
+    #[error("the guest made no step within {0:?}")]
+    NoSteps(Duration),
+    #[error("{dropped} of {rounds} rounds did not meet the guest while it watched its clock: nothing can be said")]
+    TooNoisy { dropped: usize, rounds: usize },
+    #[error("page {page} of the source is not what the guest has after {epoch}")]
+    Stale { page: usize, epoch: belay_checkpoint::guest::Epoch },
     #[error("page {page} reads as {found}, the source has {expected}")]
     Wrong { page: usize, found: u64, expected: u64 },
     #[error("{0} ended in a panic")]

@@ -108,7 +108,7 @@ impl Side {
 
 /// Touches pages one after the other while the engine serves them, with or without its background pull.
 fn engine_round(fabric: FabricKind, source: &Source, order: &[usize], unloaded: bool) -> Result<Side, BenchError> {
-    let rig = Rig::new(fabric, source, true)?;
+    let rig = Rig::new(fabric, source)?;
     if !unloaded {
         rig.engine.resume_background();
     }

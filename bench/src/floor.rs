@@ -3,6 +3,7 @@
 //! * fault: wait for a fault, copy 4 KiB (or ask for it over TCP), CONTINUE.
 //! * sweep: copy (or receive) a chunk, CONTINUE it, next chunk.
 //! * memcpy and stream: the same bytes without userfaultfd.
+//! * scattered: copy pages from all over a guest's memory, as the staging of a checkpoint must.
 
 use linux_raw_sys::general as raw;
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_REGISTER};
@@ -269,6 +270,45 @@ fn streamed(
         }
         Ok(start.elapsed())
     })
+}
+
+/// Memory of a guest's size and a buffer to copy scattered pages of it into.
+pub struct Scattered {
+    memory: Map,
+    /// Two, by turns, like staging slots.
+    buffers: [Map; 2],
+    state: u64,
+    turn: usize,
+}
+
+impl Scattered {
+    pub fn new(len: usize, pages: usize) -> io::Result<Self> {
+        let buffer = || Map::new(&memfd(pages * PAGE)?, pages * PAGE, true);
+        Ok(Self { memory: Map::new(&memfd(len)?, len, true)?, buffers: [buffer()?, buffer()?], state: 1, turn: 0 })
+    }
+
+    /// Writes a word of as many scattered pages as a buffer takes, then copies those pages, in ascending order.
+    pub fn copy(&mut self) -> Duration {
+        let pages = self.memory.len / PAGE;
+        self.turn += 1;
+        let buffer = &self.buffers[self.turn % 2];
+        let mut chosen: Vec<usize> = (0..buffer.len / PAGE)
+            .map(|_| {
+                self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (self.state >> 33) as usize % pages
+            })
+            .collect();
+        for page in &chosen {
+            // SAFETY: `page` gives a whole page of a mapping that nobody else uses.
+            unsafe { self.memory.page(page * PAGE, PAGE).cast::<u64>().write_volatile(*page as u64) };
+        }
+        chosen.sort_unstable();
+        let start = Instant::now();
+        for (at, page) in chosen.into_iter().enumerate() {
+            copy(self.memory.page(page * PAGE, PAGE), buffer.page(at * PAGE, PAGE), PAGE);
+        }
+        start.elapsed()
+    }
 }
 
 fn receive(stream: &TcpStream, to: *mut u8, len: usize) -> io::Result<()> {

@@ -1,11 +1,13 @@
 //! `belay-bench`: measures belay side by side with floors that use nothing of it, in the same run, interleaved.
 
+mod checkpoint;
 mod error;
 mod fault;
 mod floor;
 mod pull;
 mod rig;
 mod table;
+mod tethered;
 
 use belay_transport::fabric::FabricKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -28,6 +30,8 @@ enum Command {
     Fault(Options),
     /// Bandwidth of the background pull
     Pull(Options),
+    /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
+    Checkpoint(Options),
 }
 
 #[derive(Args)]
@@ -65,6 +69,9 @@ fn main() -> ExitCode {
         }
         Command::Pull(options) => {
             pull::run(options.fabric.into(), options.quick).and_then(|report| save(&options, &report))
+        }
+        Command::Checkpoint(options) => {
+            checkpoint::run(options.fabric.into(), options.quick).and_then(|report| save(&options, &report))
         }
     };
     match outcome {

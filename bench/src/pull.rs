@@ -73,7 +73,7 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
 }
 
 fn engine_round(fabric: FabricKind, source: &Source) -> Result<Duration, BenchError> {
-    let rig = Rig::new(fabric, source, true)?;
+    let rig = Rig::new(fabric, source)?;
     let start = Instant::now();
     rig.engine.resume_background();
     rig.engine.wait_all_landed(soon())?;

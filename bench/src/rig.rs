@@ -1,7 +1,7 @@
 //! A source, a session over a real fabric and an engine, in one process.
 
 use crate::error::BenchError;
-use belay_transport::fabric::{FabricKind, Initiator, LaneId, LaneKind, Owner, initiator, owner};
+use belay_transport::fabric::{FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, initiator, owner};
 use belay_transport::pages::{PageStates, RegionGeometry};
 use belay_transport::pull::{
     ClassRun, Engine, Install, LandingPlan, NoObserver, PageClass, PullPlan, RegionPlan, ShardParts, ShardRange, Tuning,
@@ -24,28 +24,33 @@ pub fn soon() -> Deadline {
 
 /// Guest RAM at the source, filled once.
 pub struct Source {
-    file: RamFile,
-    mapping: Arc<Mapping>,
+    pub file: Arc<RamFile>,
+    pub mapping: Arc<Mapping>,
 }
 
 impl Source {
+    /// Every page begins with its number + 1.
     pub fn new(len: usize) -> Result<Self, BenchError> {
+        let source = Self::zeroed(len)?;
+        for page in 0..len / 4096 {
+            source.mapping.write(page * 4096, &(page as u64 + 1).to_ne_bytes());
+        }
+        Ok(source)
+    }
+
+    /// Allocated to the last page.
+    pub fn zeroed(len: usize) -> Result<Self, BenchError> {
         let file = RamFile::memfd("bench-source", len, PageSize::Small)?;
         file.preallocate(2, &|_| ())?;
-        let mapping = Arc::new(file.map().map_err(BenchError::io("mapping the source"))?);
-        for page in 0..len / 4096 {
-            mapping.write(page * 4096, &(page as u64 + 1).to_ne_bytes());
-        }
-        Ok(Self { file, mapping })
+        let mapping = file.map().map_err(BenchError::io("mapping the source"))?;
+        Ok(Self { file: Arc::new(file), mapping: Arc::new(mapping) })
     }
 }
 
-/// One pull, from registration to stop.
-pub struct Rig {
-    pub engine: Engine,
-    pub guest: Mapping,
-    // Ends of the session: dropped after the engine.
-    _data: (Box<dyn Owner>, Box<dyn Initiator>),
+/// Both ends of a session over a real fabric.
+pub struct Ends {
+    pub owner: Box<dyn Owner>,
+    pub initiator: Box<dyn Initiator>,
     _session: (SourceSession, DestinationSession, Listener, SocketPath),
 }
 
@@ -61,9 +66,8 @@ impl Drop for SocketPath {
     }
 }
 
-impl Rig {
-    pub fn new(fabric: FabricKind, source: &Source, start_paused: bool) -> Result<Self, BenchError> {
-        let len = source.mapping.len();
+impl Ends {
+    pub fn new(fabric: FabricKind) -> Result<Self, BenchError> {
         let (address, path) = address(fabric);
         let config = || SessionConfig::new(Security::LoopbackOnly);
         let listener = Listener::bind(&address, config())?;
@@ -74,10 +78,62 @@ impl Rig {
         });
         let dialled = dialled.map_err(|_| BenchError::Thread("dialling"))??;
         let destination = destination?;
-        let (mut owner, mut initiator) = (owner(&dialled)?, initiator(&destination));
-        let whole = Extent { offset: 0, len: len as u64 };
-        let remote = owner.export_read(&source.file, &source.mapping, &[whole])?;
+        let (owner, initiator) = (owner(&dialled)?, initiator(&destination));
+        Ok(Self { owner, initiator, _session: (dialled, destination, listener, path) })
+    }
 
+    /// Opens a lane at both ends. What the initiator reads into and writes from is registered before the first one.
+    pub fn lane(&mut self, kind: LaneKind, index: u16) -> Result<Box<dyn Lane>, BenchError> {
+        let id = LaneId { kind, index };
+        self.owner.serve_lane(id, soon())?;
+        Ok(self.initiator.open_lane(id, 64, soon())?)
+    }
+}
+
+/// Where pulled pages go: guest RAM by its alias, and where the guest has it mapped.
+pub struct Landing {
+    pub alias: Arc<Mapping>,
+    pub key: LocalKey,
+    pub guest_address: u64,
+    pub uffd: Uffd,
+    pub install: Install,
+}
+
+/// Starts to pull all of `source`, one shard, with its background paused.
+pub fn pull(ends: &mut Ends, source: &Source, landing: Landing) -> Result<Engine, BenchError> {
+    let Landing { alias, key, guest_address, uffd, install } = landing;
+    let bytes = source.mapping.len() as u64;
+    let remote = ends.owner.export_read(&source.file, &source.mapping, &[Extent { offset: 0, len: bytes }])?;
+    let (fault, bulk) = (ends.lane(LaneKind::Fault, 0)?, ends.lane(LaneKind::Bulk, 0)?);
+    let frames = bytes / 4096;
+    let region = RegionPlan {
+        id: RegionId(0),
+        page_size: PageSize::Small,
+        vmm_address: guest_address,
+        bytes,
+        landing: LandingPlan::InPlace { alias, key },
+        remote,
+        classes: vec![ClassRun { class: PageClass::Peer, frames }],
+    };
+    let plan = PullPlan { regions: vec![region], install, tuning: Tuning::default(), start_paused: true };
+    let shard = ShardParts { uffd, fault, bulk, ranges: vec![ShardRange { region: RegionId(0), frames: 0..frames }] };
+    let geometry = RegionGeometry { id: RegionId(0), page_size: PageSize::Small, frames };
+    let states = Arc::new(PageStates::in_memory(&[geometry])?);
+    Ok(Engine::start(plan, vec![shard], states, Arc::new(NoObserver))?)
+}
+
+/// One pull, from registration to stop, into memory that no vCPU uses.
+pub struct Rig {
+    pub engine: Engine,
+    pub guest: Mapping,
+    // Dropped after the engine.
+    _ends: Ends,
+}
+
+impl Rig {
+    pub fn new(fabric: FabricKind, source: &Source) -> Result<Self, BenchError> {
+        let mut ends = Ends::new(fabric)?;
+        let len = source.mapping.len();
         let file = RamFile::memfd("bench-guest", len, PageSize::Small)?;
         let map = || file.map().map_err(BenchError::io("mapping the guest"));
         let (alias, guest) = (Arc::new(map()?), map()?);
@@ -85,31 +141,10 @@ impl Rig {
         let uffd = Uffd::open(OpenMode::All, Features::MINOR_SHMEM.union(Features::MISSING_SHMEM))?;
         let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: false };
         uffd.register(guest.address(), len as u64, modes)?;
-        let key = initiator.register_local(&alias)?;
-        let mut lane = |kind| {
-            let id = LaneId { kind, index: 0 };
-            owner.serve_lane(id, soon())?;
-            initiator.open_lane(id, 64, soon())
-        };
-        let (fault, bulk) = (lane(LaneKind::Fault)?, lane(LaneKind::Bulk)?);
-
-        let frames = (len / 4096) as u64;
-        let region = RegionPlan {
-            id: RegionId(0),
-            page_size: PageSize::Small,
-            vmm_address: guest.address(),
-            bytes: len as u64,
-            landing: LandingPlan::InPlace { alias, key },
-            remote,
-            classes: vec![ClassRun { class: PageClass::Peer, frames }],
-        };
-        let plan = PullPlan { regions: vec![region], install: Install::Clean, tuning: Tuning::default(), start_paused };
-        let shard =
-            ShardParts { uffd, fault, bulk, ranges: vec![ShardRange { region: RegionId(0), frames: 0..frames }] };
-        let geometry = RegionGeometry { id: RegionId(0), page_size: PageSize::Small, frames };
-        let states = Arc::new(PageStates::in_memory(&[geometry])?);
-        let engine = Engine::start(plan, vec![shard], states, Arc::new(NoObserver))?;
-        Ok(Self { engine, guest, _data: (owner, initiator), _session: (dialled, destination, listener, path) })
+        let key = ends.initiator.register_local(&alias)?;
+        let landing = Landing { alias, key, guest_address: guest.address(), uffd, install: Install::Clean };
+        let engine = pull(&mut ends, source, landing)?;
+        Ok(Self { engine, guest, _ends: ends })
     }
 }
 

@@ -269,7 +269,14 @@ impl<'a> Stager<'a> {
             ..Default::default()
         };
         let (mut len, mut room) = (0, 0);
-        for (first, count) in set.runs(block.id) {
+        // Two runs ahead are fetched while this one is copied: scattered pages are cold, and most of a pause is waiting for them.
+        let mut runs = set.runs(block.id);
+        let mut ahead = [runs.next(), runs.next()];
+        while let [Some((first, count)), next] = ahead {
+            ahead = [next, runs.next()];
+            if let Some((page, _)) = ahead[1] {
+                block.alias.prefetch(page.offset());
+            }
             let (mut from, mut left) = (first.offset(), count as usize * PAGE_SIZE);
             while left > 0 {
                 if room - len < PAGE_SIZE {
