@@ -256,7 +256,12 @@ impl Demo {
         };
         let holder = if at_kill.is_some() { Role::Source } else { Role::Destination };
         self.await_end(holder)?;
-        // In a release the source ends by itself once it has been told farewell; after a catch the destination is dead.
+        // In a release the source ends by itself once it has been told farewell; after a catch the destination is dead. A source
+        // whose guest did not get away runs it until it is told to end.
+        self.drain();
+        if at_kill.is_none() && !self.story.is_released() {
+            source.terminate();
+        }
         for proc in [&mut source, &mut destination] {
             if proc.role() == holder || at_kill.is_none() {
                 let bound = self.left().max(Duration::from_millis(100));

@@ -23,6 +23,11 @@ impl Story {
         of.iter().rev().find_map(|seen| pick(&seen.kind).map(|found| (seen.at_us, found)))
     }
 
+    /// Whether the source has written the release down.
+    pub fn is_released(&self) -> bool {
+        self.source.iter().any(|seen| matches!(seen.kind, Kind::ReleaseRecorded { .. }))
+    }
+
     /// Pause at the source: where the time line begins.
     fn origin(&self) -> Option<u64> {
         Self::first(&self.source, |kind| matches!(kind, Kind::Paused { .. }).then_some(())).map(|(at, ())| at)
