@@ -116,7 +116,13 @@ pub fn pull(ends: &mut Ends, source: &Source, landing: Landing) -> Result<Engine
         classes: vec![ClassRun { class: PageClass::Peer, frames }],
     };
     let plan = PullPlan { regions: vec![region], install, tuning: Tuning::default(), start_paused: true };
-    let shard = ShardParts { uffd, fault, bulk, ranges: vec![ShardRange { region: RegionId(0), frames: 0..frames }] };
+    let shard = ShardParts {
+        uffd,
+        fault,
+        bulk,
+        ranges: vec![ShardRange { region: RegionId(0), frames: 0..frames }],
+        core: None,
+    };
     let geometry = RegionGeometry { id: RegionId(0), page_size: PageSize::Small, frames };
     let states = Arc::new(PageStates::in_memory(&[geometry])?);
     Ok(Engine::start(plan, vec![shard], states, Arc::new(NoObserver))?)

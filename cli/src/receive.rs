@@ -29,6 +29,9 @@ pub struct ReceiveArgs {
     /// Where page states are kept [default: /run/belay, or a directory of the user's without root]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    engine_cores: Vec<usize>,
     /// Hold the background pull once this share of pages is here, and serve only faults (for demonstrations and tests)
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     hold_pull_at: Option<u8>,
@@ -107,6 +110,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
         state_dir: args.state_dir.clone().unwrap_or_else(holder::default_run_dir),
+        engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
     };

@@ -108,7 +108,9 @@ pub fn bytes(n: u64) -> String {
 /// What a person is told, or nothing for what only programs want.
 fn sentence(kind: &Kind) -> Option<String> {
     Some(match kind {
-        Kind::State { state, why } => format!("{state}: {why}"),
+        // An event's name, or a sentence for people.
+        Kind::State { state, why } if !why.contains(' ') => format!("now {state} ({why})"),
+        Kind::State { why, .. } => why.clone(),
         Kind::Listening { address } => format!("listening on {address}"),
         Kind::GuestStarted { driven_by, spec, .. } => {
             format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)

@@ -116,8 +116,15 @@ impl Engine {
         }
         for (index, parts) in shards.into_iter().enumerate() {
             let wake = Arc::new(eventfd()?);
+            let core = parts.core;
             let shard = Shard::new(index, parts, engine.shared.clone(), wake.clone());
-            engine.spawn(format!("pull-{index}"), wake, move || shard.run())?;
+            engine.spawn(format!("pull-{index}"), wake, move || {
+                if let Some(id) = core {
+                    // It was there when the plan was checked; a core taken away since costs speed and nothing else.
+                    core_affinity::set_for_current(core_affinity::CoreId { id });
+                }
+                shard.run();
+            })?;
         }
         Ok(engine)
     }

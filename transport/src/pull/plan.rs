@@ -139,6 +139,8 @@ pub struct ShardParts {
     pub fault: Box<dyn Lane>,
     pub bulk: Box<dyn Lane>,
     pub ranges: Vec<ShardRange>,
+    /// Core to run on, as the system numbers them; anywhere without one.
+    pub core: Option<usize>,
 }
 
 /// Why the engine would not start.
@@ -329,6 +331,11 @@ fn check_shards(shards: &[ShardParts], regions: &[Region], tuning: &Tuning) -> R
         return wrong(0, "there is none".into());
     }
     for (index, shard) in shards.iter().enumerate() {
+        if let Some(core) = shard.core
+            && !core_affinity::get_core_ids().is_some_and(|cores| cores.iter().any(|known| known.id == core))
+        {
+            return wrong(index, format!("this process has no core {core}"));
+        }
         for range in &shard.ranges {
             let known = regions.iter().find(|region| region.plan.id == range.region);
             if known.is_none_or(|region| range.frames.is_empty() || range.frames.end > region.frames) {

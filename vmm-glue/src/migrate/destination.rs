@@ -39,6 +39,8 @@ pub struct DestinationConfig {
     pub output_to: Option<String>,
     /// Where page states are kept.
     pub state_dir: PathBuf,
+    /// Cores of the engine's threads, given out in turn; anywhere without any.
+    pub engine_cores: Vec<usize>,
     /// Hold the background pull once this share of frames has landed.
     pub hold_pull_at: Option<f64>,
     pub bounds: Bounds,
@@ -429,11 +431,13 @@ impl<'a> Destination<'a> {
         if let (Some(warden), true) = (&mut warden, built.gives_sign) {
             warden.guard.watch(VMM_SLOT, deadline)?;
         }
-        let parts = lane_pairs.into_iter().zip(&built.shards);
+        let cores = config.engine_cores.iter().copied().cycle();
+        let cores = cores.map(Some).chain(std::iter::repeat(None));
+        let parts = lane_pairs.into_iter().zip(&built.shards).zip(cores);
         let parts = parts
-            .map(|((fault, bulk), (uffd, ranges))| {
+            .map(|(((fault, bulk), (uffd, ranges)), core)| {
                 let bulk = bulk.expect("lanes come in pairs");
-                Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone() })
+                Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone(), core })
             })
             .collect::<Result<Vec<_>, UffdError>>()?;
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });

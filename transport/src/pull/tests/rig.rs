@@ -195,6 +195,7 @@ impl Rig {
                 uffd,
                 fault: MemoryLane::new(LaneKind::Fault, &source, &local, &demand),
                 bulk: MemoryLane::new(LaneKind::Bulk, &source, &local, &bulk),
+                core: None,
                 ranges: vec![ShardRange { region: REGION, frames }],
             });
         }
