@@ -130,6 +130,8 @@ pub enum GuestError {
     },
     #[error("device state is not of this VMM: {0}")]
     BadState(String),
+    #[error("this VMM cannot run such a guest: {0}")]
+    Unsupported(String),
     #[error("tracker {kind:?} is not available: {reason}")]
     NoTracker { kind: TrackerKind, reason: String },
     #[error("the VMM process ended: {0}")]

@@ -163,7 +163,7 @@ fn build(
             Vmm { guest: SharedGuest::new(Box::new(guest)), remote: None, pid: own }
         }
         (Driver::Threads(_), VmmPlace::Apart) => {
-            return Err(GuestError::BadState(
+            return Err(GuestError::Unsupported(
                 "host threads run in the page server's process only: drop --vmm apart".into(),
             ));
         }
@@ -313,7 +313,7 @@ impl Host for ThisHost {
     ) -> Result<Built, GuestError> {
         let VmmSpec::Kvm(spec) = spec;
         let [region] = ram else {
-            return Err(GuestError::BadState(format!("{} regions of RAM; this VMM has one", ram.len())));
+            return Err(GuestError::Unsupported(format!("{} regions of RAM; this VMM has one", ram.len())));
         };
         let driver = Driver::choose(self.drive);
         let Vmm { guest, remote, pid } = build(&driver, self.place, spec, tracker, region, sink)?;
@@ -325,7 +325,7 @@ impl Host for ThisHost {
             .map(|range| range.frames.start << page_size.shift()..range.frames.end << page_size.shift())
             .collect();
         if bytes.len() != parts.len() {
-            return Err(GuestError::BadState(format!(
+            return Err(GuestError::Unsupported(format!(
                 "{shards} shards are more than {} of RAM can be split in",
                 region.file.len()
             )));

@@ -5,6 +5,7 @@ use crate::holder::{self, Held, ThisHost};
 use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
 use crate::{report, signals};
+use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener, SessionConfig};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
@@ -139,6 +140,8 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
             let exit = match &error {
                 DestinationError::Connect(_) => Exit::NoSession,
                 DestinationError::Interrupted => Exit::Interrupted,
+                // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
+                DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 _ => Exit::NotMoved,
             };

@@ -399,7 +399,7 @@ fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
         failing("send --to 127.0.0.1:1 --memory 8M --drive threads --run-before 0ms", 4, "127.0.0.1:1"),
         failing(&format!("send --to {nobody} --memory 8M --drive threads --run-before 0ms"), 4, "nobody.sock"),
         failing("send --to 127.0.0.1:1 --drive threads --vmm apart", 3, "--vmm apart"),
-        failing("send --to 127.0.0.1:1 --drive threads --guest scanner --memory 8M", 3, "scanner"),
+        failing("send --to 127.0.0.1:1 --drive threads --guest scanner --memory 8M", 3, "Scanner"),
     ] {
         let mut arguments: Vec<_> = case.arguments.iter().map(String::as_str).collect();
         arguments.insert(1, "--json");

@@ -1,5 +1,8 @@
 //! Running belay's own processes in tests: each listened to, ended by its pid, and none left behind.
 
+// Each file of tests uses its part.
+#![allow(dead_code)]
+
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;

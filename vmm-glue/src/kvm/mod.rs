@@ -81,10 +81,12 @@ impl KvmGuest {
         alias: Arc<Mapping>,
         sink: Arc<dyn PacketSink>,
     ) -> Result<Self, GuestError> {
-        let layout = spec.layout().map_err(|error| GuestError::BadState(error.to_string()))?;
+        let layout = spec.layout().map_err(|error| GuestError::Unsupported(error.to_string()))?;
         if file.len() as u64 != spec.memory_bytes || alias.len() != file.len() {
             let (asked, file, alias) = (spec.memory_bytes, file.len(), alias.len());
-            return Err(GuestError::BadState(format!("a guest of {asked} bytes in a file of {file}, mapped {alias}")));
+            return Err(GuestError::Unsupported(format!(
+                "a guest of {asked} bytes in a file of {file}, mapped {alias}"
+            )));
         }
         let memory = Arc::new(file.map().map_err(failed("mapping guest memory"))?);
         let page_size: PageSize = file.page_size();

@@ -231,18 +231,22 @@ pub fn run(
         });
     };
     let control = Arc::clone(&session.control);
-    let prepared = Destination::prepare(config, session, proposal, host, observer, words);
-    prepared
-        .and_then(|mut destination| destination.await_switch().map(|()| destination))
-        .map(Destination::run)
-        .inspect_err(|error| {
-            let reason = protocol::explain(error);
-            let state = "aborted".to_owned();
-            let because = observer.note(observer.latest().as_ref(), Kind::State { state, why: reason.clone() });
-            // The source may be the one that failed; it has nothing to lose by not hearing this.
-            let failed = protocol::encode(&ToSource::Failed { reason, because });
-            let _ = control.send(&failed, Deadline::after(Duration::from_secs(1)));
-        })
+    // Kept until the reason of a failure has been told: dropped, it hangs up.
+    let inbox = Arc::new(listen_to::<ToDestination>(Arc::clone(&control)).map_err(io("start the control thread"))?);
+    let tell = |error: DestinationError| {
+        let reason = protocol::explain(&error);
+        let state = "aborted".to_owned();
+        let because = observer.note(observer.latest().as_ref(), Kind::State { state, why: reason.clone() });
+        // The source may be the one that failed; it has nothing to lose by not hearing this.
+        let failed = protocol::encode(&ToSource::Failed { reason, because });
+        let _ = control.send(&failed, Deadline::after(Duration::from_secs(1)));
+        error
+    };
+    let prepared = Destination::prepare(config, session, Arc::clone(&inbox), proposal, host, observer, words);
+    let mut destination = prepared.map_err(tell)?;
+    // Told while its lanes are still open, so that the source does not take their end for the reason.
+    destination.await_switch().map_err(tell)?;
+    Ok(destination.run())
 }
 
 /// Waits for a source that may come in, and says whom it turned away. Nobody who only knows the address can end the wait.
@@ -314,7 +318,7 @@ struct Destination<'a> {
     observer: &'a Observer,
     words: &'a Receiver<i32>,
     control: Arc<Control>,
-    inbox: Inbox<ToDestination>,
+    inbox: Arc<Inbox<ToDestination>>,
     happenings: Receiver<Happening>,
     happened: Sender<Happening>,
     state: State,
@@ -353,6 +357,7 @@ impl<'a> Destination<'a> {
     fn prepare(
         config: &'a DestinationConfig,
         session: DestinationSession,
+        inbox: Arc<Inbox<ToDestination>>,
         proposal: Proposal,
         host: &mut dyn Host,
         observer: &'a Observer,
@@ -369,7 +374,6 @@ impl<'a> Destination<'a> {
             },
         );
         let control = Arc::clone(&session.control);
-        let inbox = listen_to::<ToDestination>(Arc::clone(&control)).map_err(io("start the control thread"))?;
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
@@ -936,9 +940,11 @@ impl Destination<'_> {
                 None
             }
             Action::StartTether { .. } => {
-                let (Some(tethering), Some(guest)) = (&mut self.tethering, self.guest.take()) else {
-                    return None;
+                let Some(tethering) = &mut self.tethering else {
+                    // Without one by agreement there is nothing to start; one that was stopped cannot start again over this session.
+                    return self.proposal.tether.is_some().then_some(Event::CommitFailed);
                 };
+                let guest = self.guest.take()?;
                 let (output, observer) = (Arc::clone(&self.output), self.observer.clone());
                 match tethering.start(guest, output, observer, self.last.clone()) {
                     Ok(()) => None,

@@ -432,14 +432,14 @@ impl Source<'_> {
     /// A signal: the operator's word.
     fn ordered(&mut self) -> Option<Event> {
         match self.state {
-            State::Switching { .. } => Some(Event::Cancelled),
+            State::Switching { handed_over: false, .. } => Some(Event::Cancelled),
             // Nobody knows whether the release is on disk, so nothing here may resume the guest.
             State::Serving(serving) if serving.recording_release => {
                 self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });
                 None
             }
             // Without a tether there is nothing to catch the guest with: the first signal only says so.
-            State::Serving(_)
+            State::Switching { .. } | State::Serving(_)
                 if self.config.proposal.tether.is_none() && !std::mem::replace(&mut self.warned, true) =>
             {
                 let what =
@@ -448,6 +448,7 @@ impl Source<'_> {
                 self.note(Kind::Failed { what: what.to_owned(), advice });
                 None
             }
+            State::Switching { .. } => Some(Event::Cancelled),
             State::Revoking { stuck, .. } => {
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)

@@ -114,6 +114,7 @@ enum WireError {
     NoTracker { kind: TrackerKind, reason: String },
     VmmGone(String),
     Crashed(String),
+    Unsupported(String),
 }
 
 impl From<GuestError> for WireError {
@@ -129,6 +130,7 @@ impl From<GuestError> for WireError {
                 Self::Io { doing, errno: source.raw_os_error(), text: source.to_string() }
             }
             GuestError::BadState(what) => Self::BadState(what),
+            GuestError::Unsupported(what) => Self::Unsupported(what),
             GuestError::NoTracker { kind, reason } => Self::NoTracker { kind, reason },
             GuestError::VmmGone(what) => Self::VmmGone(what),
             GuestError::Crashed(what) => Self::Crashed(what),
@@ -150,6 +152,7 @@ impl From<WireError> for GuestError {
                 Self::Io { doing: format!("{doing} (in the VMM process)"), source }
             }
             WireError::BadState(what) => Self::BadState(what),
+            WireError::Unsupported(what) => Self::Unsupported(what),
             WireError::NoTracker { kind, reason } => Self::NoTracker { kind, reason },
             WireError::VmmGone(what) => Self::VmmGone(what),
             WireError::Crashed(what) => Self::Crashed(what),
