@@ -240,7 +240,7 @@ fn prepare(
     let prepare = ToDestination::Prepare { ram: ram.clone(), ring: keys, ring_geometry: offer, because: connected };
     control.send(&protocol::encode(&prepare), Deadline::after(bounds.handshake))?;
     let deadline = Deadline::after(bounds.prepare);
-    for lane in lanes(config.proposal.shards) {
+    for lane in lanes(&config.proposal) {
         owner.serve_lane(lane, deadline)?;
     }
     let guard = match config.proposal.tether {
@@ -312,11 +312,13 @@ fn await_prepared(
     }
 }
 
-/// Every lane of a session, in the order in which the source dials and the destination takes them.
-pub(super) fn lanes(shards: u16) -> impl Iterator<Item = LaneId> {
+/// Every lane of a session, in the order in which the source dials and the destination takes them. None that nobody would hold: a
+/// lane that is closed says that the other host is lost.
+pub(super) fn lanes(proposal: &Proposal) -> impl Iterator<Item = LaneId> + use<> {
     let a_shard = |index| [LaneKind::Fault, LaneKind::Bulk].map(|kind| LaneId { kind, index });
-    let checkpoint = [0, 1].map(|index| LaneId { kind: LaneKind::Checkpoint, index });
-    (0..shards).flat_map(a_shard).chain(checkpoint)
+    let of_the_tether = if proposal.tether.is_some() { 0..2 } else { 0..0 };
+    let checkpoint = of_the_tether.map(|index| LaneId { kind: LaneKind::Checkpoint, index });
+    (0..proposal.shards).flat_map(a_shard).chain(checkpoint)
 }
 
 /// A nonce for a session or an incarnation.
