@@ -395,7 +395,7 @@ impl<'a> Destination<'a> {
         let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
         let mut lane_pairs = Vec::new();
         let mut checkpoint_lanes = Vec::new();
-        for id in lanes(proposal.shards, proposal.tether.is_some()) {
+        for id in lanes(&proposal) {
             let lane = open(id, LANE_WINDOW)?;
             match id.kind {
                 LaneKind::Fault => lane_pairs.push((lane, None)),

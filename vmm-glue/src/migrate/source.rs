@@ -258,7 +258,7 @@ fn prepare(
     control.send(&protocol::encode(&prepare), Deadline::after(bounds.handshake))?;
     let deadline = Deadline::after(bounds.prepare);
     let mut dial = || {
-        for lane in lanes(config.proposal.shards, config.proposal.tether.is_some()) {
+        for lane in lanes(&config.proposal) {
             owner.serve_lane(lane, deadline)?;
         }
         let tethered = config.proposal.tether.as_ref();
@@ -335,11 +335,13 @@ fn await_prepared(
     }
 }
 
-/// Every lane of a session, in the order in which the source dials and the destination takes them.
-pub(super) fn lanes(shards: u16, tethered: bool) -> impl Iterator<Item = LaneId> {
+/// Every lane of a session, in the order in which the source dials and the destination takes them. None that nobody would hold: a
+/// lane that is closed says that the other host is lost.
+pub(super) fn lanes(proposal: &Proposal) -> impl Iterator<Item = LaneId> + use<> {
     let a_shard = |index| [LaneKind::Fault, LaneKind::Bulk].map(|kind| LaneId { kind, index });
-    let checkpoint = (0..if tethered { 2 } else { 0 }).map(|index| LaneId { kind: LaneKind::Checkpoint, index });
-    (0..shards).flat_map(a_shard).chain(checkpoint)
+    let of_the_tether = if proposal.tether.is_some() { 0..2 } else { 0..0 };
+    let checkpoint = of_the_tether.map(|index| LaneId { kind: LaneKind::Checkpoint, index });
+    (0..proposal.shards).flat_map(a_shard).chain(checkpoint)
 }
 
 /// A nonce for a session or an incarnation.
