@@ -80,6 +80,8 @@ pub struct Tuning {
     pub demand_timeout: Duration,
     /// Most time spent spinning before sleeping in poll(2).
     pub spin: Duration,
+    /// Once so many frames have landed, only faults are served (for demonstrations and tests of what happens in mid-pull).
+    pub hold_at_landed: Option<u64>,
 }
 
 impl Default for Tuning {
@@ -92,6 +94,7 @@ impl Default for Tuning {
             busy_chunk_bytes: 32 << 10,
             demand_timeout: Duration::from_secs(5),
             spin: Duration::from_micros(50),
+            hold_at_landed: None,
         }
     }
 }

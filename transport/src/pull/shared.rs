@@ -147,6 +147,11 @@ impl Shared {
         if self.paused.load(Ordering::Relaxed) || self.failure.get().is_some() {
             return Some(u64::MAX);
         }
+        if let Some(hold) = self.tuning.hold_at_landed
+            && self.states.counts().landed >= hold
+        {
+            return Some(u64::MAX);
+        }
         let until = self.paused_until_ns.load(Ordering::Relaxed);
         (until > now_ns).then_some(until)
     }

@@ -674,7 +674,9 @@ impl Destination<'_> {
         }
         let tracked = self.proposal.tether.as_ref().is_some_and(|tether| tether.tracker == TrackerKind::UffdWp);
         let install = if tracked { Install::Tracked } else { Install::Clean };
-        let tuning = Tuning { demand_timeout: self.config.bounds.demand, ..Tuning::default() };
+        let total: u64 = frames.iter().map(|region| region.frames).sum();
+        let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64) as u64);
+        let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
         let states = Arc::new(PageStates::in_memory(&frames)?);
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
@@ -850,15 +852,10 @@ impl Destination<'_> {
         None
     }
 
-    /// Tells how far the pull is, and holds it where that was asked for.
+    /// Tells how far the pull is.
     fn report(&mut self) {
         let Some(engine) = self.engine.clone() else { return };
         let progress = engine.progress();
-        if let Some(hold) = self.config.hold_pull_at
-            && progress.landed as f64 >= hold * progress.frames as f64
-        {
-            engine.pause_background();
-        }
         let every = if self.all_landed_at.is_none() { PULL_REPORT } else { IDLE_REPORT };
         if self.reported_at.elapsed() >= every && self.resumed_at.is_some() {
             self.reported_at = Instant::now();
