@@ -271,7 +271,8 @@ impl Demo {
         observer.terminate();
         observer.wait(Duration::from_secs(10)).map_err(io("wait for the observer"))?;
         self.drain();
-        let verdict = judge::judge(&self.story, at_kill.as_ref(), &packets);
+        let verdict =
+            judge::judge(&self.story, at_kill.as_ref(), self.args.tether.output == Some(OutputChoice::Lease), &packets);
         self.show(&verdict);
         Ok(if verdict.passed() { Exit::Done } else { Exit::CheckFailed })
     }

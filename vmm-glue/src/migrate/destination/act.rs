@@ -1,0 +1,150 @@
+//! What a destination does: the guest, the gate, the tether, the words to the source.
+
+use super::{Destination, ENDED_BY_SIGNAL};
+use crate::migrate::observation::{Kind, named_state};
+use crate::migrate::protocol;
+use crate::migrate::protocol::ToSource;
+use belay_checkpoint::ownership::destination::{Action, Event};
+use belay_transport::Deadline;
+use std::sync::Arc;
+use std::time::Instant;
+
+impl Destination<'_> {
+    /// Does one thing; what came of it, if that is an event.
+    pub(super) fn carry_out(&mut self, action: Action) -> Option<Event> {
+        match action {
+            Action::ResumeGuest => self.resume_guest(),
+            Action::SendResumed => self.send(&ToSource::Resumed { because: self.last.clone() }),
+            Action::SendSwitchFailed => {
+                let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
+                None
+            }
+            Action::StartTether { .. } => {
+                let Some(tethering) = &mut self.tethering else {
+                    // Without one by agreement there is nothing to start; one that was stopped cannot start again over this session.
+                    return self.proposal.tether.is_some().then_some(Event::CommitFailed);
+                };
+                let guest = self.guest.take()?;
+                let (output, observer) = (Arc::clone(&self.output), self.observer.clone());
+                match tethering.start(guest, output, observer, self.last.clone()) {
+                    Ok(()) => None,
+                    Err(error) => {
+                        self.why = protocol::explain(&error);
+                        Some(Event::CommitFailed)
+                    }
+                }
+            }
+            Action::StopTether => {
+                self.stop_tether();
+                None
+            }
+            Action::ShutGate => {
+                self.output.shut();
+                None
+            }
+            Action::OpenGate => {
+                match self.proposal.tether {
+                    Some(_) => self.output.reopen(),
+                    // Nothing can catch this guest, so nothing is held for it.
+                    None => self.output.open_for_good(),
+                }
+                None
+            }
+            Action::OpenGateForGood => {
+                self.output.open_for_good();
+                None
+            }
+            Action::StopGuest => Some(match self.stop_guest() {
+                true => Event::GuestStopped,
+                false => Event::StopTimedOut,
+            }),
+            // Guest RAM lives as long as this process does.
+            Action::KeepMemory => None,
+            Action::AskFate { .. } => {
+                // A tether is made once a session, so over this one there is no way back to Tethered, and the answer that there is must
+                // not be asked for. The source is told instead, so that it need not wait for silence; what it does with the guest
+                // comes as its fate. With the control stream gone nobody answers, and the guest stays fenced.
+                let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
+                None
+            }
+            Action::SendGuestGone => {
+                // Where the stopped tether was noticed sooner the source has hung up; its last words, if any, are still to be read.
+                let _ = self.tell(&ToSource::GuestGone { because: self.last.clone() });
+                if self.why == ENDED_BY_SIGNAL {
+                    self.leaving = Some(Deadline::after(self.config.bounds.handshake));
+                }
+                None
+            }
+            Action::AskRelease => {
+                let because =
+                    self.note(Kind::State { state: "release-asked".to_owned(), why: "every page is here".to_owned() });
+                self.send(&ToSource::ReleaseAsked { all_landed: true, because })
+            }
+            Action::DiscardGuest => {
+                self.stop_guest();
+                None
+            }
+            Action::Report(named) => {
+                self.note(Kind::State { state: named_state(named), why: named.to_string() });
+                None
+            }
+        }
+    }
+
+    pub(super) fn send(&mut self, message: &ToSource) -> Option<Event> {
+        match self.tell(message) {
+            Ok(()) => None,
+            Err(error) => {
+                self.why = protocol::explain(&error);
+                Some(Event::ConnectionClosed)
+            }
+        }
+    }
+
+    pub(super) fn resume_guest(&mut self) -> Option<Event> {
+        let Some(guest) = &mut self.guest else { return None };
+        match guest.resume() {
+            Ok(()) => {
+                let nonce = self.nonces.last().copied().unwrap_or(0);
+                if self.resumed_at.is_none() {
+                    self.resumed_at = Some(Instant::now());
+                }
+                if let Some(engine) = &self.engine {
+                    engine.resume_background();
+                }
+                self.note(Kind::Resumed { nonce });
+                Some(Event::GuestResumed)
+            }
+            Err(error) => {
+                self.why = protocol::explain(&error);
+                Some(Event::PrepareFailed)
+            }
+        }
+    }
+
+    /// Whether the guest stands still.
+    pub(super) fn stop_guest(&mut self) -> bool {
+        let Some(guest) = &mut self.guest else { return false };
+        match guest.pause(Deadline::after(self.config.bounds.stop)) {
+            Ok(()) => true,
+            Err(error) => {
+                self.note(Kind::Failed {
+                    what: protocol::explain(&error),
+                    advice: "Its output is shut; it waits for a page that will not come.".to_owned(),
+                });
+                false
+            }
+        }
+    }
+
+    pub(super) fn stop_tether(&mut self) {
+        let Some(tethering) = self.tethering.take() else { return };
+        let (end, summary) = tethering.stop();
+        if let Some(summary) = summary {
+            self.note(summary);
+        }
+        if let Some(end) = end {
+            self.guest = Some(end.guest);
+        }
+    }
+}

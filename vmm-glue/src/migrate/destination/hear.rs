@@ -1,0 +1,234 @@
+//! What happens to a destination: messages, the engine, the tether, the lease and signals, turned into events; and what it reports.
+
+use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
+use crate::migrate::observation::{Kind, us};
+use crate::migrate::peer::Listened;
+use crate::migrate::protocol;
+use crate::migrate::protocol::{ToDestination, ToSource};
+use crate::migrate::settings::ReleasePolicy;
+use belay_checkpoint::ownership::Fate;
+use belay_checkpoint::ownership::destination::{Event, State};
+use belay_transport::pull::Engine;
+use crossbeam_channel::select;
+use std::time::{Duration, Instant};
+
+/// How often the pull is reported while it goes on, and after.
+pub(super) const PULL_REPORT: Duration = Duration::from_millis(4);
+
+pub(super) const IDLE_REPORT: Duration = Duration::from_millis(100);
+
+/// How often fault latencies are reported.
+pub(super) const LATENCY_REPORT: Duration = Duration::from_millis(50);
+
+/// A release that was refused is asked for again after this.
+pub(super) const RELEASE_AGAIN: Duration = Duration::from_secs(1);
+
+impl Destination<'_> {
+    /// Waits at most a tick for something to happen.
+    pub(super) fn next_event(&mut self) -> Option<Event> {
+        // A peer that never stops talking must not keep this host from looking at its lease.
+        if self.ticked_at.elapsed() > TICK
+            && let Some(event) = self.tick()
+        {
+            return Some(event);
+        }
+        let messages = self.inbox.messages().clone();
+        select! {
+            recv(self.happenings) -> happening => self.happening(happening.ok()?),
+            recv(messages) -> heard => match heard {
+                Ok(Listened::Message(message)) => self.message(message),
+                Ok(Listened::Closed(_)) if self.leaving.is_some() => {
+                    // It never said that it has the guest.
+                    self.outcome = Some(Outcome::Fenced);
+                    None
+                }
+                Ok(Listened::Closed(why)) => {
+                    self.why = format!("the source is out of reach: {why}");
+                    Some(Event::ConnectionClosed)
+                }
+                Err(_) => {
+                    // Told once already; what remains is to wait for ticks and words.
+                    std::thread::park_timeout(TICK);
+                    self.tick()
+                }
+            },
+            recv(self.words) -> _ => self.interrupted(),
+            default(TICK) => self.tick(),
+        }
+    }
+
+    pub(super) fn happening(&mut self, happening: Happening) -> Option<Event> {
+        match happening {
+            Happening::AllLanded => {
+                self.all_landed_at = Some(Instant::now());
+                let progress = self.engine.as_ref().map(|engine| engine.progress()).unwrap_or_default();
+                let took_us = self.resumed_at.map_or(0, |at| us(at.elapsed()));
+                let because =
+                    self.note(Kind::AllLanded { took_us, bytes: progress.bytes_pulled, faults: progress.faults });
+                let _ = self.tell(&ToSource::AllLanded { because });
+                Some(Event::AllLanded)
+            }
+            Happening::PullFailed => {
+                let failure = self.engine.as_ref().and_then(|engine| engine.failure());
+                self.why = failure.map_or("the pull failed".to_owned(), |failure| protocol::explain(&*failure));
+                Some(Event::ConnectionClosed)
+            }
+            Happening::LaneBroken(why) => {
+                self.why = why;
+                Some(Event::ConnectionClosed)
+            }
+            Happening::SourceRevoked(why) => {
+                self.why = why;
+                Some(Event::SourceRevoked)
+            }
+            Happening::CommitFailed(why) => {
+                self.why = why;
+                Some(Event::CommitFailed)
+            }
+            Happening::VmmGone(why) => {
+                self.why = why;
+                Some(Event::GuestDied)
+            }
+            Happening::LeaseExpired => {
+                self.why = "the source has granted no lease in time".to_owned();
+                Some(Event::LeaseExpired)
+            }
+        }
+    }
+
+    pub(super) fn message(&mut self, message: ToDestination) -> Option<Event> {
+        match message {
+            ToDestination::Go { owner_epoch, because } => {
+                self.go_due = None;
+                self.last = because;
+                Some(Event::HandedOver { owner_epoch })
+            }
+            ToDestination::Released { because } => {
+                self.last = because;
+                Some(Event::ReleaseAcknowledged)
+            }
+            ToDestination::ReleaseRefused { because } => {
+                self.last = because;
+                Some(Event::ReleaseRefused)
+            }
+            ToDestination::Fate { fate, because } => {
+                self.last = because;
+                self.why = format!("the source says: {fate:?}");
+                Some(if fate == Fate::Revoked { Event::SourceRevoked } else { Event::FateAnswered(fate) })
+            }
+            ToDestination::Failed { reason, because } => {
+                self.last = because;
+                self.why = format!("the source failed: {reason}");
+                Some(match self.state {
+                    State::Preparing { .. } => Event::PrepareFailed,
+                    _ => Event::ConnectionClosed,
+                })
+            }
+            ToDestination::Prepare { .. } | ToDestination::Switch { .. } => {
+                self.why = "the source broke the protocol: prepared or switched twice".to_owned();
+                Some(Event::ConnectionClosed)
+            }
+        }
+    }
+
+    /// A signal. A tethered guest is given back: it is stopped here for good, and the source told so, which then catches it.
+    pub(super) fn interrupted(&mut self) -> Option<Event> {
+        // Without a tether there is nothing the source could catch the guest with: the first signal only says so.
+        let untethered = self.proposal.tether.is_none() && matches!(self.state, State::Tethered { .. });
+        if untethered && !std::mem::replace(&mut self.warned, true) {
+            let what =
+                "a signal asked to end, but this guest moved without a tether: ending now would lose it".to_owned();
+            let advice = "It goes on until the source has released it. Signal again to lose the guest.".to_owned();
+            self.note(Kind::Failed { what, advice });
+            return None;
+        }
+        self.why = ENDED_BY_SIGNAL.to_owned();
+        match self.state {
+            State::Preparing { .. } => Some(Event::Cancelled),
+            State::Tethered { .. } => {
+                self.output.shut();
+                self.stop_tether();
+                self.stop_guest();
+                Some(Event::GuestDied)
+            }
+            State::Fenced(_) => {
+                self.outcome = Some(Outcome::Fenced);
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// What has no channel of its own.
+    pub(super) fn tick(&mut self) -> Option<Event> {
+        self.ticked_at = Instant::now();
+        if self.leaving.is_some_and(|due| due.expired()) {
+            self.outcome = Some(Outcome::Fenced);
+            return None;
+        }
+        if self.go_due.take_if(|due| due.expired()).is_some() && matches!(self.state, State::Preparing { .. }) {
+            self.why = format!("the source has not said go within {:?}", self.config.bounds.switch);
+            return Some(Event::PrepareFailed);
+        }
+        if let (State::Tethered { .. }, Some(tethering)) = (&self.state, &self.tethering) {
+            if let Some(failure) = tethering.heart_failure() {
+                return self.happening(failure);
+            }
+            if tethering.lease_has_ended() {
+                return self.happening(Happening::LeaseExpired);
+            }
+        }
+        let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);
+        let due = match (self.proposal.release, self.all_landed_at) {
+            (ReleasePolicy::WhenLanded, Some(_)) => true,
+            (ReleasePolicy::After(kept), Some(at)) => at.elapsed() >= kept,
+            (ReleasePolicy::Never, _) | (_, None) => false,
+        };
+        if due && asked_long_ago && matches!(self.state, State::Tethered { .. }) {
+            self.release_asked_at = Some(Instant::now());
+            return Some(Event::ReleaseWanted);
+        }
+        None
+    }
+
+    /// Tells how far the pull is.
+    pub(super) fn report(&mut self) {
+        let Some(engine) = self.engine.clone() else { return };
+        let progress = engine.progress();
+        let every = if self.all_landed_at.is_none() { PULL_REPORT } else { IDLE_REPORT };
+        if self.reported_at.elapsed() >= every && self.resumed_at.is_some() {
+            self.reported_at = Instant::now();
+            let facts = self.output.facts();
+            self.observer.note(
+                Some(&self.last),
+                Kind::Pull {
+                    landed_frames: progress.frames - progress.absent - progress.in_flight,
+                    absent_frames: progress.absent + progress.in_flight,
+                    faults: progress.faults,
+                    bytes: progress.bytes_pulled,
+                    held_packets: facts.held_packets as u64,
+                    released_packets: facts.sent_packets,
+                },
+            );
+        }
+        if self.latencies_at.elapsed() >= LATENCY_REPORT && self.resumed_at.is_some() && self.all_landed_at.is_none() {
+            self.latencies_at = Instant::now();
+            self.report_latencies(&engine);
+        }
+    }
+
+    pub(super) fn report_latencies(&self, engine: &Engine) {
+        let latencies = engine.latencies();
+        let stages = [
+            ("queue", &latencies.queue),
+            ("wire", &latencies.wire),
+            ("install", &latencies.install),
+            ("total", &latencies.total),
+        ];
+        for (what, histogram) in stages {
+            if let Some(kind) = crate::migrate::observation::latency(what, histogram) {
+                self.observer.note(Some(&self.last), kind);
+            }
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! The switch as the destination has it: faults are served, writes tracked, state loaded.
+
+use super::{Destination, DestinationError, Happening};
+use crate::migrate::observation::{Kind, us};
+use crate::migrate::peer::Listened;
+use crate::migrate::protocol::{ProtocolError, ToDestination, ToSource};
+use crate::migrate::switch_map::{PageClass, RegionClasses};
+use belay_checkpoint::guest::TrackerKind;
+use belay_transport::pages::{PageStates, RegionGeometry as Frames};
+use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
+use belay_transport::{Deadline, pull};
+use crossbeam_channel::{Sender, select};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Hears of the engine's end on its own threads.
+pub(super) struct EngineEars(Sender<Happening>);
+
+impl pull::Observer for EngineEars {
+    fn all_landed(&self) {
+        let _ = self.0.try_send(Happening::AllLanded);
+    }
+
+    fn failed(&self, _failure: &pull::PullFailure) {
+        let _ = self.0.try_send(Happening::PullFailed);
+    }
+}
+
+impl Destination<'_> {
+    /// Waits for the switch, as long as the source likes: the guest runs there. Then loads, with faults served already.
+    pub(super) fn await_switch(&mut self) -> Result<(), DestinationError> {
+        let messages = self.inbox.messages().clone();
+        let (map, device_state, nonce, because) = select! {
+            recv(messages) -> heard => match heard {
+                Ok(Listened::Message(ToDestination::Switch { map, device_state, nonce, because })) => {
+                    (map, device_state, nonce, because)
+                }
+                Ok(Listened::Message(ToDestination::Failed { reason, .. })) => return Err(DestinationError::PeerFailed(reason)),
+                Ok(Listened::Message(other)) => {
+                    return Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Switch" }.into());
+                }
+                Ok(Listened::Closed(why)) => return Err(DestinationError::PeerClosed(why)),
+                Err(_) => return Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
+            },
+            recv(self.words) -> _ => return Err(DestinationError::Interrupted),
+        };
+        self.last = because;
+        let begun = Instant::now();
+        let engine = Arc::new(self.start_engine(&map)?);
+        self.engine = Some(Arc::clone(&engine));
+        let guest = self.guest.as_mut().expect("the tether has not been started");
+        // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
+        if let Some(tethering) = &mut self.tethering {
+            tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
+        }
+        guest.load(&device_state)?;
+        guest.set_incarnation(nonce)?;
+        self.nonces.push(nonce);
+        let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
+        self.tell(&ToSource::Loaded { because })?;
+        self.go_due = Some(Deadline::after(self.config.bounds.switch));
+        Ok(())
+    }
+
+    pub(super) fn start_engine(&mut self, map: &[RegionClasses]) -> Result<Engine, DestinationError> {
+        let mut regions = Vec::new();
+        let mut frames = Vec::new();
+        for (ram, local, remote, vmm_address) in &self.ram {
+            let page_size = ram.file.page_size();
+            let count = ram.file.len() as u64 >> page_size.shift();
+            let classes = map.iter().find(|classes| classes.id == ram.id);
+            let classes =
+                classes.ok_or_else(|| DestinationError::Refused(format!("the switch map lacks {}", ram.id)))?;
+            let classes = classes.decode(count)?.into_iter().map(|(class, frames)| ClassRun {
+                class: match class {
+                    PageClass::Peer => pull::PageClass::Peer,
+                    PageClass::Zero => pull::PageClass::Zero,
+                },
+                frames,
+            });
+            frames.push(Frames { id: ram.id, page_size, frames: count });
+            regions.push(RegionPlan {
+                id: ram.id,
+                page_size,
+                vmm_address: *vmm_address,
+                bytes: ram.file.len() as u64,
+                landing: LandingPlan::InPlace { alias: Arc::clone(&ram.alias), key: *local },
+                remote: *remote,
+                classes: classes.collect(),
+            });
+        }
+        let tracked = self.proposal.tether.as_ref().is_some_and(|tether| tether.tracker == TrackerKind::UffdWp);
+        let install = if tracked { Install::Tracked } else { Install::Clean };
+        let total: u64 = frames.iter().map(|region| region.frames).sum();
+        let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64) as u64);
+        let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
+        let states = Arc::new(PageStates::in_memory(&frames)?);
+        let ears = Arc::new(EngineEars(self.happened.clone()));
+        let parts = std::mem::take(&mut self.parts);
+        Ok(Engine::start(PullPlan { regions, install, tuning, start_paused: true }, parts, states, ears)?)
+    }
+}

@@ -1,0 +1,297 @@
+//! Everything before the downtime: a source, RAM, lanes, VMM, guard.
+
+use super::warden::Warden;
+use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
+use crate::migrate::observation::{Kind, ObservationId, Observer, us};
+use crate::migrate::peer::{Inbox, Listened};
+use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::settings::{Bounds, Proposal};
+use crate::migrate::source::lanes;
+use crate::migrate::{protocol, tethering};
+use belay_checkpoint::ownership::destination::State;
+use belay_transport::fabric::{LaneId, LaneKind, ReadKey, RingKeys};
+use belay_transport::pull::{ShardParts, ShardRange};
+use belay_transport::region::RamFile;
+use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::uffd::UffdError;
+use belay_transport::{Deadline, PageSize, RegionId, fabric};
+use crossbeam_channel::{Receiver, bounded, select};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Waits for a source that may come in, and says whom it turned away. Nobody who only knows the address can end the wait.
+pub(super) fn await_source(
+    listener: &Listener,
+    bounds: Bounds,
+    observer: &Observer,
+    words: &Receiver<i32>,
+) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
+    let turned_away = |why: String| observer.note(None, Kind::State { state: "turned-away".to_owned(), why });
+    loop {
+        if words.try_recv().is_ok() {
+            return Ok(None);
+        }
+        let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
+        for rejection in listener.take_rejections() {
+            turned_away(protocol::explain(&rejection.error));
+        }
+        match incoming {
+            Ok(incoming) => match agree(incoming, bounds) {
+                Ok(agreed) => return Ok(Some(agreed)),
+                Err(error) => drop(turned_away(protocol::explain(&error))),
+            },
+            Err(SessionError::TimedOut { .. }) => {}
+            Err(error) => return Err(DestinationError::Connect(error)),
+        }
+    }
+}
+
+/// Largest guest this version takes: a limit on what a peer can make this host allocate by a word.
+pub(super) const MOST_RAM: u64 = 1 << 40;
+
+pub(super) fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSession, Proposal), DestinationError> {
+    let deadline = Deadline::after(bounds.handshake);
+    let hello = incoming.hello();
+    let ram: u64 = hello.geometry.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
+    let refusal = match protocol::decode::<Proposal>(&hello.blob) {
+        Err(error) => Some(protocol::explain(&error)),
+        Ok(proposal) if proposal.protocol != PROTOCOL_VERSION => {
+            Some(format!("migration protocol {} is proposed, {PROTOCOL_VERSION} is spoken here", proposal.protocol))
+        }
+        Ok(_) if ram == 0 || ram > MOST_RAM => Some(format!("a guest of {ram} bytes of RAM")),
+        Ok(_) if available().is_some_and(|available| ram > available) => {
+            Some(format!("a guest of {ram} bytes of RAM; {} are available here", available().unwrap_or(0)))
+        }
+        Ok(proposal) if proposal.check().is_err() => proposal.check().err(),
+        Ok(proposal) => {
+            let session = incoming.accept(&[], deadline)?;
+            return Ok((session, proposal));
+        }
+    };
+    let reason = refusal.unwrap_or_default();
+    incoming.refuse(&reason, deadline)?;
+    Err(DestinationError::Refused(reason))
+}
+
+/// Bytes that could be allocated without swapping, if this host says: more than that asked for by a word must not end in the
+/// kernel's choosing a victim.
+pub(super) fn available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    kib.trim().trim_end_matches("kB").trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Operations outstanding on one lane. Generous for reads of whole chunks, and small against what a socket buffers.
+pub(super) const LANE_WINDOW: usize = 64;
+
+/// Longest that one stop for a checkpoint may take; a vCPU that waits for a page makes it try again.
+pub(super) const TETHER_STOP: Duration = Duration::from_millis(500);
+
+/// Threads that allocate RAM.
+pub(super) const ALLOCATORS: usize = 2;
+
+/// Bytes between two reports of how far it is.
+pub(super) const ALLOCATION_REPORT: u64 = 64 << 20;
+
+pub(super) type Prepare = (Vec<(RegionId, ReadKey)>, RingKeys, RingOffer, ObservationId);
+
+pub(super) fn await_prepare(
+    inbox: &Inbox<ToDestination>,
+    bound: Duration,
+    words: &Receiver<i32>,
+) -> Result<Prepare, DestinationError> {
+    select! {
+        recv(inbox.messages()) -> heard => match heard {
+            Ok(Listened::Message(ToDestination::Prepare { ram, ring, ring_geometry, because })) => {
+                Ok((ram, ring, ring_geometry, because))
+            }
+            Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
+            Ok(Listened::Message(other)) => {
+                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepare" }.into())
+            }
+            Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
+            Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
+        },
+        recv(words) -> _ => Err(DestinationError::Interrupted),
+        default(bound) => Err(DestinationError::TimedOut { waiting_for: "Prepare", bound }),
+    }
+}
+
+/// Allocates all of guest RAM, so that no frame is a hole when it is registered (P1).
+pub(super) fn allocate(
+    geometry: &[RegionGeometry],
+    observer: &Observer,
+    because: &ObservationId,
+) -> Result<Vec<Ram>, DestinationError> {
+    let begun = Instant::now();
+    let mut ram = Vec::new();
+    for region in geometry {
+        let bytes = region.bytes as usize;
+        let file = Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?);
+        let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
+        let told = AtomicU64::new(0);
+        let progress = |done_bytes: u64| {
+            // Told now and then; which of several threads tells does not matter.
+            if done_bytes >= told.load(Ordering::Relaxed) + ALLOCATION_REPORT {
+                told.store(done_bytes, Ordering::Relaxed);
+                observer.note(Some(because), Kind::Allocating { done_bytes, total_bytes: region.bytes });
+            }
+        };
+        file.preallocate_through(&alias, ALLOCATORS, &progress)?;
+        ram.push(Ram { id: region.id, file, alias });
+    }
+    let bytes = geometry.iter().map(|region| region.bytes).sum();
+    observer.note(Some(because), Kind::Allocated { bytes, took_us: us(begun.elapsed()) });
+    Ok(ram)
+}
+
+/// Splits every region's frames among the shards, each part a multiple of 2 MiB where there is enough, so that no huge frame and
+/// no background chunk is split.
+pub fn shard_ranges(ram: &[Ram], shards: u16) -> Vec<Vec<ShardRange>> {
+    let mut parts = vec![Vec::new(); usize::from(shards)];
+    for region in ram {
+        let frames = region.file.len() as u64 >> region.file.page_size().shift();
+        let grain = if region.file.page_size() == PageSize::Small { 512 } else { 1 };
+        let share = frames.div_ceil(u64::from(shards)).next_multiple_of(grain);
+        for (index, part) in parts.iter_mut().enumerate() {
+            let (start, end) = ((index as u64 * share).min(frames), ((index as u64 + 1) * share).min(frames));
+            if start < end {
+                part.push(ShardRange { region: region.id, frames: start..end });
+            }
+        }
+    }
+    parts
+}
+
+impl<'a> Destination<'a> {
+    /// Everything before the downtime: RAM, VMM, userfaultfd, lanes, guard.
+    pub(super) fn prepare(
+        config: &'a DestinationConfig,
+        session: DestinationSession,
+        inbox: Arc<Inbox<ToDestination>>,
+        proposal: Proposal,
+        host: &mut dyn Host,
+        observer: &'a Observer,
+        words: &'a Receiver<i32>,
+    ) -> Result<Self, DestinationError> {
+        let bounds = config.bounds;
+        observer.note(
+            None,
+            Kind::Connected {
+                peer: "the source".to_owned(),
+                fabric: format!("{:?}", session.agreed.fabric).to_lowercase(),
+                tls: session.lanes.is_encrypted(),
+                protocol: session.agreed.protocol,
+            },
+        );
+        let control = Arc::clone(&session.control);
+        let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        let begun = Instant::now();
+        let deadline = Deadline::after(bounds.prepare);
+        let mut warden = match proposal.tether {
+            Some(_) => Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, deadline)?),
+            None => None,
+        };
+        let ram = allocate(&session.hello.geometry, observer, &last)?;
+        let mut initiator = fabric::initiator(&session);
+        let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
+        let mut landing = Vec::new();
+        for ram in &ram {
+            landing.push(initiator.register_local(&ram.alias)?);
+        }
+        let reserved = match &proposal.tether {
+            Some(tether) => Some(tethering::reserve(&mut *initiator, tether, ring, offer)?),
+            None => None,
+        };
+        let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
+        let mut lane_pairs = Vec::new();
+        let mut checkpoint_lanes = Vec::new();
+        for id in lanes(&proposal) {
+            let lane = open(id, LANE_WINDOW)?;
+            match id.kind {
+                LaneKind::Fault => lane_pairs.push((lane, None)),
+                LaneKind::Bulk => {
+                    lane_pairs.last_mut().expect("a fault lane comes before its bulk lane").1 = Some(lane)
+                }
+                LaneKind::Checkpoint => checkpoint_lanes.push(lane),
+            }
+        }
+        let (happened, happenings) = bounded(64);
+        let tethering = match (reserved, <[_; 2]>::try_from(checkpoint_lanes)) {
+            (Some(reserved), Ok(lanes)) => Some(reserved.open(lanes, TETHER_STOP, happened.clone(), deadline)?),
+            _ => None,
+        };
+        let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
+        let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
+        let output = tethering::outbox(tethering.as_ref(), emitter).map_err(io("start the outbox"))?;
+        // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
+        output.shut();
+        let output = Arc::new(output);
+        let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
+        let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
+        if built.pid != std::process::id() {
+            observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
+        }
+        let regions = built.guest.memory().iter().map(|block| block.vmm_address).collect::<Vec<_>>();
+        let ram = ram
+            .into_iter()
+            .zip(landing)
+            .zip(regions)
+            .map(|((ram, local), address)| {
+                let remote = keys.iter().find(|(id, _)| *id == ram.id).map(|&(_, key)| key);
+                let remote = remote.ok_or_else(|| DestinationError::Refused(format!("no key for {}", ram.id)))?;
+                Ok((ram, local, remote, address))
+            })
+            .collect::<Result<Vec<_>, DestinationError>>()?;
+        if let (Some(warden), true) = (&mut warden, built.gives_sign) {
+            warden.guard.watch(VMM_SLOT, deadline)?;
+        }
+        let cores = config.engine_cores.iter().copied().cycle();
+        let cores = cores.map(Some).chain(std::iter::repeat(None));
+        let parts = lane_pairs.into_iter().zip(&built.shards).zip(cores);
+        let parts = parts
+            .map(|(((fault, bulk), (uffd, ranges)), core)| {
+                let bulk = bulk.expect("lanes come in pairs");
+                Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone(), core })
+            })
+            .collect::<Result<Vec<_>, UffdError>>()?;
+        last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
+        let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
+        let prepared = ToSource::Prepared { secrets, because: last.clone() };
+        control.send(&protocol::encode(&prepared), Deadline::after(bounds.handshake))?;
+        Ok(Self {
+            config,
+            nonces: proposal.nonces.clone(),
+            proposal,
+            observer,
+            words,
+            control,
+            inbox,
+            happenings,
+            happened,
+            state: State::new(),
+            last,
+            guest: Some(built.guest),
+            output,
+            warden,
+            ram,
+            vmm_pid: built.pid,
+            parts,
+            uffds: built.shards,
+            engine: None,
+            tethering,
+            resumed_at: None,
+            all_landed_at: None,
+            release_asked_at: None,
+            go_due: None,
+            leaving: None,
+            warned: false,
+            ticked_at: Instant::now(),
+            reported_at: Instant::now(),
+            latencies_at: Instant::now(),
+            why: String::new(),
+            outcome: None,
+        })
+    }
+}

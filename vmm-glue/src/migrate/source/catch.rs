@@ -1,0 +1,108 @@
+//! The catch: shut the old destination out, fold, load, let the guest run.
+
+use super::{Outcome, Source, fresh_nonce};
+use crate::migrate::observation::{Kind, us};
+use crate::migrate::protocol;
+use crate::migrate::protocol::ToDestination;
+use belay_checkpoint::fold::CatchError;
+use belay_checkpoint::ownership::Fate;
+use belay_checkpoint::ownership::source::{Event, State};
+use belay_transport::Deadline;
+use belay_transport::region::Mapping;
+use std::time::{Duration, Instant};
+
+impl Source<'_> {
+    /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
+    pub(super) fn revoke(&mut self) -> Option<Event> {
+        let begun = Instant::now();
+        // The folder first: revoking `local` takes the ring's file away under whoever still reads it.
+        if let Some(folder) = self.live.folder.take() {
+            self.live.catch = Some(folder.stop());
+        }
+        let (catch, recovered) = (&mut self.live.catch, &mut self.live.recovered);
+        let mut folding = Duration::ZERO;
+        let mut last_read = |ring: &Mapping| {
+            let begun = Instant::now();
+            *recovered = catch.take().map(|catch| catch.finish(ring));
+            folding = begun.elapsed();
+        };
+        match self.live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke)) {
+            Ok(()) => {
+                self.note(Kind::Revoked { took_us: us(begun.elapsed() - folding) });
+                Some(Event::Revoked)
+            }
+            Err(error) => {
+                self.why = format!("cannot revoke: {}", protocol::explain(&error));
+                Some(Event::CatchFailed { can_retry: true })
+            }
+        }
+    }
+
+    pub(super) fn fold_and_load(&mut self) -> Option<Event> {
+        let begun = Instant::now();
+        let recovered = match self.live.recovered.take() {
+            Some(Ok(recovered)) => recovered,
+            Some(Err(CatchError::Unreadable { source, older })) => {
+                self.why = format!("the ring cannot be read past {}: {}", older.epoch, protocol::explain(&source));
+                return Some(Event::CatchFailed { can_retry: false });
+            }
+            None => {
+                self.why =
+                    format!("{}; it moved without a tether, so there is no checkpoint to catch it with", self.why);
+                return Some(Event::CatchFailed { can_retry: false });
+            }
+        };
+        if let Err(error) = self.guest.load(&recovered.device_state) {
+            self.why = format!("cannot load {}: {}", recovered.epoch, protocol::explain(&error));
+            return Some(Event::CatchFailed { can_retry: false });
+        }
+        self.note(Kind::Recovered {
+            epoch: recovered.epoch.0,
+            pages: recovered.timings.pages,
+            total_pages: recovered.folded_pages,
+            took_us: us(recovered.timings.last_read + begun.elapsed()),
+            resent_packets: recovered.outputs_to_resend.len() as u64,
+        });
+        self.recovered = Some(recovered);
+        Some(Event::Folded)
+    }
+
+    pub(super) fn resume(&mut self) -> Option<Event> {
+        // A guest that never left keeps its nonce: it is still the same incarnation.
+        let nonce = match &self.recovered {
+            Some(_) => match fresh_nonce().map_err(|error| error.to_string()) {
+                Ok(nonce) => nonce,
+                Err(why) => return self.cannot_resume(why),
+            },
+            None => 0,
+        };
+        if self.recovered.is_some()
+            && let Err(error) = self.guest.set_incarnation(nonce)
+        {
+            return self.cannot_resume(protocol::explain(&error));
+        }
+        let steps = (self.steps)();
+        if let Err(error) = self.guest.resume() {
+            return self.cannot_resume(protocol::explain(&error));
+        }
+        if let Some(recovered) = &self.recovered {
+            let epoch = recovered.epoch.0;
+            let noticed_to_running_us = self.noticed_at.map_or(0, |at| us(at.elapsed()));
+            self.nonces.push(nonce);
+            self.note(Kind::Caught { epoch, nonce, noticed_to_running_us, steps });
+            let fate = ToDestination::Fate { fate: Fate::Revoked, because: self.last.clone() };
+            // If it can still hear, it should know; whether it does makes no difference to us.
+            let _ = self.live.control.send(&protocol::encode(&fate), Deadline::after(Duration::from_millis(100)));
+        }
+        Some(Event::GuestResumed)
+    }
+
+    pub(super) fn cannot_resume(&mut self, why: String) -> Option<Event> {
+        self.why = format!("cannot resume: {why}");
+        if matches!(self.state, State::Revoking { .. }) {
+            return Some(Event::CatchFailed { can_retry: true });
+        }
+        self.outcome = Some(Outcome::Lost { why: self.why.clone() });
+        None
+    }
+}

@@ -1,0 +1,170 @@
+//! What happens to a source: messages, the guard, lanes, the heartbeat and the operator, turned into events.
+
+use super::{Happening, Outcome, Source, TICK};
+use crate::migrate::lease::boot_time;
+use crate::migrate::observation::{Kind, us};
+use crate::migrate::peer::Listened;
+use crate::migrate::protocol::ToSource;
+use belay_checkpoint::ownership::source::{Event, State};
+use crossbeam_channel::select;
+use std::time::{Duration, Instant};
+
+impl Source<'_> {
+    /// Waits at most a tick for something to happen.
+    pub(super) fn next_event(&mut self) -> Option<Event> {
+        // A peer that never stops talking must not keep this host from hearing that its heart has stopped.
+        if self.ticked_at.elapsed() > TICK
+            && let Some(event) = self.tick()
+        {
+            return Some(event);
+        }
+        let messages = self.live.inbox.messages().clone();
+        select! {
+            recv(self.live.happenings) -> happening => match happening.ok()? {
+                Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
+                Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
+                Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
+                Happening::GuardGone(why) => {
+                    // Only the fastest of several ways to notice is gone; the connection and the lease remain.
+                    self.note(Kind::State { state: "guard-gone".to_owned(), why });
+                    None
+                }
+            },
+            recv(messages) -> heard => match heard {
+                Ok(Listened::Message(message)) => self.message(message),
+                Ok(Listened::Closed(why)) => {
+                    if matches!(self.state, State::Released { .. }) {
+                        // The record is on disk, and nobody is left to say farewell; whether the release was heard is the destination's story.
+                        self.outcome = Some(Outcome::Released);
+                    }
+                    Some(self.lost(Event::ConnectionClosed, &why))
+                }
+                Err(_) => {
+                    // Told once already; what remains is to wait for ticks and words.
+                    std::thread::park_timeout(TICK);
+                    self.tick()
+                }
+            },
+            // A signal takes back a switch that has not happened, and a guest that has left.
+            recv(self.words) -> word => match word {
+                Ok(_) => self.ordered(),
+                Err(_) => self.tick(),
+            },
+            default(TICK) => self.tick(),
+        }
+    }
+
+    /// A signal: the operator's word.
+    pub(super) fn ordered(&mut self) -> Option<Event> {
+        match self.state {
+            State::Switching { handed_over: false, .. } => Some(Event::Cancelled),
+            // Nobody knows whether the release is on disk, so nothing here may resume the guest.
+            State::Serving(serving) if serving.recording_release => {
+                self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });
+                None
+            }
+            // Without a tether there is nothing to catch the guest with: the first signal only says so.
+            State::Switching { .. } | State::Serving(_)
+                if self.config.proposal.tether.is_none() && !std::mem::replace(&mut self.warned, true) =>
+            {
+                let what =
+                    "a signal asked for the guest, but it moved without a tether: taking it back now would lose it";
+                let advice = "It goes on at the destination. Signal again to lose it.".to_owned();
+                self.note(Kind::Failed { what: what.to_owned(), advice });
+                None
+            }
+            State::Switching { .. } => Some(Event::Cancelled),
+            State::Revoking { stuck, .. } => {
+                self.ordered_again = stuck;
+                Some(Event::OperatorCatch)
+            }
+            _ => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
+        }
+    }
+
+    pub(super) fn lost(&mut self, event: Event, by: &str) -> Event {
+        if self.noticed_at.is_none() && matches!(self.state, State::Serving(_) | State::Switching { .. }) {
+            self.noticed_at = Some(Instant::now());
+            self.note(Kind::Noticed { by: by.to_owned() });
+        }
+        self.why = by.to_owned();
+        event
+    }
+
+    pub(super) fn message(&mut self, message: ToSource) -> Option<Event> {
+        match message {
+            ToSource::Loaded { because } => {
+                self.last = because;
+                Some(Event::StateSent)
+            }
+            ToSource::Resumed { because } => {
+                self.last = because;
+                if matches!(self.state, State::Switching { .. }) {
+                    self.note(Kind::Blackout { took_us: us(self.paused_at.elapsed()) });
+                }
+                Some(Event::DestinationResumed)
+            }
+            ToSource::AllLanded { because } => {
+                self.last = because;
+                None
+            }
+            ToSource::ReleaseAsked { all_landed, because } => {
+                self.last = because;
+                Some(Event::ReleaseAsked { all_landed })
+            }
+            ToSource::FateAsked { owner_epoch } => Some(Event::FateAsked { owner_epoch }),
+            ToSource::GuestGone { because } => {
+                self.last = because;
+                Some(self.lost(Event::DeathProven, "the destination says that its VMM has ended"))
+            }
+            ToSource::Failed { reason, because } => {
+                self.last = because;
+                // Before the guest went this takes the switch back; after it, the destination has fenced itself.
+                let switching = matches!(self.state, State::Switching { .. });
+                let event = if switching { Event::SwitchFailed } else { Event::ConnectionClosed };
+                Some(self.lost(event, &format!("the destination failed: {reason}")))
+            }
+            ToSource::Farewell => {
+                self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);
+                None
+            }
+            ToSource::Prepared { .. } => {
+                Some(self.lost(Event::ConnectionClosed, "the destination broke the protocol: Prepared twice"))
+            }
+        }
+    }
+
+    /// What has no channel of its own.
+    pub(super) fn tick(&mut self) -> Option<Event> {
+        self.ticked_at = Instant::now();
+        if self.switch_due.is_some_and(|due| due.expired())
+            && matches!(self.state, State::Switching { .. } | State::Released { .. })
+        {
+            self.switch_due = None;
+            if matches!(self.state, State::Released { .. }) {
+                // The record is on disk and was acknowledged as well as can be; whether it was heard is the destination's story.
+                self.outcome = Some(Outcome::Released);
+                return None;
+            }
+            let bound = self.config.bounds.switch;
+            return Some(self.lost(Event::SwitchFailed, &format!("no answer to the switch within {bound:?}")));
+        }
+        if let State::Serving(_) = self.state
+            && let (Some(folder), Some(silence)) = (&self.live.folder, &mut self.live.silence)
+        {
+            if let Some(failed) = folder.status().failed {
+                return Some(self.lost(Event::ConnectionClosed, &format!("its checkpoints cannot be taken: {failed}")));
+            }
+            // After the withdrawal time alone decides, whatever the heartbeat does.
+            if self.live.lease_ends.take_if(|ends| boot_time() > *ends).is_some() {
+                return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
+            }
+            if silence.has_lasted(&folder.heard(), boot_time()) {
+                let bound =
+                    self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
+                return Some(self.lost(Event::LeaseRanOut, &format!("silent for {bound:?}")));
+            }
+        }
+        None
+    }
+}

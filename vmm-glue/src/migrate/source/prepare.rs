@@ -1,0 +1,172 @@
+//! Everything before the downtime: session, regions, ring, lanes, guard.
+
+use super::{Happening, Live, SourceConfig, SourceError, fresh_nonce, io};
+use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
+use crate::migrate::lane_watch::LaneWatch;
+use crate::migrate::observation::{Kind, ObservationId, Observer, us};
+use crate::migrate::peer::{Inbox, Listened, listen_to};
+use crate::migrate::protocol;
+use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::settings::Proposal;
+use belay_checkpoint::fold::FoldTarget;
+use belay_checkpoint::guest::Guest;
+use belay_checkpoint::ring::{OWNER_REGION_BYTES, OwnerRegion, RingReader};
+use belay_transport::fabric::{LaneId, LaneKind};
+use belay_transport::region::RamFile;
+use belay_transport::session::{Offer, RegionGeometry};
+use belay_transport::{Deadline, PageSize, fabric, session};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Everything before the downtime: session, regions, ring, lanes, guard.
+pub(super) fn prepare(
+    config: &SourceConfig,
+    guest: &mut dyn Guest,
+    observer: &Observer,
+    words: &Receiver<i32>,
+) -> Result<(Live, ObservationId), SourceError> {
+    let bounds = config.bounds;
+    config.proposal.check().map_err(SourceError::Proposal)?;
+    let geometry = guest.memory().iter().map(|block| RegionGeometry {
+        id: block.id,
+        bytes: block.file.len() as u64,
+        page_size: block.page_size,
+    });
+    let offer = Offer { geometry: geometry.collect(), blob: protocol::encode(&config.proposal) };
+    let session = session::connect(&config.address, config.session.clone(), &offer, Deadline::after(bounds.handshake))
+        .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
+    let connected = observer.note(
+        None,
+        Kind::Connected {
+            peer: config.address.to_string(),
+            fabric: format!("{:?}", session.agreed.fabric).to_lowercase(),
+            tls: session.lanes.is_encrypted(),
+            protocol: session.agreed.protocol,
+        },
+    );
+    let begun = Instant::now();
+    let control = Arc::clone(&session.control);
+    let mut owner = fabric::owner(&session)?;
+    // Occupancy first: whatever maps or registers RAM may fill its holes.
+    let mut ram = Vec::new();
+    for block in guest.memory() {
+        let extents = block.file.occupancy()?;
+        ram.push((block.id, owner.export_read(&block.file, &block.alias, &extents)?));
+    }
+    let ring_file = RamFile::memfd("belay-ring", config.ring_bytes, PageSize::Small)?;
+    ring_file.preallocate(1, &|_| {})?;
+    let owner_file = RamFile::memfd("belay-owner", OWNER_REGION_BYTES, PageSize::Small)?;
+    let (ring, owner_region) =
+        (ring_file.map().map_err(io("map the ring"))?, owner_file.map().map_err(io("map the owner region"))?);
+    let (ring, owner_region) = (Arc::new(ring), Arc::new(owner_region));
+    OwnerRegion::new(Arc::clone(&owner_region));
+    let keys = owner.export_ring((&ring_file, &ring), (&owner_file, &owner_region))?;
+    let nonce = fresh_nonce()?;
+    // Reserved now, so that missing memory is found before the guest leaves and nothing of it is downtime.
+    let reserved = match config.proposal.tether {
+        Some(_) => {
+            let reader = RingReader::new(ring.len(), nonce, config.overflow_bytes as usize)?;
+            Some((reader, FoldTarget::new(guest.memory())?))
+        }
+        None => None,
+    };
+    let offer = RingOffer { bytes: ring.len() as u64, nonce, overflow_bytes: config.overflow_bytes };
+    let inbox = listen_to::<ToSource>(Arc::clone(&control)).map_err(io("start the control thread"))?;
+    let prepare = ToDestination::Prepare { ram: ram.clone(), ring: keys, ring_geometry: offer, because: connected };
+    control.send(&protocol::encode(&prepare), Deadline::after(bounds.handshake))?;
+    let deadline = Deadline::after(bounds.prepare);
+    let mut dial = || {
+        for lane in lanes(&config.proposal) {
+            owner.serve_lane(lane, deadline)?;
+        }
+        let tethered = config.proposal.tether.as_ref();
+        Ok(tethered.map(|_| session.lanes.dial_guard(deadline)).transpose()?)
+    };
+    // A destination that has failed closes its lanes too; why it did is on the control stream.
+    let guard = dial().map_err(|error: SourceError| match inbox.messages().recv_timeout(LAST_WORDS) {
+        Ok(Listened::Message(ToSource::Failed { reason, .. })) => SourceError::PeerFailed(reason),
+        _ => error,
+    })?;
+    let (happened, happenings) = bounded(64);
+    let (secrets, prepared) = await_prepared(&inbox, bounds.prepare, words)?;
+    let death_watch = match (guard, secrets) {
+        (Some(connection), Some(secrets)) => Some(watch_guard(connection, secrets, happened.clone())?),
+        _ => None,
+    };
+    let lane_watch = match owner.broken() {
+        Some(fd) => {
+            let watch = LaneWatch::start(fd, move || drop(happened.try_send(Happening::LaneBroken)));
+            Some(watch.map_err(io("start the lane watch"))?)
+        }
+        None => None,
+    };
+    let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
+    let live = Live {
+        control,
+        inbox,
+        happenings,
+        owner,
+        ram,
+        ring,
+        owner_region,
+        nonce,
+        reserved,
+        folder: None,
+        catch: None,
+        silence: None,
+        lease_ends: None,
+        recovered: None,
+        _death_watch: death_watch,
+        _lane_watch: lane_watch,
+    };
+    Ok((live, last))
+}
+
+pub(super) fn watch_guard(
+    connection: OwnedFd,
+    secrets: Secrets,
+    happened: Sender<Happening>,
+) -> Result<DeathWatch, GuardError> {
+    DeathWatch::spawn(connection, secrets, move |notice| {
+        // A full channel has told the main loop already that something is wrong.
+        let _ = happened.try_send(match notice {
+            Notice::DeathSign => Happening::DeathSign,
+            Notice::DeathProven => Happening::DeathProven,
+            Notice::GuardGone { why } => Happening::GuardGone(why),
+        });
+    })
+}
+
+pub(super) fn await_prepared(
+    inbox: &Inbox<ToSource>,
+    bound: Duration,
+    words: &Receiver<i32>,
+) -> Result<(Option<Secrets>, ObservationId), SourceError> {
+    select! {
+        recv(inbox.messages()) -> heard => match heard {
+            Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
+            Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
+            Ok(Listened::Message(other)) => {
+                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into())
+            }
+            Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
+            Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
+        },
+        recv(words) -> _ => Err(SourceError::Cancelled),
+        default(bound) => Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
+    }
+}
+
+/// Every lane of a session, in the order in which the source dials and the destination takes them. None that nobody would hold: a
+/// lane that is closed says that the other host is lost.
+pub(in crate::migrate) fn lanes(proposal: &Proposal) -> impl Iterator<Item = LaneId> + use<> {
+    let a_shard = |index| [LaneKind::Fault, LaneKind::Bulk].map(|kind| LaneId { kind, index });
+    let of_the_tether = if proposal.tether.is_some() { 0..2 } else { 0..0 };
+    let checkpoint = of_the_tether.map(|index| LaneId { kind: LaneKind::Checkpoint, index });
+    (0..proposal.shards).flat_map(a_shard).chain(checkpoint)
+}
+
+/// How long a destination that has broken off is listened to for its reason.
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(500);
