@@ -101,6 +101,7 @@ fn round(rig: &Tethered, scattered: &mut Scattered, into: &mut Samples) -> Resul
     std::thread::sleep(INTO);
     let stats = rig.checkpoint()?;
     let Some(pause) = rig.clock.last_pause() else { return Ok(false) };
+    rig.wait_folded(stats.number())?;
     rig.stop_and_resume()?;
     let Some(bare) = rig.clock.last_pause() else { return Ok(false) };
 

@@ -6,7 +6,7 @@ use crate::rig::{self, Ends, Landing, Source, soon};
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::epoch::{Arrivals, EpochObserver, EpochStats, Tether, TetherConfig, TetherParts};
 use belay_checkpoint::fold::{FoldConfig, FoldState, FoldTarget, Folder};
-use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, Packet, RamBlock, TrackerKind};
+use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
 use belay_checkpoint::policy::FixedPeriod;
 use belay_checkpoint::record::{Limits, largest_record};
@@ -188,6 +188,12 @@ impl Tethered {
         }
     }
 
+    /// Waits until the source has folded it: until nobody works for it any more.
+    pub fn wait_folded(&self, epoch: Epoch) -> Result<(), BenchError> {
+        let folded = self.folder.wait_folded(epoch, soon()).folded;
+        if folded < epoch { Err(BenchError::NoCommit { why: self.tether.failed() }) } else { Ok(()) }
+    }
+
     /// Stops the guest and lets it go at once.
     pub fn stop_and_resume(&self) -> Result<(), BenchError> {
         let mut guest = Watched { guest: self.guest.clone(), clock: self.clock.clone() };
@@ -201,10 +207,7 @@ impl Tethered {
         self.guest.lock().park_at_step(next)?;
         self.guest.lock().wait_parked(soon())?;
         let epoch = self.checkpoint()?.number();
-        let folded = self.folder.wait_folded(epoch, soon()).folded;
-        if folded < epoch {
-            return Err(BenchError::NoCommit { why: None });
-        }
+        self.wait_folded(epoch)?;
         let (mut here, mut home) = (vec![0; PAGE_SIZE], vec![0; PAGE_SIZE]);
         for page in 0..self.alias.len() / PAGE_SIZE {
             self.alias.read(page * PAGE_SIZE, &mut here);
@@ -244,14 +247,23 @@ pub struct GuestClock {
     memory: Arc<Mapping>,
     at: usize,
     khz: u32,
-    /// Gaps logged before the last resume: the next one is that pause.
-    mark: Arc<AtomicU64>,
+    last: Arc<Stop>,
+}
+
+/// The last stop, by the host's clock.
+#[derive(Default)]
+struct Stop {
+    since: Mutex<Option<Instant>>,
+    /// Gaps logged before the resume, and for how long the guest had certainly stood still by then, in ns: the first gap after
+    /// those that is no shorter is this stop. (A gap may come between: the guest was just about to log it.)
+    mark: AtomicU64,
+    still_ns: AtomicU64,
 }
 
 fn guest_log(spec: &GuestSpec, alias: &Arc<Mapping>, khz: u32) -> Result<GuestClock, BenchError> {
     let layout = spec.layout().map_err(|error| GuestError::BadState(error.to_string()))?;
     let at = layout.metronome_log().offset();
-    Ok(GuestClock { memory: alias.clone(), at, khz, mark: Arc::default() })
+    Ok(GuestClock { memory: alias.clone(), at, khz, last: Arc::default() })
 }
 
 impl GuestClock {
@@ -259,22 +271,45 @@ impl GuestClock {
         self.memory.load_u64(self.at, Ordering::Acquire)
     }
 
+    fn gap(&self, index: u64) -> Duration {
+        let entry = self.at + 128 + (index % METRONOME_LOG_ENTRIES) as usize * 16;
+        let ticks = self.memory.load_u64(entry + 8, Ordering::Acquire);
+        Duration::from_nanos(ticks.saturating_mul(1_000_000) / u64::from(self.khz))
+    }
+
     /// How long the last pause was for the guest. `None` when it was not watching then.
     pub fn last_pause(&self) -> Option<Duration> {
-        let (mark, deadline) = (self.mark.load(Ordering::Acquire), Deadline::after(LOG_BOUND));
-        while self.logged() <= mark {
+        let mut index = self.last.mark.load(Ordering::Acquire);
+        let still = Duration::from_nanos(self.last.still_ns.load(Ordering::Acquire));
+        let deadline = Deadline::after(LOG_BOUND);
+        loop {
+            while index < self.logged() {
+                let gap = self.gap(index);
+                if gap >= still {
+                    return Some(gap);
+                }
+                index += 1;
+            }
             if deadline.expired() {
                 return None;
             }
             std::thread::sleep(Duration::from_micros(100));
         }
-        let entry = self.at + 128 + (mark % METRONOME_LOG_ENTRIES) as usize * 16;
-        let ticks = self.memory.load_u64(entry + 8, Ordering::Acquire);
-        Some(Duration::from_nanos(ticks.saturating_mul(1_000_000) / u64::from(self.khz)))
+    }
+
+    fn stopped(&self) {
+        *self.last.since.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    fn resuming(&self) {
+        let since = self.last.since.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let still = since.map_or(Duration::ZERO, |since| since.elapsed());
+        self.last.mark.store(self.logged(), Ordering::Release);
+        self.last.still_ns.store(u64::try_from(still.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
     }
 }
 
-/// The guest as the tether sees it: notes at each resume how many gaps were logged before.
+/// The guest as the tether sees it: notes when it stands still, and how many gaps it had logged by then.
 struct Watched {
     guest: SharedGuest,
     clock: GuestClock,
@@ -282,10 +317,12 @@ struct Watched {
 
 impl Guest for Watched {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
-        self.guest.pause(deadline)
+        self.guest.pause(deadline)?;
+        self.clock.stopped();
+        Ok(())
     }
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.clock.mark.store(self.clock.logged(), Ordering::Release);
+        self.clock.resuming();
         self.guest.resume()
     }
     fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {

@@ -2,8 +2,7 @@
 //!
 //! Two controls. The *chunk* is small while faults arrive: it is what a fault that comes just after a post has to wait for on a
 //! fabric that completes while posting. The *window* (chunks in flight) halves when a demand READ takes much longer on the
-//! wire than it does unloaded, and grows back by one for every few chunks that complete in peace; while faults arrive it is
-//! small to begin with, because what is in flight by then stands before every fault, in a socket or on a CPU.
+//! wire than it does unloaded, and grows back by one for every few chunks that complete in peace.
 
 use super::plan::Tuning;
 
@@ -21,7 +20,6 @@ pub(super) struct Pace {
     chunk_bytes: u64,
     busy_chunk_bytes: u64,
     most: usize,
-    busy_most: usize,
     window: usize,
     /// Smoothed wire time of demand READs when fast; creeps up so that a change of the path is learnt.
     unloaded_ns: u64,
@@ -35,7 +33,6 @@ impl Pace {
             chunk_bytes: tuning.chunk_bytes,
             busy_chunk_bytes: tuning.busy_chunk_bytes,
             most: tuning.bulk_chunks,
-            busy_most: tuning.busy_bulk_chunks,
             window: tuning.bulk_chunks,
             unloaded_ns: 0,
             last_fault_ns: None,
@@ -75,8 +72,8 @@ impl Pace {
 
     /// Chunks that may be in flight.
     #[inline]
-    pub(super) fn window(&self, now_ns: u64) -> usize {
-        if self.busy(now_ns) { self.window.min(self.busy_most).max(1) } else { self.window }
+    pub(super) fn window(&self) -> usize {
+        self.window
     }
 
     /// Bytes of the next chunk.
@@ -100,25 +97,23 @@ mod tests {
     fn the_window_shrinks_when_demand_slows_and_grows_back_in_peace() {
         let mut pace = Pace::new(&Tuning { bulk_chunks: 8, ..Tuning::default() });
         (0..100).for_each(|_| pace.demand_completed(15_000));
-        assert_eq!(pace.window(0), 8);
+        assert_eq!(pace.window(), 8);
         pace.demand_completed(200_000);
         pace.demand_completed(200_000);
-        assert_eq!(pace.window(0), 2);
+        assert_eq!(pace.window(), 2);
         (0..10).for_each(|_| pace.demand_completed(500_000));
-        assert_eq!(pace.window(0), 1);
+        assert_eq!(pace.window(), 1);
         (0..1000).for_each(|_| pace.bulk_completed());
-        assert_eq!(pace.window(0), 8);
+        assert_eq!(pace.window(), 8);
     }
 
     #[test]
-    fn chunks_are_small_and_few_while_faults_arrive() {
+    fn chunks_are_small_while_faults_arrive() {
         let tuning = Tuning::default();
         let mut pace = Pace::new(&tuning);
         assert_eq!(pace.chunk_bytes(0), tuning.chunk_bytes);
         pace.fault(1_000);
         assert_eq!(pace.chunk_bytes(100_000), tuning.busy_chunk_bytes);
-        assert_eq!(pace.window(100_000), tuning.busy_bulk_chunks);
         assert_eq!(pace.chunk_bytes(10_000_000), tuning.chunk_bytes);
-        assert_eq!(pace.window(10_000_000), tuning.bulk_chunks);
     }
 }

@@ -70,8 +70,6 @@ pub struct Tuning {
     pub demand_reads: usize,
     /// Background chunks in flight a shard, at most.
     pub bulk_chunks: usize,
-    /// The same while faults arrive.
-    pub busy_bulk_chunks: usize,
     /// Bytes of one background chunk when no faults arrive.
     pub chunk_bytes: u64,
     /// Bytes of one background chunk while faults arrive: what a fault may have to wait for.
@@ -89,9 +87,8 @@ impl Default for Tuning {
         Self {
             demand_reads: 32,
             bulk_chunks: 8,
-            busy_bulk_chunks: 2,
             chunk_bytes: 256 << 10,
-            busy_chunk_bytes: 32 << 10,
+            busy_chunk_bytes: 64 << 10,
             demand_timeout: Duration::from_secs(5),
             spin: Duration::from_micros(50),
             hold_at_landed: None,

@@ -366,9 +366,7 @@ impl Shard {
         }
         let Some(lane) = &self.bulk_lane else { return Ok(false) };
         let room = lane.window() - lane.outstanding();
-        if self.slots.bulk_in_use() >= self.pace.window(now)
-            || room < self.reads_a_frame
-            || !self.slots.room(LaneOf::Bulk)
+        if self.slots.bulk_in_use() >= self.pace.window() || room < self.reads_a_frame || !self.slots.room(LaneOf::Bulk)
         {
             return Ok(false);
         }
