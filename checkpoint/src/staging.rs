@@ -1,7 +1,7 @@
 //! Staging slots: where an epoch is put together, with the guest stopped, exactly as it will lie in the ring.
 //!
-//! The pause pays for copying page bytes and nothing else: no memory is allocated (a slot's memory is taken and touched when
-//! it is made), and checksums, sequence numbers and the trailer are left to the thread that ships.
+//! The pause pays for copying page bytes and nothing else: a slot's memory is taken and touched when it is made, and checksums,
+//! sequence numbers and the trailer are left to the thread that ships.
 //!
 //! An epoch larger than a slot leaves in several *parts*: when a slot is full it is exchanged for an empty one
 //! ([`Exchange`]) and the guest stays stopped meanwhile.
@@ -33,9 +33,23 @@ pub struct Slot {
     body_max: usize,
     used: usize,
     segments: Vec<Staged>,
+    /// Page data that has a place and is not there yet.
+    copies: Vec<CopyRun>,
     epoch: Epoch,
     last: bool,
 }
+
+/// Bytes to be copied from guest memory into a slot.
+#[derive(Debug, Clone, Copy)]
+struct CopyRun {
+    to: usize,
+    from: usize,
+    len: usize,
+}
+
+/// From so many pages on a second thread copies half of them: scattered pages are cold, one core waits for memory most of the
+/// time, and the vCPUs' cores are idle in a pause. Below, starting the thread costs as much as it saves.
+const PARALLEL_PAGES: usize = 256;
 
 /// Why an epoch could not be staged.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +88,8 @@ impl Slot {
         let key = initiator.register_local(&mapping)?;
         // Streams and indexes fill whole segments; only each region's last index and data segment may be short.
         let segments = Vec::with_capacity(bytes / stride(PAGE_SIZE) + 64);
-        Ok(Self { mapping, key, body_max: shape.body_max, used: 0, segments, epoch: Epoch(0), last: false })
+        let copies = Vec::with_capacity(bytes / PAGE_SIZE);
+        Ok(Self { mapping, key, body_max: shape.body_max, used: 0, segments, copies, epoch: Epoch(0), last: false })
     }
 
     /// Bytes staged in it.
@@ -107,6 +122,7 @@ impl Slot {
     fn begin(&mut self, epoch: Epoch) {
         self.used = 0;
         self.segments.clear();
+        self.copies.clear();
         self.epoch = epoch;
         self.last = false;
     }
@@ -123,6 +139,39 @@ impl Slot {
         section.len = (len as u32).into();
         self.segments.push(Staged { offset: self.used, section });
         self.used += stride(len);
+    }
+}
+
+impl Slot {
+    /// Copies everything listed out of `guest`.
+    fn copy_listed(&mut self, guest: &Mapping) {
+        let pages = self.copies.iter().map(|run| run.len).sum::<usize>() / PAGE_SIZE;
+        let copies = &self.copies[..];
+        if pages < PARALLEL_PAGES {
+            copy(&self.mapping, guest, copies);
+        } else {
+            let mut half = 0;
+            let middle = copies.iter().position(|run| {
+                half += run.len;
+                half * 2 > pages * PAGE_SIZE
+            });
+            let (mine, other) = copies.split_at(middle.unwrap_or(0));
+            std::thread::scope(|scope| {
+                scope.spawn(|| copy(&self.mapping, guest, mine));
+                copy(&self.mapping, guest, other);
+            });
+        }
+        self.copies.clear();
+    }
+}
+
+/// Two runs ahead are fetched while one is copied.
+fn copy(slot: &Mapping, guest: &Mapping, runs: &[CopyRun]) {
+    for (at, run) in runs.iter().enumerate() {
+        if let Some(ahead) = runs.get(at + 2) {
+            guest.prefetch(ahead.from);
+        }
+        slot.copy_from(run.to, guest, run.from, run.len);
     }
 }
 
@@ -269,14 +318,7 @@ impl<'a> Stager<'a> {
             ..Default::default()
         };
         let (mut len, mut room) = (0, 0);
-        // Two runs ahead are fetched while this one is copied: scattered pages are cold, and most of a pause is waiting for them.
-        let mut runs = set.runs(block.id);
-        let mut ahead = [runs.next(), runs.next()];
-        while let [Some((first, count)), next] = ahead {
-            ahead = [next, runs.next()];
-            if let Some((page, _)) = ahead[1] {
-                block.alias.prefetch(page.offset());
-            }
+        for (first, count) in set.runs(block.id) {
             let (mut from, mut left) = (first.offset(), count as usize * PAGE_SIZE);
             while left > 0 {
                 if room - len < PAGE_SIZE {
@@ -284,12 +326,16 @@ impl<'a> Stager<'a> {
                         section.items = ((len / PAGE_SIZE) as u32).into();
                         self.push(section, len)?;
                     }
+                    if self.slot().room() < PAGE_SIZE {
+                        // It is about to be exchanged, and must be whole by then.
+                        self.slot().copy_listed(&block.alias);
+                    }
                     room = self.room(PAGE_SIZE)?;
                     len = 0;
                 }
                 let take = left.min((room - len) / PAGE_SIZE * PAGE_SIZE);
                 let slot = self.slot();
-                slot.mapping.copy_from(slot.used + HEADER + len, &block.alias, from, take);
+                slot.copies.push(CopyRun { to: slot.used + HEADER + len, from, len: take });
                 len += take;
                 from += take;
                 left -= take;
@@ -300,6 +346,7 @@ impl<'a> Stager<'a> {
             section.items = ((len / PAGE_SIZE) as u32).into();
             self.push(section, len)?;
         }
+        self.slot().copy_listed(&block.alias);
         Ok(())
     }
 
