@@ -78,6 +78,7 @@ unsafe impl Ioctl for Scan<'_> {
         std::ptr::from_mut(self.0).cast()
     }
 
+    // SAFETY: the pointer is not used; the result is the ioctl's own return value.
     unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
         usize::try_from(out).map_err(|_| Errno::IO)
     }

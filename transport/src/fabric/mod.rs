@@ -195,7 +195,7 @@ pub trait Owner: Send {
     /// Dials and serves lane `id`.
     fn serve_lane(&mut self, id: LaneId, deadline: Deadline) -> Result<(), FabricError>;
 
-    /// Shuts the old initiator out, in the order of DESIGN.md's table, and gives the ring to `last_read`, once, from the instant on
+    /// Shuts the old initiator out and gives the ring to `last_read`, once, from the instant on
     /// at which nothing can commit any more: whatever has committed is in it. Idempotent: a second call reads nothing.
     /// `tcp`: sockets shut and their threads joined; the ring then stands still. `local`: owner epoch bumped, fence; a stale writer
     /// may still scribble while `last_read` runs, so it judges from private copies; then the file is truncated to nothing, and the

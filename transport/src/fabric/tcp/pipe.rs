@@ -106,12 +106,18 @@ impl Pieces {
 }
 
 /// recvmsg(2) with the type of [`Pieces::call`].
+///
+/// # Safety
+/// `message` must be valid, and the vector it names writable for as long as the call lasts.
 unsafe fn recvmsg(fd: i32, message: *mut libc::msghdr, flags: i32) -> isize {
     // SAFETY: handed on from the caller.
     unsafe { libc::recvmsg(fd, message, flags) }
 }
 
 /// sendmsg(2) with the type of [`Pieces::call`].
+///
+/// # Safety
+/// `message` must be valid, and the vector it names readable for as long as the call lasts.
 unsafe fn sendmsg(fd: i32, message: *mut libc::msghdr, flags: i32) -> isize {
     // SAFETY: handed on from the caller.
     unsafe { libc::sendmsg(fd, message, flags) }

@@ -47,7 +47,7 @@ impl Source<'_> {
                 None
             }
             Action::GrantLease => {
-                self.switch_due = None;
+                self.answer_due = None;
                 if let (Some(folder), Some(tether)) = (&self.live.folder, &self.config.proposal.tether) {
                     folder.set_granting(true);
                     self.live.lease_ends = None;
@@ -67,8 +67,10 @@ impl Source<'_> {
             Action::Revoke { .. } => self.revoke(),
             Action::FoldAndLoad => self.fold_and_load(),
             Action::ResendOutput => {
-                if let Some(recovered) = &mut self.recovered {
-                    self.output.resend(std::mem::take(&mut recovered.outputs_to_resend));
+                // Once: a resume that is tried again finds them on their way already.
+                let again = self.recovered.as_mut().map(|recovered| std::mem::take(&mut recovered.outputs_to_resend));
+                if let Some(packets) = again.filter(|packets| !packets.is_empty()) {
+                    self.output.resend(packets);
                 }
                 None
             }
@@ -77,7 +79,7 @@ impl Source<'_> {
             Action::AcknowledgeRelease => {
                 let released = ToDestination::Released { because: self.last.clone() };
                 let _ = self.tell(&released);
-                self.switch_due = Some(Deadline::after(bounds.release));
+                self.answer_due = Some(Deadline::after(bounds.release));
                 None
             }
             Action::RefuseRelease => {
@@ -146,7 +148,7 @@ impl Source<'_> {
         self.nonces.push(nonce);
         let device_state_bytes = device_state.len() as u64;
         let because = self.note(Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes });
-        self.switch_due = Some(Deadline::after(bounds.switch));
+        self.answer_due = Some(Deadline::after(bounds.switch));
         self.tell(&ToDestination::Switch { map, device_state, nonce, because })?;
         Ok(())
     }

@@ -137,10 +137,10 @@ impl Source<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
-        if self.switch_due.is_some_and(|due| due.expired())
+        if self.answer_due.is_some_and(|due| due.expired())
             && matches!(self.state, State::Switching { .. } | State::Released { .. })
         {
-            self.switch_due = None;
+            self.answer_due = None;
             if matches!(self.state, State::Released { .. }) {
                 // The record is on disk and was acknowledged as well as can be; whether it was heard is the destination's story.
                 self.outcome = Some(Outcome::Released);

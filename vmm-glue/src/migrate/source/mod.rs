@@ -155,7 +155,7 @@ pub struct Source<'a> {
     last: ObservationId,
     paused_at: Instant,
     noticed_at: Option<Instant>,
-    switch_due: Option<Deadline>,
+    answer_due: Option<Deadline>,
     recovered: Option<Recovered>,
     /// Of every incarnation since, in order.
     nonces: Vec<u64>,
@@ -192,7 +192,7 @@ pub fn run(
         last,
         paused_at: Instant::now(),
         noticed_at: None,
-        switch_due: None,
+        answer_due: None,
         recovered: None,
         nonces: config.proposal.nonces.clone(),
         why: String::new(),
