@@ -30,7 +30,7 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     let (rounds, touches, len) = if quick { (5, 1_000, 32 << 20) } else { (15, 4_000, 128 << 20) };
     let wire = match fabric {
         FabricKind::Local => floor::Wire::Memory,
-        FabricKind::Tcp => floor::Wire::Tcp,
+        FabricKind::Tcp | FabricKind::Verbs => floor::Wire::Tcp,
     };
     let order = scattered(len / floor::PAGE, touches);
     let source = Source::new(len)?;

@@ -28,7 +28,7 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     let chunk = Tuning::default().chunk_bytes as usize;
     let wire = match fabric {
         FabricKind::Local => floor::Wire::Memory,
-        FabricKind::Tcp => floor::Wire::Tcp,
+        FabricKind::Tcp | FabricKind::Verbs => floor::Wire::Tcp,
     };
     let source = Source::new(len)?;
     let floor_source = floor::Source::new(len).map_err(BenchError::io("the floor's source"))?;

@@ -78,7 +78,7 @@ impl Ends {
         });
         let dialled = dialled.map_err(|_| BenchError::Thread("dialling"))??;
         let destination = destination?;
-        let (owner, initiator) = (owner(&dialled)?, initiator(&destination));
+        let (owner, initiator) = (owner(&dialled)?, initiator(&destination)?);
         Ok(Self { owner, initiator, _session: (dialled, destination, listener, path) })
     }
 
@@ -157,7 +157,7 @@ impl Rig {
 fn address(fabric: FabricKind) -> (Address, SocketPath) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     match fabric {
-        FabricKind::Tcp => (Address::Tcp("127.0.0.1:0".into()), SocketPath(None)),
+        FabricKind::Tcp | FabricKind::Verbs => (Address::Tcp("127.0.0.1:0".into()), SocketPath(None)),
         FabricKind::Local => {
             let name = format!("belay-bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);

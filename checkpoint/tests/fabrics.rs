@@ -63,7 +63,8 @@ fn revoke_while_shipping(address: &Address, delay: Duration) {
         let accepted = listener.accept(soon()).unwrap().accept(b"", soon()).unwrap();
         (dialled.join().unwrap().unwrap(), accepted)
     });
-    let (mut owner, mut initiator) = (fabric::owner(&source).unwrap(), fabric::initiator(&destination));
+    let (mut owner, mut initiator) =
+        (fabric::owner(&source).unwrap(), fabric::initiator(&destination).expect("a data path"));
     let ((ring_file, ring), (region_file, region)) = (memory(RING), memory(OWNER_REGION_BYTES));
     let owner_region = OwnerRegion::new(region.clone());
     let keys = owner.export_ring((&ring_file, &ring), (&region_file, &region)).unwrap();

@@ -305,7 +305,7 @@ impl Pretender {
         let session = listener.accept(bound()).expect("a source comes").accept(&[], bound()).unwrap();
         let heard = hear::<ToDestination>(&session.control);
         assert!(matches!(heard, Some(ToDestination::Prepare { .. })), "{heard:?}");
-        let mut initiator = fabric::initiator(&session);
+        let mut initiator = fabric::initiator(&session).expect("a data path");
         let ids = [(LaneKind::Fault, 0), (LaneKind::Bulk, 0), (LaneKind::Checkpoint, 0), (LaneKind::Checkpoint, 1)];
         let lanes = ids.map(|(kind, index)| initiator.open_lane(LaneId { kind, index }, 8, bound()).unwrap());
         let guard = session.lanes.take_guard(bound()).unwrap();

@@ -496,7 +496,7 @@ fn a_local_initiator_maps_nothing_that_is_not_as_it_was_said_to_be() {
     ];
     for (case, (message, sizes)) in cases.iter().enumerate() {
         let session = meet(Over::Local);
-        let mut initiator = fabric::initiator(&session.destination);
+        let mut initiator = fabric::initiator(&session.destination).expect("a data path");
         let lane = session.source.lanes.dial_lane(FAULT, soon()).unwrap();
         send_exports(&lane, message, sizes);
         let error = initiator.open_lane(FAULT, 4, soon()).err().unwrap_or_else(|| panic!("case {case} was believed"));

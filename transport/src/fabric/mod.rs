@@ -23,6 +23,7 @@
 mod exports;
 pub mod local;
 pub mod tcp;
+pub mod verbs;
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
@@ -40,6 +41,8 @@ pub enum FabricKind {
     Local,
     /// TCP, with or without TLS; a thread at the owner answers.
     Tcp,
+    /// RDMA through libibverbs: InfiniBand, RoCE v2, iWARP.
+    Verbs,
 }
 
 /// What a lane is for. One lane of each kind a shard; two of `Checkpoint` (records; heartbeat and lease).
@@ -134,6 +137,13 @@ pub trait Lane: Send {
     /// in place when its id comes back.
     fn poll(&mut self, done: &mut [u64]) -> Result<usize, FabricError>;
 
+    /// To be called before sleeping on [`Lane::readiness`]: asks for a wake-up at the next completion. `true`: something has
+    /// completed meanwhile, so poll instead of sleeping. Only `verbs` needs it, where a completion makes the descriptor
+    /// readable only if it was asked to (ibv_req_notify_cq(3)).
+    fn arm(&mut self) -> Result<bool, FabricError> {
+        Ok(false)
+    }
+
     /// A descriptor that polls readable when [`Lane::poll`] may have something, for a thread that waits on several things.
     /// `None`: operations complete while they are posted, there is never anything to wait for.
     fn readiness(&self) -> Option<BorrowedFd<'_>>;
@@ -215,15 +225,21 @@ pub fn owner(session: &SourceSession) -> Result<Box<dyn Owner>, FabricError> {
     Ok(match session.agreed.fabric {
         FabricKind::Local => Box::new(local::LocalOwner::new(session.lanes.clone())?),
         FabricKind::Tcp => Box::new(tcp::TcpOwner::new(session.lanes.clone())?),
+        FabricKind::Verbs => {
+            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
+        }
     })
 }
 
 /// The destination's data path of a session, over the fabric that was agreed on.
-pub fn initiator(session: &DestinationSession) -> Box<dyn Initiator> {
-    match session.agreed.fabric {
+pub fn initiator(session: &DestinationSession) -> Result<Box<dyn Initiator>, FabricError> {
+    Ok(match session.agreed.fabric {
         FabricKind::Local => Box::new(local::LocalInitiator::new(session.lanes.clone())),
         FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(session.lanes.clone())),
-    }
+        FabricKind::Verbs => {
+            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
+        }
+    })
 }
 
 /// Why a fabric operation failed.
@@ -255,6 +271,8 @@ pub enum FabricError {
     UnknownKey { what: &'static str, key: u64 },
     #[error("lane {lane:?}: the peer broke the protocol: {what}")]
     Protocol { lane: LaneId, what: String },
+    #[error("the fabric {fabric:?} cannot be used: {why}")]
+    Unavailable { fabric: FabricKind, why: String },
     #[error("{doing}")]
     Io {
         doing: String,

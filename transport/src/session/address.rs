@@ -17,10 +17,10 @@ pub enum Address {
 }
 
 impl Address {
-    /// The fabrics that can run over this kind of address, best first. (`verbs` will stand before `tcp`.)
+    /// The fabrics that can run over this kind of address, best first.
     pub fn fabrics(&self) -> &'static [FabricKind] {
         match self {
-            Self::Tcp(_) => &[FabricKind::Tcp],
+            Self::Tcp(_) => &[FabricKind::Verbs, FabricKind::Tcp],
             Self::Unix(_) => &[FabricKind::Local],
         }
     }

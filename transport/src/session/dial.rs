@@ -1,5 +1,6 @@
 //! The source's side of a session: it dials control, every lane, and the guard connection.
 
+use super::binding::BindingKey;
 use super::control::Control;
 use super::hello::{Agreed, MAX_HELLO_BYTES, Offer, decode_reply, encode_hello};
 use super::preamble::{
@@ -26,6 +27,7 @@ pub struct SourceSession {
 #[derive(Debug, Clone)]
 pub struct LaneDialer {
     inner: Arc<Dialer>,
+    binding: Option<BindingKey>,
 }
 
 #[derive(Debug)]
@@ -56,7 +58,8 @@ pub fn connect(
 ) -> Result<SourceSession, SessionError> {
     let session = SessionId(random()?);
     let token = Token(random()?);
-    let hello = encode_hello(session, &token, config.versions, address, offer)?;
+    let fabrics = config.fabrics(address);
+    let hello = encode_hello(session, &token, config.versions, &fabrics, offer)?;
     let versions = config.versions;
     let dialer = Dialer { address: address.clone(), config, session, token };
     let mut stream = dialer.open(Kind::Control, deadline)?;
@@ -71,15 +74,26 @@ pub fn connect(
     }
     let mut reply = vec![0; length];
     stream.read_exact("receiving the reply", &mut reply, deadline)?;
-    let (agreed, blob) = decode_reply(&reply, session, versions, address.fabrics())?;
+    let (agreed, blob) = decode_reply(&reply, session, versions, &fabrics)?;
+    let binding = BindingKey::of(&stream, session, &dialer.token)?;
     let control = Arc::new(Control::new(stream, dialer.config.max_frame_bytes));
-    Ok(SourceSession { control, agreed, blob, lanes: LaneDialer { inner: Arc::new(dialer) } })
+    Ok(SourceSession { control, agreed, blob, lanes: LaneDialer { inner: Arc::new(dialer), binding } })
 }
 
 impl LaneDialer {
     /// Whether this session's connections are encrypted.
     pub fn is_encrypted(&self) -> bool {
         matches!((&self.inner.address, &self.inner.config.security), (Address::Tcp(_), Security::Tls(_)))
+    }
+
+    /// Configuration the session was dialled with.
+    pub fn config(&self) -> &SessionConfig {
+        &self.inner.config
+    }
+
+    /// What binds connections outside TLS to this session; `None` where plaintext leaves the host.
+    pub fn binding(&self) -> Option<&BindingKey> {
+        self.binding.as_ref()
     }
 
     /// Opens the connection of lane `id`; returns once the destination has taken it into the session.

@@ -3,8 +3,8 @@
 //! Magic and version range have a fixed place and meaning for ever; the rest is read only once a common version is found, so
 //! that two sides which share none can still say so to each other with both ranges.
 
+use super::SessionError;
 use super::preamble::{SessionId, Token};
-use super::{Address, SessionError};
 use crate::fabric::FabricKind;
 use crate::units::{PageSize, RegionId};
 use serde::{Deserialize, Serialize};
@@ -111,6 +111,7 @@ fn code(fabric: FabricKind) -> u8 {
     match fabric {
         FabricKind::Local => 1,
         FabricKind::Tcp => 2,
+        FabricKind::Verbs => 3,
     }
 }
 
@@ -147,7 +148,7 @@ pub(super) fn encode_hello(
     session: SessionId,
     token: &Token,
     versions: VersionRange,
-    address: &Address,
+    fabrics: &[FabricKind],
     offer: &Offer,
 ) -> Result<Vec<u8>, SessionError> {
     limit("the blob", offer.blob.len(), MAX_BLOB_BYTES)?;
@@ -157,7 +158,7 @@ pub(super) fn encode_hello(
         belay_version: BELAY_VERSION.to_owned(),
         session: session.0,
         token: token.0,
-        fabrics: address.fabrics().iter().copied().map(code).collect(),
+        fabrics: fabrics.iter().copied().map(code).collect(),
         geometry: offer.geometry.clone(),
         blob: offer.blob.clone(),
     };
@@ -264,7 +265,7 @@ mod tests {
             geometry: vec![RegionGeometry { id: RegionId(0), bytes: 1 << 30, page_size: PageSize::Small }],
             blob: b"above".to_vec(),
         };
-        encode_hello(SESSION, &Token([7; 32]), versions, &Address::Tcp("h:1".into()), &offer).unwrap()
+        encode_hello(SESSION, &Token([7; 32]), versions, &[FabricKind::Tcp], &offer).unwrap()
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The destination's side of a session: one listening socket, one acceptor thread that sorts what arrives.
 
+use super::binding::BindingKey;
 use super::control::Control;
 use super::hello::{Agreed, Hello, encode_accept, encode_refusal};
 use super::pending::{Arrived, Pending, Step};
@@ -207,8 +208,9 @@ impl Incoming {
             fabric: self.hello.fabric,
             peer_belay_version: self.hello.belay_version.clone(),
         };
+        let binding = BindingKey::of(&self.stream, self.hello.session, &self.slot.token)?;
         let control = Arc::new(Control::new(self.stream, config.max_frame_bytes));
-        let lanes = LaneAcceptor { slot: self.slot, acceptor: self.acceptor };
+        let lanes = LaneAcceptor { slot: self.slot, acceptor: self.acceptor, binding };
         Ok(DestinationSession { control, agreed, hello: self.hello, lanes })
     }
 
@@ -238,6 +240,7 @@ pub struct DestinationSession {
 pub struct LaneAcceptor {
     slot: Arc<Slot>,
     acceptor: Arc<Acceptor>,
+    binding: Option<BindingKey>,
 }
 
 impl LaneAcceptor {
@@ -268,6 +271,11 @@ impl LaneAcceptor {
     /// Configuration the listener was given.
     pub fn config(&self) -> &SessionConfig {
         &self.acceptor.shared.config
+    }
+
+    /// What binds connections outside TLS to this session; `None` where plaintext leaves the host.
+    pub fn binding(&self) -> Option<&BindingKey> {
+        self.binding.as_ref()
     }
 
     fn wait<T>(

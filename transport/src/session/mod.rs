@@ -15,6 +15,7 @@
 //! acceptor from others. A closed connection is a failure ([`SessionError::PeerClosed`]), never an end that was meant (P6).
 
 mod address;
+mod binding;
 mod control;
 mod dial;
 mod hello;
@@ -26,6 +27,7 @@ mod stream;
 mod tls;
 
 pub use address::Address;
+pub use binding::BindingKey;
 pub use control::Control;
 pub use dial::{LaneDialer, SourceSession, connect};
 pub use hello::{Agreed, Hello, MAX_BLOB_BYTES, Offer, PROTOCOL, RegionGeometry, Role, VersionRange};
@@ -38,7 +40,8 @@ pub(crate) use dial::random;
 pub(crate) use socket::wait_for;
 pub(crate) use stream::{Raw, pull_tls, push_tls};
 
-use crate::fabric::LaneId;
+use crate::fabric::verbs::VerbsSettings;
+use crate::fabric::{FabricKind, LaneId};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -72,6 +75,10 @@ pub struct SessionConfig {
     pub max_pending: usize,
     /// Protocol versions this side speaks.
     pub versions: VersionRange,
+    /// RDMA, if this host offers it: without it, TCP addresses have the fabric `tcp` alone.
+    pub verbs: Option<VerbsSettings>,
+    /// The only fabric to be used; any that the address allows, best first, without one.
+    pub only: Option<FabricKind>,
 }
 
 impl SessionConfig {
@@ -85,7 +92,16 @@ impl SessionConfig {
             handshake_bound: Duration::from_secs(5),
             max_pending: 64,
             versions: PROTOCOL,
+            verbs: None,
+            only: None,
         }
+    }
+
+    /// The fabrics that may run over `address` under this configuration, best first.
+    pub fn fabrics(&self, address: &Address) -> Vec<FabricKind> {
+        let has = |fabric: &FabricKind| *fabric != FabricKind::Verbs || self.verbs.is_some();
+        let wanted = |fabric: &FabricKind| self.only.is_none_or(|only| only == *fabric);
+        address.fabrics().iter().copied().filter(has).filter(wanted).collect()
     }
 }
 
@@ -121,7 +137,7 @@ pub enum SessionError {
     #[error("no common protocol version: this side speaks {ours}, the peer {theirs}")]
     Versions { ours: VersionRange, theirs: VersionRange },
     #[error("no common fabric: offered {offered:?}, this side has {ours:?}")]
-    NoCommonFabric { offered: Vec<u8>, ours: Vec<crate::fabric::FabricKind> },
+    NoCommonFabric { offered: Vec<u8>, ours: Vec<FabricKind> },
     #[error("the peer refused the session: {reason}")]
     Refused { reason: String },
     #[error("the listener has too many connections waiting")]

@@ -124,7 +124,8 @@ impl Pending {
             }
             Phase::Hello(_) => {
                 let versions = shared.config.versions;
-                return match decode_hello(&self.buffer, self.session, versions, shared.address.fabrics()) {
+                return match decode_hello(&self.buffer, self.session, versions, &shared.config.fabrics(&shared.address))
+                {
                     Ok((hello, token)) => Ok(Some(What::Control { hello, token })),
                     Err(error) => {
                         self.refuse(&error, shared);

@@ -86,6 +86,21 @@ impl LaneStream {
         self.tls = Some(Box::new(connection));
     }
 
+    pub(super) fn tls(&self) -> Option<&rustls::Connection> {
+        self.tls.as_deref()
+    }
+
+    /// Whether the other end is on this host for certain: a Unix socket, or a loopback address.
+    pub(super) fn stays_on_this_host(&self) -> bool {
+        match rustix::net::getpeername(&self.fd) {
+            Ok(Some(peer)) if peer.address_family() == rustix::net::AddressFamily::UNIX => true,
+            Ok(Some(peer)) => {
+                std::net::SocketAddr::try_from(peer).is_ok_and(|peer| peer.ip().to_canonical().is_loopback())
+            }
+            Ok(None) | Err(_) => false,
+        }
+    }
+
     /// The socket and, if there is one, the TLS state on it.
     pub fn into_parts(self) -> (OwnedFd, Option<Box<rustls::Connection>>) {
         (self.fd, self.tls)

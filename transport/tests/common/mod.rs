@@ -122,7 +122,7 @@ pub fn world(over: Over) -> World {
 
 pub fn world_in(session: Session) -> World {
     let mut owner = fabric::owner(&session.source).expect("owner");
-    let mut initiator = fabric::initiator(&session.destination);
+    let mut initiator = fabric::initiator(&session.destination).expect("a data path");
     let (ram_file, ram_map) = memory(RAM_BYTES);
     let hole = HOLE.offset as usize..(HOLE.offset + HOLE.len) as usize;
     for run in [0..hole.start, hole.end..RAM_BYTES] {

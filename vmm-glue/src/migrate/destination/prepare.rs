@@ -194,7 +194,7 @@ impl<'a> Destination<'a> {
             None => None,
         };
         let ram = allocate(&session.hello.geometry, observer, &last)?;
-        let mut initiator = fabric::initiator(&session);
+        let mut initiator = fabric::initiator(&session)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let mut landing = Vec::new();
         for ram in &ram {
