@@ -42,6 +42,36 @@ impl Row {
     }
 }
 
+/// One row of a bandwidth table.
+#[derive(Debug, Serialize)]
+pub struct Bandwidth {
+    pub name: String,
+    /// Of one operation.
+    pub bytes: usize,
+    pub iterations: u64,
+    pub peak_bytes_per_s: f64,
+    pub average_bytes_per_s: f64,
+    pub messages_per_s: f64,
+}
+
+/// In perftest's columns and its units: MiB/s, or Gb/s (10^9) where `gbits`; millions of messages a second.
+pub fn print_bandwidth(rows: &[Bandwidth], gbits: bool) {
+    let (unit, scale) = if gbits { ("Gb/sec", 8e-9) } else { ("MiB/sec", 1.0 / f64::from(1 << 20)) };
+    let (peak, average) = (format!("BW peak[{unit}]"), format!("BW average[{unit}]"));
+    println!(" {:<34} {:>7} {:>11} {peak:>17} {average:>20} {:>15}", "", "#bytes", "#iterations", "MsgRate[Mpps]");
+    for row in rows {
+        println!(
+            " {:<34} {:>7} {:>11} {:>17.2} {:>20.2} {:>15.6}",
+            row.name,
+            row.bytes,
+            row.iterations,
+            row.peak_bytes_per_s * scale,
+            row.average_bytes_per_s * scale,
+            row.messages_per_s / 1e6
+        );
+    }
+}
+
 /// The middle value; 0 of nothing.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
