@@ -141,7 +141,7 @@ pub fn read_bw(client: &mut Client, options: &Options) -> Result<Outcome, BenchE
         let used = met.usage()?.since(&before);
         reads.check(streamed.operations)?;
         outcome.source.push(SourceUse::new(bytes, streamed.operations, used));
-        outcome.bandwidth.push(bandwidth("READ on the bulk lane", bytes, streamed));
+        outcome.bandwidth.push(bandwidth("READ", bytes, streamed));
     }
     drop(lane);
     met.done()?;
@@ -232,7 +232,7 @@ pub fn write_bw(client: &mut Client, options: &Options) -> Result<Outcome, Bench
         let places = (writes.room / bytes) as u64;
         met.check_written(salt, streamed.operations.min(places) * bytes as u64)?;
         outcome.source.push(SourceUse::new(bytes, streamed.operations, used));
-        outcome.bandwidth.push(bandwidth("WRITE on the checkpoint lane", bytes, streamed));
+        outcome.bandwidth.push(bandwidth("WRITE", bytes, streamed));
     }
     drop(lane);
     met.done()?;

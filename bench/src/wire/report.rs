@@ -111,35 +111,33 @@ pub fn print(outcome: &Outcome, server: &str, gbits: bool) {
     let line = "-".repeat(150);
     println!("{line}\n {}: {}", name.get_name(), name.get_help().map(ToString::to_string).unwrap_or_default());
     println!(" {server} over {:?}, {tls}\n{line}", outcome.fabric);
-    if !outcome.latency.is_empty() {
-        table::print(&outcome.latency);
+    match outcome.test {
+        Test::ReadLat | Test::CommitLat => table::print_latency(&outcome.latency),
+        _ if !outcome.latency.is_empty() => table::print(&outcome.latency),
+        _ => {}
     }
     if !outcome.bandwidth.is_empty() {
         table::print_bandwidth(&outcome.bandwidth, gbits);
     }
-    println!(
-        "\n {:<34} {:>7} {:>11} {:>11} {:>15} {:>17} {:>19}",
-        "source's process", "#bytes", "#operations", "CPU[us]", "CPU/op[ns]", "switches (own)", "switches (forced)"
-    );
+    if !outcome.ratios.is_empty() {
+        println!();
+    }
+    for ratio in &outcome.ratios {
+        let goal = ratio.goal.map(|goal| format!(" (goal {goal:.2})")).unwrap_or_default();
+        println!(" {:<30} {:>9.3}   {}{goal}", ratio.name, ratio.value, ratio.what);
+    }
+    println!();
     for used in &outcome.source {
-        let process = used.usage.process;
+        let (process, bytes) = (used.usage.process, used.bytes);
         println!(
-            " {:<34} {:>7} {:>11} {:>11.0} {:>15.1} {:>17} {:>19}",
-            "",
-            used.bytes,
+            " source: {} operations of {bytes} bytes, {:.0} us of its CPU ({:.1} ns each), {} context switches of its own will, \
+             {} forced",
             used.operations,
             process.cpu_ns as f64 / 1e3,
             process.cpu_ns as f64 / used.operations.max(1) as f64,
             process.voluntary_switches,
             process.involuntary_switches
         );
-    }
-    if !outcome.ratios.is_empty() {
-        println!();
-    }
-    for ratio in &outcome.ratios {
-        let goal = ratio.goal.map(|goal| format!("   (goal {goal:.2})")).unwrap_or_default();
-        println!(" {:<48} {:>9.3}{goal}", ratio.what, ratio.value);
     }
     println!();
 }
