@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod exit;
+mod fabric;
 mod holder;
 mod judge;
 mod keygen;

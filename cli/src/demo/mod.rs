@@ -8,10 +8,11 @@ pub mod timeline;
 
 use crate::exit::Exit;
 use crate::options::{
-    ConfigFile, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
+    ConfigFile, FabricChoice, FabricOptions, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
 };
 use crate::quantity::{Bytes, Span};
-use crate::report;
+use crate::{fabric, report};
+use belay_transport::session::{Address, Security};
 use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
 use belay_vmm_glue::migrate::protocol::explain;
 use child::{Proc, Role, Said};
@@ -32,9 +33,8 @@ pub struct DemoArgs {
     guest: GuestOptions,
     #[command(flatten)]
     tether: TetherOptions,
-    /// What carries pages and checkpoints [default: local]
-    #[arg(long, value_enum)]
-    fabric: Option<FabricChoice>,
+    #[command(flatten)]
+    fabric: FabricOptions,
     /// Encrypt TCP with a pair of certificates made for this run
     #[arg(long)]
     tls: bool,
@@ -59,6 +59,7 @@ const EXAMPLES: &str = "\
 Examples:
   belay demo                                             256 MiB over shared memory, killed at 40 % landed
   belay demo --fabric tcp --tls --vmm apart              over TLS, the VMM in a process of its own
+  belay demo --fabric verbs                              through this host's RDMA device, there and back
   belay demo --memory 1G --kill-at never --policy none   plain post-copy to the end, for comparison
   belay demo --output lease                              see what a catch costs without output commit";
 
@@ -94,20 +95,27 @@ pub fn run(mut args: DemoArgs) -> Exit {
             Ok(file) => {
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
+                args.fabric = args.fabric.or(file.fabric);
             }
             Err(error) => return usage(&explain(&error)),
         }
     }
-    let fabric = args.fabric.unwrap_or(FabricChoice::Local);
+    // Both hosts are this one, and the demo's guest holds nothing that anybody might not read.
+    args.fabric.trusted_fabric = true;
+    let fabric = args.fabric.fabric.unwrap_or(FabricChoice::Local);
     if args.tls && fabric == FabricChoice::Local {
         return usage(
-            "--tls goes with --fabric tcp: over local, control is a Unix socket that only this user can open",
+            "--tls goes with --fabric tcp or verbs: over local, control is a Unix socket that only this user can open",
         );
     }
     if args.tether.policy == Some(PolicyChoice::None) && args.kill_at != KillAt::Never {
         return usage(
             "--policy none leaves nothing to catch the guest with: add --kill-at never, or drop --policy none",
         );
+    }
+    // Looked for here, so that it is told once and not by two processes.
+    if let Err(refused) = fabric::session(&args.fabric, Security::LoopbackOnly, &demo_address(fabric)) {
+        return report::ended(&observer, refused.told(&observer));
     }
     let memory = args.guest.memory.unwrap_or(Bytes(256 << 20)).0;
     if let Err(text) = enough_memory(memory, &args.tether) {
@@ -120,6 +128,14 @@ pub fn run(mut args: DemoArgs) -> Exit {
             let interrupted = matches!(error, DemoError::Interrupted(_));
             report::ended(&observer, if interrupted { Exit::Interrupted } else { Exit::Failed })
         }
+    }
+}
+
+/// The kind of address over which a fabric runs, for a check before there is one.
+fn demo_address(fabric: FabricChoice) -> Address {
+    match fabric {
+        FabricChoice::Local => Address::Unix(PathBuf::new()),
+        FabricChoice::Auto | FabricChoice::Tcp | FabricChoice::Verbs => Address::Tcp("127.0.0.1:0".to_owned()),
     }
 }
 

@@ -1,7 +1,9 @@
 //! `verbs`: one-sided RDMA over reliable connections (InfiniBand, RoCE v2, iWARP), set up by rdma_cm.
 
+mod look;
 mod settings;
 
+pub use look::{NoDevice, look};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};
