@@ -1,7 +1,10 @@
 //! `verbs`: one-sided RDMA over reliable connections (InfiniBand, RoCE v2, iWARP), set up by rdma_cm.
 
+#[allow(dead_code, unused_imports)]
+mod registration;
 mod settings;
 
+pub use registration::{BadChunk, LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};
