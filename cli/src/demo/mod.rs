@@ -3,8 +3,8 @@
 
 mod child;
 mod commands;
-mod judge;
-mod timeline;
+pub mod judge;
+pub mod timeline;
 
 use crate::exit::Exit;
 use crate::options::{
@@ -217,9 +217,9 @@ impl Drop for Scratch {
     }
 }
 
-/// What was known when the destination was killed.
+/// What was known when the destination was lost.
 #[derive(Debug, Clone, Copy, Default)]
-struct AtKill {
+pub struct AtKill {
     landed_frames: u64,
     absent_frames: u64,
     commits: u64,
@@ -229,6 +229,18 @@ struct AtKill {
 }
 
 impl AtKill {
+    /// Takes in what the destination said next.
+    pub fn learn(&mut self, said: &Kind) {
+        match *said {
+            Kind::Committed { epoch, .. } => (self.commits, self.newest_commit) = (self.commits + 1, epoch),
+            Kind::Pull { landed_frames, absent_frames, held_packets, released_packets, .. } => {
+                (self.landed_frames, self.absent_frames) = (landed_frames, absent_frames);
+                (self.held_packets, self.released_packets) = (held_packets, released_packets);
+            }
+            _ => {}
+        }
+    }
+
     fn landed_percent(&self) -> f64 {
         self.landed_frames as f64 * 100.0 / (self.landed_frames + self.absent_frames).max(1) as f64
     }
@@ -383,26 +395,24 @@ impl Demo {
                 "the moment to kill the destination (pull in progress, three commits, a packet out and one held)",
             )?;
             match said {
-                Said::Observation(Role::Destination, observation) => match observation.kind {
-                    Kind::Committed { epoch, .. } => (seen.commits, seen.newest_commit) = (seen.commits + 1, epoch),
-                    Kind::Pull { landed_frames, absent_frames, held_packets, released_packets, .. } => {
-                        (seen.landed_frames, seen.absent_frames) = (landed_frames, absent_frames);
-                        (seen.held_packets, seen.released_packets) = (held_packets, released_packets);
-                        bar.set_length(landed_frames + absent_frames);
-                        bar.set_position(landed_frames);
-                        // Under a lease nothing is held, so a held packet is not waited for.
-                        let held = held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
-                        let far = seen.landed_percent() >= f64::from(percent);
-                        // A scanner speaks only once it has read everything.
-                        let shown =
-                            self.args.guest.guest == Some(ProgramChoice::Scanner) || (released_packets >= 1 && held);
-                        if far && seen.commits >= 3 && shown {
-                            bar.finish_and_clear();
-                            return Ok(seen);
-                        }
+                Said::Observation(Role::Destination, observation) => {
+                    seen.learn(&observation.kind);
+                    if !matches!(observation.kind, Kind::Pull { .. }) {
+                        continue;
                     }
-                    _ => {}
-                },
+                    bar.set_length(seen.landed_frames + seen.absent_frames);
+                    bar.set_position(seen.landed_frames);
+                    // Under a lease nothing is held, so a held packet is not waited for.
+                    let held = seen.held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
+                    let far = seen.landed_percent() >= f64::from(percent);
+                    // A scanner speaks only once it has read everything.
+                    let shown =
+                        self.args.guest.guest == Some(ProgramChoice::Scanner) || (seen.released_packets >= 1 && held);
+                    if far && seen.commits >= 3 && shown {
+                        bar.finish_and_clear();
+                        return Ok(seen);
+                    }
+                }
                 Said::Closed(who @ (Role::Source | Role::Destination)) => {
                     return Err(DemoError::EndedEarly { who, said: self.last_words() });
                 }

@@ -121,6 +121,20 @@ pub struct RingKeys {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LocalKey(pub u32);
 
+/// How far the registration of one mapping with a device is. Told from several threads, in order; only `verbs` registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Registering {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+    /// Memory regions made of this mapping so far.
+    pub regions: u64,
+    /// Bytes the session has pinned so far, of every mapping.
+    pub pinned_bytes: u64,
+}
+
+/// Is told how far a registration is. Must return quickly.
+pub type RegistrationObserver = Arc<dyn Fn(Registering) + Send + Sync>;
+
 /// Read `len` bytes of the owner's `remote` at `remote_offset` into the initiator's `local` at `local_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Read {
@@ -203,6 +217,9 @@ pub trait Initiator: Send {
         None
     }
 
+    /// Tells `observer` how far registrations are, from now on.
+    fn observe_registration(&mut self, _observer: RegistrationObserver) {}
+
     /// Makes a mapping of ours usable as target or origin of operations. Kept until the initiator is dropped.
     fn register_local(&mut self, mapping: &Arc<Mapping>) -> Result<LocalKey, FabricError>;
 
@@ -219,6 +236,9 @@ pub trait Owner: Send {
     fn details(&self) -> Option<FabricDetails> {
         None
     }
+
+    /// Tells `observer` how far registrations are, from now on.
+    fn observe_registration(&mut self, _observer: RegistrationObserver) {}
 
     /// Exports the extents of `file` that hold data, for reading. Reads elsewhere in the file are refused where the fabric can
     /// tell (`tcp`, `verbs`); `local` maps the file read-only as a whole.
