@@ -1,7 +1,7 @@
 //! Which device, port and GID a session is carried by, and every reason why one cannot be.
 
 use super::super::VerbsSettings;
-use super::{Access, Asked, Device, Gid, GidKind, Inventory, LockLimit, Port, PortState, Transport, Trouble};
+use super::{Access, Asked, Device, Gid, GidKind, Inventory, Port, PortState, Transport, Trouble};
 
 /// A device, a port of it and a GID of that, which together can carry a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,14 +37,14 @@ impl Inventory {
         }
     }
 
-    /// What the operator's settings come to on this host, with `locked_bytes` to be registered; or the first thing that is wrong,
+    /// What the operator's settings come to on this host, with `locked_bytes` to be pinned; or the first thing that is wrong,
     /// from the libraries on to the GID. What was not said is chosen: the first device and port that are up, and of their
     /// GIDs RoCE v2 over IPv4 first.
     pub fn choose(&self, settings: &VerbsSettings, locked_bytes: u64) -> Result<Choice<'_>, Trouble> {
         if let Some(trouble) = self.troubles().into_iter().next() {
             return Err(trouble);
         }
-        self.lock_limit.check(locked_bytes)?;
+        self.memory.check(locked_bytes)?;
         let Some(asked) = &settings.device else {
             // Of several devices without one that will do, the first one's trouble is told.
             let mut first = None;
@@ -59,16 +59,6 @@ impl Inventory {
         let have = || self.devices.iter().map(|device| device.name.clone()).collect();
         let device = self.devices.iter().find(|device| device.name == *asked);
         device.ok_or_else(|| Trouble::NoSuchDevice { asked: asked.clone(), have: have() })?.choose(settings)
-    }
-}
-
-impl LockLimit {
-    /// Whether `need_bytes` may be locked.
-    pub fn check(&self, need_bytes: u64) -> Result<(), Trouble> {
-        match self.limit_bytes {
-            Some(have_bytes) if !self.allows(need_bytes) => Err(Trouble::MemlockTooLow { have_bytes, need_bytes }),
-            _ => Ok(()),
-        }
     }
 }
 

@@ -12,10 +12,9 @@ mod trouble;
 pub use choose::Choice;
 pub use trouble::Trouble;
 
+use super::registration::LockedMemory;
 use belay_verbs_sys::LoadError;
-use rustix::process::{Resource, getrlimit};
 use std::fmt;
-use std::fs;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 
@@ -215,34 +214,6 @@ impl Device {
     }
 }
 
-/// How much memory this process may lock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LockLimit {
-    /// RLIMIT_MEMLOCK, bytes; none: any number.
-    pub limit_bytes: Option<u64>,
-    /// CAP_IPC_LOCK of the initial user namespace, with which the kernel's RDMA core does not look at the limit.
-    pub exempt: bool,
-}
-
-impl LockLimit {
-    /// This process's own.
-    pub fn of_this_process() -> Self {
-        // A capability of another user namespace (a rootless container's) is none in the kernel's eyes here.
-        let initial = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
-            let mut words = map.split_whitespace();
-            words.next() == Some("0") && words.next() == Some("0") && words.next() == Some("4294967295")
-        });
-        let capable = rustix::thread::capabilities(None)
-            .is_ok_and(|sets| sets.effective.contains(rustix::thread::CapabilitySet::IPC_LOCK));
-        Self { limit_bytes: getrlimit(Resource::Memlock).current, exempt: initial && capable }
-    }
-
-    /// Whether `bytes` may be locked (registered) beside nothing else.
-    pub fn allows(&self, bytes: u64) -> bool {
-        self.exempt || self.limit_bytes.is_none_or(|limit| bytes <= limit)
-    }
-}
-
 /// The two libraries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Libraries {
@@ -274,7 +245,7 @@ pub struct Inventory {
     pub devices: Vec<Device>,
     /// `/dev/infiniband/rdma_cm`.
     pub rdma_cm: DeviceFile,
-    pub lock_limit: LockLimit,
+    pub memory: LockedMemory,
 }
 
 /// Where to look.
@@ -301,14 +272,14 @@ impl Inventory {
     /// Looks at this host. Opens each device once to ask for its limits.
     pub fn of_this_host() -> Self {
         let roots = Roots { sys: "/sys".into(), dev: "/dev/infiniband".into() };
-        Self::at(&roots, &access, LockLimit::of_this_process(), &ask::all)
+        Self::at(&roots, &access, LockedMemory::now(), &ask::all)
     }
 
     /// Looks at a tree like this host's, with given answers to what a file cannot tell.
     fn at(
         roots: &Roots,
         access: &dyn Fn(&Path) -> Access,
-        lock_limit: LockLimit,
+        memory: LockedMemory,
         ask: &dyn Fn() -> Result<(Libraries, Answers), LoadError>,
     ) -> Self {
         let file = |path: PathBuf| DeviceFile { access: access(&path), path };
@@ -333,7 +304,7 @@ impl Inventory {
             }
         }
         let kernel = sysfs::class(&roots.sys).is_dir();
-        Self { libraries, kernel, devices, rdma_cm: file(roots.dev.join("rdma_cm")), lock_limit }
+        Self { libraries, kernel, devices, rdma_cm: file(roots.dev.join("rdma_cm")), memory }
     }
 }
 

@@ -3,13 +3,14 @@
 use super::super::VerbsSettings;
 use super::*;
 use std::collections::HashMap;
+use std::fs;
 use tempfile::TempDir;
 
 /// A host made of files, and what its devices would answer.
 struct Host {
     dir: TempDir,
     denied: Vec<&'static str>,
-    lock_limit: LockLimit,
+    memory: LockedMemory,
     libraries: Result<(), LoadError>,
     answers: HashMap<String, Result<Answer, (&'static str, i32)>>,
 }
@@ -28,7 +29,7 @@ fn limits() -> Limits {
     }
 }
 
-const NO_LIMIT: LockLimit = LockLimit { limit_bytes: None, exempt: false };
+const NO_LIMIT: LockedMemory = LockedMemory { limit: None, pinned: 0, privileged: false };
 
 impl Host {
     /// With the kernel's RDMA core, its connection manager and the libraries, and no device.
@@ -36,7 +37,7 @@ impl Host {
         let host = Self {
             dir: tempfile::tempdir().expect("tempdir"),
             denied: vec![],
-            lock_limit: NO_LIMIT,
+            memory: NO_LIMIT,
             libraries: Ok(()),
             answers: HashMap::new(),
         };
@@ -122,7 +123,7 @@ impl Host {
             let answers = self.answers.iter().map(|(name, answer)| (name.clone(), answer.clone())).collect();
             Ok((libraries.clone(), answers))
         };
-        Inventory::at(&roots, &denied, self.lock_limit, &ask)
+        Inventory::at(&roots, &denied, self.memory, &ask)
     }
 
     fn choose(&self, settings: &VerbsSettings) -> Result<(String, u8, u32), Trouble> {
@@ -254,13 +255,15 @@ fn a_device_that_does_not_answer_is_told_with_the_errno() {
 #[test]
 fn too_little_memory_to_be_locked_is_told_with_both_numbers() {
     let mut host = Host::roce();
-    host.lock_limit = LockLimit { limit_bytes: Some(8 << 20), exempt: false };
-    assert_eq!(host.trouble(), Trouble::MemlockTooLow { have_bytes: 8 << 20, need_bytes: 1 << 30 });
+    let limit = |limit| LockedMemory { limit: Some(limit), ..NO_LIMIT };
+    host.memory = limit(8 << 20);
+    assert!(matches!(host.trouble(), Trouble::Memlock(low) if (low.have, low.need) == (8 << 20, 1 << 30)));
     let told = host.trouble().to_string();
-    assert!(told.contains("8388608") && told.contains("1073741824") && told.contains("RLIMIT_MEMLOCK"), "{told}");
-    host.lock_limit = LockLimit { limit_bytes: Some(1 << 30), exempt: false };
+    assert!(told.contains("8.0 MiB") && told.contains("1.00 GiB") && told.contains("RLIMIT_MEMLOCK"), "{told}");
+    assert!(host.trouble().mend().iter().any(|mend| mend == "ulimit -l unlimited"));
+    host.memory = limit(1 << 30);
     assert!(host.choose(&VerbsSettings::default()).is_ok(), "exactly enough");
-    host.lock_limit = LockLimit { limit_bytes: Some(0), exempt: true };
+    host.memory = LockedMemory { privileged: true, ..limit(0) };
     assert!(host.choose(&VerbsSettings::default()).is_ok(), "with the capability the limit is not looked at");
 }
 

@@ -1,5 +1,6 @@
 //! What can stand between a host and RDMA, and what mends it.
 
+use super::super::MemlockTooLow;
 use super::{GidKind, PortState};
 use belay_verbs_sys::LoadError;
 use std::io;
@@ -43,11 +44,9 @@ pub enum Trouble {
     NoConnectionManager { path: PathBuf },
     #[error("this user may not read and write {path}, through which connections are made")]
     ConnectionManagerDenied { path: PathBuf },
-    #[error(
-        "{have_bytes} bytes may be locked and {need_bytes} are needed: registered memory is locked; raise RLIMIT_MEMLOCK or run \
-         with CAP_IPC_LOCK"
-    )]
-    MemlockTooLow { have_bytes: u64, need_bytes: u64 },
+    /// Less memory may be pinned than must be.
+    #[error(transparent)]
+    Memlock(#[from] MemlockTooLow),
     #[error(
         "port {port} of {device} is INIT: its link is up and waits for the subnet manager of this InfiniBand network"
     )]
@@ -79,7 +78,7 @@ impl Trouble {
             Self::NoUverbs { .. } => &["sudo modprobe ib_uverbs"],
             Self::NoDriver { .. } => &["sudo apt install ibverbs-providers"],
             Self::NoConnectionManager { .. } => &["sudo modprobe rdma_ucm"],
-            Self::MemlockTooLow { .. } => &[
+            Self::Memlock(_) => &[
                 "ulimit -l unlimited",
                 "echo \"$USER - memlock unlimited\" | sudo tee /etc/security/limits.d/belay.conf   # then log in again",
             ],
