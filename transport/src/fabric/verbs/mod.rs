@@ -1,5 +1,6 @@
 //! `verbs`: one-sided RDMA over reliable connections (InfiniBand, RoCE v2, iWARP), set up by rdma_cm.
 
+pub mod inventory;
 mod look;
 #[allow(dead_code, unused_imports)]
 mod registration;
