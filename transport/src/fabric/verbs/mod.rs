@@ -4,7 +4,7 @@
 mod registration;
 mod settings;
 
-pub use registration::{BadChunk, LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
+pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};
