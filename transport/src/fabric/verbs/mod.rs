@@ -7,7 +7,7 @@ mod registration;
 mod settings;
 
 pub use look::{NoDevice, look};
-pub use registration::{BadChunk, LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
+pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};
