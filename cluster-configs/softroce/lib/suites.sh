@@ -5,7 +5,7 @@
 # defines run_suite, which tells checks (lib/results.sh) about hosts that are up and joined (lib/hosts.sh).
 
 # In the order in which `all` runs them: what the later ones build on comes first.
-all_suites() { printf '%s\n' smoke perftest demo; }
+all_suites() { printf '%s\n' smoke perftest demo partition; }
 
 is_suite() { all_suites | grep -qx -- "$1"; }
 
@@ -108,7 +108,7 @@ finish_run() {
   esac
   note "logs and results: $OUT"
   printf '%d passed, %d failed, %d skipped\n' "$PASSED" "$FAILED" "$SKIPPED"
-  [ "$FAILED" = 0 ] && [ "$((PASSED + SKIPPED))" -gt 0 ]
+  if [ "$FAILED" -gt 0 ] || [ "$((PASSED + SKIPPED))" = 0 ]; then exit 1; fi
 }
 
 # However the run ends: no QEMU, no helper and no temporary folder of it is left, unless the hosts are to be kept.
