@@ -2,6 +2,7 @@
 
 mod carrier;
 mod checkpoint;
+mod envelope;
 mod error;
 mod fault;
 mod floor;
@@ -36,6 +37,7 @@ enum Command {
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
     Wire(Box<wire::WireArgs>),
+    Envelope(Box<envelope::Envelope>),
 }
 
 #[derive(Args)]
@@ -100,6 +102,10 @@ fn main() -> ExitCode {
             (Some(report), Some(path)) => save(path, &report),
             _ => Ok(()),
         }),
+        Command::Envelope(envelope) => {
+            println!("{}", envelope.text());
+            envelope.out_json.as_deref().map_or(Ok(()), |path| save(path, &envelope.report()))
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
