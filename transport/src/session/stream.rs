@@ -107,7 +107,7 @@ impl LaneStream {
     }
 
     /// Reads what there is. `Ok(0)`: the peer has closed. `WouldBlock`: nothing yet.
-    pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let Some(tls) = self.tls.as_deref_mut() else {
             return Raw(self.fd.as_fd()).read(into);
         };
@@ -124,7 +124,7 @@ impl LaneStream {
     }
 
     /// Takes as much of `bytes` as fits for sending. What TLS has taken leaves with [`LaneStream::flush`].
-    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.tls.as_deref_mut() {
             None => Raw(self.fd.as_fd()).write(bytes),
             Some(tls) => {
@@ -139,7 +139,7 @@ impl LaneStream {
     }
 
     /// Sends what TLS holds; `WouldBlock` if the socket will not take all of it now.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         match self.tls.as_deref_mut() {
             None => Ok(()),
             Some(tls) => push_tls(self.fd.as_fd(), tls),
@@ -163,7 +163,7 @@ impl LaneStream {
     }
 
     /// What to poll for when an operation would block.
-    pub(super) fn interest(&self) -> PollFlags {
+    pub(crate) fn interest(&self) -> PollFlags {
         match &self.tls {
             Some(tls) if tls.wants_write() => PollFlags::IN | PollFlags::OUT,
             _ => PollFlags::IN,
