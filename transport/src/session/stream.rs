@@ -81,6 +81,12 @@ impl LaneStream {
         Self { fd, tls: None }
     }
 
+    /// One that no session has opened.
+    #[cfg(test)]
+    pub(crate) fn for_test(fd: OwnedFd) -> Self {
+        Self::plain(fd)
+    }
+
     pub(super) fn start_tls(&mut self, mut connection: rustls::Connection) {
         connection.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         self.tls = Some(Box::new(connection));
