@@ -16,6 +16,8 @@ pub enum Exit {
     NoSession = 4,
     /// The migration ended before the switch; the guest runs at the source.
     NotMoved = 5,
+    /// The fabric could not be set up between the two hosts; the guest runs at the source.
+    NoFabric = 6,
     /// The destination was lost and the guest runs at the source again, from the newest committed checkpoint.
     Caught = 10,
     /// The guest is stopped here with its memory kept, because the other host could not be heard.
@@ -48,4 +50,4 @@ Exit codes:
     3  this host lacks something needed     13  retired: the source has taken the guest back
     4  no session with the peer             14  a catch waits for the operator's word
     5  not moved: guest runs at the source  20  the witness found wrong memory or output
-  130  ended by SIGINT or SIGTERM";
+    6  no fabric: RDMA could not be set up  130  ended by SIGINT or SIGTERM";

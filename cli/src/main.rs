@@ -3,7 +3,9 @@
 mod check;
 mod demo;
 mod exit;
+mod fabric;
 mod holder;
+mod judge;
 mod keygen;
 mod observe;
 mod options;
@@ -52,6 +54,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
+    /// Judge a run of two hosts by what each wrote down and what an observer saw
+    Judge(judge::JudgeArgs),
     /// The VMM in a process of its own (started by send and receive with --vmm apart)
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Command::Keygen(args) => keygen::run(args),
         Command::Check(args) => check::run(args),
         Command::Observe(args) => observe::run(args),
+        Command::Judge(args) => judge::run(&args),
         Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };

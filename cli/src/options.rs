@@ -8,6 +8,8 @@ use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::PageSize;
+use belay_transport::fabric::FabricKind;
+use belay_transport::fabric::verbs::VerbsSettings;
 use belay_transport::session::{Credentials, Security, SessionError};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -83,6 +85,31 @@ pub struct GuestOptions {
     /// What drives the guest's memory: kvm, or threads of the host where there is no KVM [default: auto]
     #[arg(long, value_enum)]
     pub drive: Option<Drive>,
+}
+
+/// What carries pages and checkpoints, and which RDMA device that is.
+#[derive(Debug, Clone, Default, Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Fabric")]
+pub struct FabricOptions {
+    /// What carries pages and checkpoints: verbs (RDMA), tcp, or local (shared memory, over unix:/path). auto takes verbs where
+    /// both hosts have a device and say --trusted-fabric, else tcp, and says why [default: auto; in the demo local]
+    #[arg(long, value_enum)]
+    pub fabric: Option<FabricChoice>,
+    /// RDMA carries guest memory in clear. Say this if nobody but these two hosts can read or send packets on the RDMA network;
+    /// verbs is not used without it
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub trusted_fabric: bool,
+    /// RDMA device, as `ibv_devinfo -l` lists it [default: the one behind the session's own address]
+    #[arg(short = 'd', long, value_name = "NAME")]
+    pub ib_dev: Option<String>,
+    /// Port of the RDMA device, from 1 [default: one that is active]
+    #[arg(short = 'i', long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub ib_port: Option<u8>,
+    /// Index into the port's GID table: chooses the address, and with it the RoCE version [default: the address's own]
+    #[arg(short = 'x', long, value_name = "N")]
+    pub gid_index: Option<u8>,
 }
 
 /// Who may talk to us, and who we are.
@@ -260,10 +287,14 @@ choice! {
 choice! {
     /// What carries pages and checkpoints.
     FabricChoice {
+        /// verbs where both hosts can and trust the network, else tcp
+        Auto,
         /// Shared memory on one host
         Local,
         /// TCP
         Tcp,
+        /// RDMA: InfiniBand, RoCE, iWARP
+        Verbs,
     }
 }
 
@@ -301,6 +332,7 @@ impl From<TrackerChoice> for TrackerKind {
 pub struct ConfigFile {
     pub tether: TetherOptions,
     pub guest: GuestOptions,
+    pub fabric: FabricOptions,
     pub security: SecurityOptions,
 }
 
@@ -346,6 +378,35 @@ impl GuestOptions {
     pub fn or(mut self, file: Self) -> Self {
         or_from!(self, file: guest, memory, page_size, working_set, dirty_rate, vcpus, seed, vmm, drive);
         self
+    }
+}
+
+impl FabricOptions {
+    /// Fills what the command line left open from the file.
+    pub fn or(mut self, file: Self) -> Self {
+        or_from!(self, file: fabric, ib_dev, ib_port, gid_index);
+        self.trusted_fabric |= file.trusted_fabric;
+        self
+    }
+
+    /// The one fabric that was asked for; `None`: the best that both hosts have.
+    pub fn only(&self) -> Option<FabricKind> {
+        match self.fabric.unwrap_or(FabricChoice::Auto) {
+            FabricChoice::Auto => None,
+            FabricChoice::Local => Some(FabricKind::Local),
+            FabricChoice::Tcp => Some(FabricKind::Tcp),
+            FabricChoice::Verbs => Some(FabricKind::Verbs),
+        }
+    }
+
+    /// The RDMA device the operator described.
+    pub fn verbs(&self) -> VerbsSettings {
+        VerbsSettings {
+            device: self.ib_dev.clone(),
+            port: self.ib_port,
+            gid_index: self.gid_index,
+            trusted: self.trusted_fabric,
+        }
     }
 }
 

@@ -2,11 +2,11 @@
 
 use crate::exit::Exit;
 use crate::holder::{self, Held, ThisHost};
-use crate::options::{ConfigFile, GuestOptions, SecurityOptions};
+use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::{report, signals};
+use crate::{fabric, report, signals};
 use belay_checkpoint::guest::GuestError;
-use belay_transport::session::{Address, Listener, SessionConfig};
+use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
@@ -17,11 +17,13 @@ use std::path::PathBuf;
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ReceiveArgs {
-    /// Where to listen: HOST:PORT (tcp; port 0 takes a free one), or unix:/path (shared memory on one host)
+    /// Where to listen: HOST:PORT (tcp and verbs; port 0 takes a free one), or unix:/path (shared memory on one host)
     #[arg(long, value_name = "ADDR")]
     listen: Address,
     #[command(flatten)]
     guest: PlaceOptions,
+    #[command(flatten)]
+    fabric: FabricOptions,
     #[command(flatten)]
     security: SecurityOptions,
     /// Where the guest's output goes, if it is another address here than at the source
@@ -66,6 +68,7 @@ Examples:
   belay receive --listen 127.0.0.1:7700                    for a `belay send` on this host
   belay receive --listen unix:/run/belay/receive.sock      over shared memory
   belay receive --listen 0.0.0.0:7700 --cert destination.crt --key destination.key --peer-cert source.crt
+  belay receive --listen 0.0.0.0:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
 
 SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's memory is given up; an owned guest is ended.";
 
@@ -78,6 +81,7 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                 let place = GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
                 let place = place.or(file.guest);
                 args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
+                args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
@@ -99,11 +103,15 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         Ok(security) => security,
         Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
     };
+    let session = match fabric::session(&args.fabric, security, &args.listen) {
+        Ok(session) => session,
+        Err(refused) => return refused.told(observer),
+    };
     let words = match signals::termination() {
         Ok(signals) => signals,
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
-    let listener = match Listener::bind(&args.listen, SessionConfig::new(security)) {
+    let listener = match Listener::bind(&args.listen, session) {
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
@@ -143,13 +151,14 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
+                DestinationError::Fabric(_) => Exit::NoFabric,
                 _ => Exit::NotMoved,
             };
-            report::failed(
-                observer,
-                &error,
-                "The guest runs on at the source. `belay check` says what this host lacks.",
-            );
+            let advice = match &error {
+                DestinationError::Fabric(error) => fabric::advice(error),
+                _ => "The guest runs on at the source. `belay check` says what this host lacks.",
+            };
+            report::failed(observer, &error, advice);
             exit
         }
     }

@@ -116,10 +116,17 @@ fn sentence(kind: &Kind) -> Option<String> {
             format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)
         }
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
-        Kind::Connected { peer, fabric, tls, protocol } => {
-            let how = if *tls { "TLS 1.3" } else { "no TLS" };
-            format!("connected to {peer} over {fabric} ({how}, protocol {protocol})")
+        Kind::Connected { peer, fabric, tls, protocol, without_verbs } => {
+            let how = match (&**fabric, *tls) {
+                ("verbs", true) => "control by TLS 1.3, memory in clear",
+                ("verbs", false) => "all in clear",
+                (_, true) => "TLS 1.3",
+                (_, false) => "no TLS",
+            };
+            let why = without_verbs.as_ref().map_or_else(String::new, |why| format!("; not over verbs: {why}"));
+            format!("connected to {peer} over {fabric} ({how}, protocol {protocol}){why}")
         }
+        Kind::Fabric(details) => format!("RDMA through {details}"),
         Kind::Allocated { bytes: n, took_us } => format!("allocated {} in {}", bytes(*n), time(*took_us)),
         Kind::Prepared { took_us } => format!("prepared in {}; the guest has not been touched", time(*took_us)),
         Kind::Paused { .. } => "guest paused for the switch".to_owned(),

@@ -3,15 +3,15 @@
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
 use crate::options::{
-    ConfigFile, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
+    ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
-use crate::{report, signals};
+use crate::{fabric, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::PageSize;
-use belay_transport::session::{Address, SessionConfig};
+use belay_transport::session::Address;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
@@ -25,13 +25,15 @@ use std::time::Duration;
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct SendArgs {
-    /// Where `belay receive` listens: HOST:PORT (tcp), or unix:/path (shared memory on one host)
+    /// Where `belay receive` listens: HOST:PORT (tcp and verbs), or unix:/path (shared memory on one host)
     #[arg(long, value_name = "ADDR")]
     to: Address,
     #[command(flatten)]
     guest: GuestOptions,
     #[command(flatten)]
     tether: TetherOptions,
+    #[command(flatten)]
+    fabric: FabricOptions,
     #[command(flatten)]
     security: SecurityOptions,
     /// Where the guest's output goes: the address of a `belay observe` [default: nowhere]
@@ -66,6 +68,7 @@ Examples:
   belay send --to unix:/run/belay/receive.sock --memory 1G             over shared memory
   belay send --to host-b:7700 --cert source.crt --key source.key --peer-cert destination.crt
   belay send --to host-b:7700 --config cluster-configs/plain-tcp.toml --release never
+  belay send --to host-b:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
 
 SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught; once it runs here again, the guest is ended.";
 
@@ -77,6 +80,7 @@ pub fn run(mut args: SendArgs) -> Exit {
             Ok(file) => {
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
+                args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
@@ -99,6 +103,11 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(security) => security,
         Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
     };
+    let mut session = match fabric::session(&args.fabric, security, &args.to) {
+        Ok(session) => session,
+        Err(refused) => return refused.told(observer),
+    };
+    session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
     let words = match signals::termination() {
         Ok(signals) => signals,
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
@@ -134,8 +143,6 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(true) => return Exit::Interrupted,
         Err(error) => return fail(&error, "The guest was not moved.", Exit::Failed),
     }
-    let mut session = SessionConfig::new(security);
-    session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
     proposal.nonces = held.nonces.clone();
     let config = SourceConfig {
         address: args.to.clone(),
@@ -167,10 +174,12 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
             let (exit, advice) = match &error {
-                SourceError::Connect { .. } => (
-                    Exit::NoSession,
-                    "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
-                ),
+                SourceError::Connect { source, .. } => {
+                    (Exit::NoSession, fabric::no_session(source).unwrap_or(
+                        "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
+                    ))
+                }
+                SourceError::Fabric(error) => (Exit::NoFabric, fabric::advice(error)),
                 SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
                 _ => (
                     Exit::NotMoved,

@@ -14,7 +14,7 @@ impl Demo {
     fn listen_address(&self, name: &str) -> String {
         match self.fabric {
             FabricChoice::Local => format!("unix:{}", self.directory.path(name).display()),
-            FabricChoice::Tcp => "127.0.0.1:0".to_owned(),
+            FabricChoice::Auto | FabricChoice::Tcp | FabricChoice::Verbs => "127.0.0.1:0".to_owned(),
         }
     }
 
@@ -43,10 +43,25 @@ impl Demo {
         command.arg("--peer-cert").arg(self.directory.path(&format!("{peer}.crt")));
     }
 
+    fn add_fabric(&self, command: &mut Command) {
+        let fabric = &self.args.fabric;
+        command.args(["--fabric", &self.fabric.to_string()]);
+        if !matches!(self.fabric, FabricChoice::Auto | FabricChoice::Verbs) {
+            return;
+        }
+        command.arg("--trusted-fabric");
+        let numbers = [("--ib-port", fabric.ib_port), ("--gid-index", fabric.gid_index)];
+        let numbers = numbers.into_iter().filter_map(|(name, n)| Some((name, n?.to_string())));
+        for (name, value) in fabric.ib_dev.iter().map(|name| ("--ib-dev", name.clone())).chain(numbers) {
+            command.args([name, &value]);
+        }
+    }
+
     pub(super) fn receive_command(&self, output_to: &str, tls: bool) -> Result<Command, DemoError> {
         let mut command = self.belay()?;
         command.args(["receive", "--json", "--listen", &self.listen_address("receive.sock"), "--output-to", output_to]);
         command.arg("--state-dir").arg(self.directory.path("destination"));
+        self.add_fabric(&mut command);
         if let Some(place) = self.args.guest.vmm {
             command.args(["--vmm", &place.to_string()]);
         }
@@ -68,6 +83,7 @@ impl Demo {
         let mut command = self.belay()?;
         command.args(["send", "--json", "--to", address, "--output-to", output_to]);
         command.arg("--state-dir").arg(self.directory.path("source"));
+        self.add_fabric(&mut command);
         let (guest, tether) = (&self.args.guest, &self.args.tether);
         let mut pass = |name: &str, value: Option<String>| {
             if let Some(value) = value {

@@ -74,6 +74,8 @@ impl Verdict {
                 time(whole),
                 self.driven_by
             ));
+        } else if let Some(noticed) = self.noticed_to_running_us {
+            out.push_str(&format!("\nnoticed to running {}; guest driven by {}\n", time(noticed), self.driven_by));
         } else if let (Some(total), Some(blackout)) = (self.total_us, self.blackout_us) {
             out.push_str(&format!(
                 "\ntotal migration time {}, of which blackout {}; {} checkpoints; guest driven by {}\n",
@@ -115,7 +117,7 @@ pub fn judge(story: &Story, at_kill: Option<&AtKill>, lease: bool, log: &Path) -
     if let Some(at_kill) = at_kill {
         let (absent, held) = (100.0 - at_kill.landed_percent(), at_kill.held_packets);
         claim(
-            "killed in mid-pull",
+            if story.killed_at_us.is_some() { "killed in mid-pull" } else { "lost in mid-pull" },
             (10.0..=90.0).contains(&absent) && at_kill.commits >= 3 && (at_kill.released_packets >= 1 || scanner),
             format!(
                 "{absent:.0} % of pages absent, {} checkpoints committed, {} packets out, {held} held",

@@ -3,15 +3,16 @@
 
 mod child;
 mod commands;
-mod judge;
-mod timeline;
+pub mod judge;
+pub mod timeline;
 
 use crate::exit::Exit;
 use crate::options::{
-    ConfigFile, FabricChoice, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
+    ConfigFile, FabricChoice, FabricOptions, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
 };
 use crate::quantity::{Bytes, Span};
-use crate::report;
+use crate::{fabric, report};
+use belay_transport::session::{Address, Security};
 use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
 use belay_vmm_glue::migrate::protocol::explain;
 use child::{Proc, Role, Said};
@@ -32,9 +33,8 @@ pub struct DemoArgs {
     guest: GuestOptions,
     #[command(flatten)]
     tether: TetherOptions,
-    /// What carries pages and checkpoints [default: local]
-    #[arg(long, value_enum)]
-    fabric: Option<FabricChoice>,
+    #[command(flatten)]
+    fabric: FabricOptions,
     /// Encrypt TCP with a pair of certificates made for this run
     #[arg(long)]
     tls: bool,
@@ -59,6 +59,7 @@ const EXAMPLES: &str = "\
 Examples:
   belay demo                                             256 MiB over shared memory, killed at 40 % landed
   belay demo --fabric tcp --tls --vmm apart              over TLS, the VMM in a process of its own
+  belay demo --fabric verbs                              through this host's RDMA device, there and back
   belay demo --memory 1G --kill-at never --policy none   plain post-copy to the end, for comparison
   belay demo --output lease                              see what a catch costs without output commit";
 
@@ -94,20 +95,27 @@ pub fn run(mut args: DemoArgs) -> Exit {
             Ok(file) => {
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
+                args.fabric = args.fabric.or(file.fabric);
             }
             Err(error) => return usage(&explain(&error)),
         }
     }
-    let fabric = args.fabric.unwrap_or(FabricChoice::Local);
+    // Both hosts are this one, and the demo's guest holds nothing that anybody might not read.
+    args.fabric.trusted_fabric = true;
+    let fabric = args.fabric.fabric.unwrap_or(FabricChoice::Local);
     if args.tls && fabric == FabricChoice::Local {
         return usage(
-            "--tls goes with --fabric tcp: over local, control is a Unix socket that only this user can open",
+            "--tls goes with --fabric tcp or verbs: over local, control is a Unix socket that only this user can open",
         );
     }
     if args.tether.policy == Some(PolicyChoice::None) && args.kill_at != KillAt::Never {
         return usage(
             "--policy none leaves nothing to catch the guest with: add --kill-at never, or drop --policy none",
         );
+    }
+    // Looked for here, so that it is told once and not by two processes.
+    if let Err(refused) = fabric::session(&args.fabric, Security::LoopbackOnly, &demo_address(fabric)) {
+        return report::ended(&observer, refused.told(&observer));
     }
     let memory = args.guest.memory.unwrap_or(Bytes(256 << 20)).0;
     if let Err(text) = enough_memory(memory, &args.tether) {
@@ -120,6 +128,14 @@ pub fn run(mut args: DemoArgs) -> Exit {
             let interrupted = matches!(error, DemoError::Interrupted(_));
             report::ended(&observer, if interrupted { Exit::Interrupted } else { Exit::Failed })
         }
+    }
+}
+
+/// The kind of address over which a fabric runs, for a check before there is one.
+fn demo_address(fabric: FabricChoice) -> Address {
+    match fabric {
+        FabricChoice::Local => Address::Unix(PathBuf::new()),
+        FabricChoice::Auto | FabricChoice::Tcp | FabricChoice::Verbs => Address::Tcp("127.0.0.1:0".to_owned()),
     }
 }
 
@@ -201,9 +217,9 @@ impl Drop for Scratch {
     }
 }
 
-/// What was known when the destination was killed.
+/// What was known when the destination was lost.
 #[derive(Debug, Clone, Copy, Default)]
-struct AtKill {
+pub struct AtKill {
     landed_frames: u64,
     absent_frames: u64,
     commits: u64,
@@ -213,6 +229,18 @@ struct AtKill {
 }
 
 impl AtKill {
+    /// Takes in what the destination said next.
+    pub fn learn(&mut self, said: &Kind) {
+        match *said {
+            Kind::Committed { epoch, .. } => (self.commits, self.newest_commit) = (self.commits + 1, epoch),
+            Kind::Pull { landed_frames, absent_frames, held_packets, released_packets, .. } => {
+                (self.landed_frames, self.absent_frames) = (landed_frames, absent_frames);
+                (self.held_packets, self.released_packets) = (held_packets, released_packets);
+            }
+            _ => {}
+        }
+    }
+
     fn landed_percent(&self) -> f64 {
         self.landed_frames as f64 * 100.0 / (self.landed_frames + self.absent_frames).max(1) as f64
     }
@@ -367,26 +395,24 @@ impl Demo {
                 "the moment to kill the destination (pull in progress, three commits, a packet out and one held)",
             )?;
             match said {
-                Said::Observation(Role::Destination, observation) => match observation.kind {
-                    Kind::Committed { epoch, .. } => (seen.commits, seen.newest_commit) = (seen.commits + 1, epoch),
-                    Kind::Pull { landed_frames, absent_frames, held_packets, released_packets, .. } => {
-                        (seen.landed_frames, seen.absent_frames) = (landed_frames, absent_frames);
-                        (seen.held_packets, seen.released_packets) = (held_packets, released_packets);
-                        bar.set_length(landed_frames + absent_frames);
-                        bar.set_position(landed_frames);
-                        // Under a lease nothing is held, so a held packet is not waited for.
-                        let held = held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
-                        let far = seen.landed_percent() >= f64::from(percent);
-                        // A scanner speaks only once it has read everything.
-                        let shown =
-                            self.args.guest.guest == Some(ProgramChoice::Scanner) || (released_packets >= 1 && held);
-                        if far && seen.commits >= 3 && shown {
-                            bar.finish_and_clear();
-                            return Ok(seen);
-                        }
+                Said::Observation(Role::Destination, observation) => {
+                    seen.learn(&observation.kind);
+                    if !matches!(observation.kind, Kind::Pull { .. }) {
+                        continue;
                     }
-                    _ => {}
-                },
+                    bar.set_length(seen.landed_frames + seen.absent_frames);
+                    bar.set_position(seen.landed_frames);
+                    // Under a lease nothing is held, so a held packet is not waited for.
+                    let held = seen.held_packets >= 1 || self.args.tether.output == Some(OutputChoice::Lease);
+                    let far = seen.landed_percent() >= f64::from(percent);
+                    // A scanner speaks only once it has read everything.
+                    let shown =
+                        self.args.guest.guest == Some(ProgramChoice::Scanner) || (seen.released_packets >= 1 && held);
+                    if far && seen.commits >= 3 && shown {
+                        bar.finish_and_clear();
+                        return Ok(seen);
+                    }
+                }
                 Said::Closed(who @ (Role::Source | Role::Destination)) => {
                     return Err(DemoError::EndedEarly { who, said: self.last_words() });
                 }

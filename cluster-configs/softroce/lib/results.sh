@@ -38,21 +38,22 @@ figures_json() {
   join ${all[@]+"${all[@]}"}
 }
 
-# Tells a check: result (ok, failed, skipped), name, and for the latter two why.
+# Tells a check: result (ok, failed, skipped), name, and a remark, for the latter two why.
 tell_check() {
   local result=$1 name=$2 why=${3-} figures number
   figures=$(figures_text)
+  [ "$result" != ok ] || [ -z "$why" ] || figures+="${figures:+, }$why"
   number=$((PASSED + FAILED + SKIPPED + 1))
   case $result in
     ok) PASSED=$((PASSED + 1)); printf 'ok %d %s: %s%s\n' "$number" "$SUITE" "$name" "${figures:+ - $figures}" ;;
     failed) FAILED=$((FAILED + 1)); printf 'not ok %d %s: %s%s - %s\n' "$number" "$SUITE" "$name" "${figures:+ - $figures}" "$why" ;;
     skipped) SKIPPED=$((SKIPPED + 1)); printf 'ok %d %s: %s # SKIP %s\n' "$number" "$SUITE" "$name" "$why" ;;
   esac
-  CHECKS_JSON+=("{\"name\":$(json_string "$name"),\"result\":\"$result\",\"why\":$(json_string "$why"),\"figures\":[$(figures_json)]}")
+  CHECKS_JSON+=("{\"name\":$(json_string "$name"),\"result\":\"$result\",\"remark\":$(json_string "$why"),\"figures\":[$(figures_json)]}")
   FIGURES=()
 }
 
-ok() { tell_check ok "$1"; }
+ok() { tell_check ok "$1" "${2-}"; }
 not_ok() { tell_check failed "$1" "${2:-}"; }
 skip() { tell_check skipped "$1" "$2"; }
 

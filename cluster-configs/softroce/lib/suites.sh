@@ -5,7 +5,7 @@
 # defines run_suite, which tells checks (lib/results.sh) about hosts that are up and joined (lib/hosts.sh).
 
 # In the order in which `all` runs them: what the later ones build on comes first.
-all_suites() { printf '%s\n' smoke perftest; }
+all_suites() { printf '%s\n' smoke perftest demo; }
 
 is_suite() { all_suites | grep -qx -- "$1"; }
 
@@ -51,6 +51,10 @@ open_run() {
   QEMU_VERSION=$(qemu-system-x86_64 --version | sed -n '1s/.*version //p')
   BELAY_VERSION=$(cd "$REPOSITORY" && git describe --always --dirty 2>/dev/null || echo unknown)
   prepare_image "$KERNEL"
+  case $FABRIC in
+    both) FABRICS='tcp verbs' ;;
+    *) FABRICS=$FABRIC ;;
+  esac
 }
 
 # The last ten runs' logs are kept; a run whose lab still lives is not touched.

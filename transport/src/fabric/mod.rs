@@ -20,15 +20,19 @@
 //! * [`Lane::commit`] returns only when the fabric's commit rule (below) holds.
 //! * After [`Owner::revoke`] has returned, nothing the old initiator does can change the ring.
 
+mod details;
 mod exports;
 pub mod local;
 pub mod tcp;
 pub mod verbs;
 
+pub use details::FabricDetails;
+
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
 use crate::session::{DestinationSession, SourceSession};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,6 +47,32 @@ pub enum FabricKind {
     Tcp,
     /// RDMA through libibverbs: InfiniBand, RoCE v2, iWARP.
     Verbs,
+}
+
+impl FabricKind {
+    /// How it is named on the wire.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Local => 1,
+            Self::Tcp => 2,
+            Self::Verbs => 3,
+        }
+    }
+
+    /// The fabric of a code; a later version may have more.
+    pub(crate) fn from_code(code: u8) -> Option<Self> {
+        [Self::Local, Self::Tcp, Self::Verbs].into_iter().find(|fabric| fabric.code() == code)
+    }
+}
+
+impl fmt::Display for FabricKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+        })
+    }
 }
 
 /// What a lane is for. One lane of each kind a shard; two of `Checkpoint` (records; heartbeat and lease).
@@ -90,6 +120,20 @@ pub struct RingKeys {
 /// A mapping of the initiator made known to its fabric (an lkey, in verbs' words).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LocalKey(pub u32);
+
+/// How far the registration of one mapping with a device is. Told from several threads, in order; only `verbs` registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Registering {
+    pub done_bytes: u64,
+    pub total_bytes: u64,
+    /// Memory regions made of this mapping so far.
+    pub regions: u64,
+    /// Bytes the session has pinned so far, of every mapping.
+    pub pinned_bytes: u64,
+}
+
+/// Is told how far a registration is. Must return quickly.
+pub type RegistrationObserver = Arc<dyn Fn(Registering) + Send + Sync>;
 
 /// Read `len` bytes of the owner's `remote` at `remote_offset` into the initiator's `local` at `local_offset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -168,6 +212,14 @@ pub trait Initiator: Send {
     /// Which fabric this is.
     fn kind(&self) -> FabricKind;
 
+    /// The device, port and address that the set-up obtained, once the lanes are open; `None` where there are none to tell.
+    fn details(&self) -> Option<FabricDetails> {
+        None
+    }
+
+    /// Tells `observer` how far registrations are, from now on.
+    fn observe_registration(&mut self, _observer: RegistrationObserver) {}
+
     /// Makes a mapping of ours usable as target or origin of operations. Kept until the initiator is dropped.
     fn register_local(&mut self, mapping: &Arc<Mapping>) -> Result<LocalKey, FabricError>;
 
@@ -179,6 +231,14 @@ pub trait Initiator: Send {
 pub trait Owner: Send {
     /// Which fabric this is.
     fn kind(&self) -> FabricKind;
+
+    /// As [`Initiator::details`]; known once the initiator has opened its lanes.
+    fn details(&self) -> Option<FabricDetails> {
+        None
+    }
+
+    /// Tells `observer` how far registrations are, from now on.
+    fn observe_registration(&mut self, _observer: RegistrationObserver) {}
 
     /// Exports the extents of `file` that hold data, for reading. Reads elsewhere in the file are refused where the fabric can
     /// tell (`tcp`, `verbs`); `local` maps the file read-only as a whole.
@@ -271,7 +331,7 @@ pub enum FabricError {
     UnknownKey { what: &'static str, key: u64 },
     #[error("lane {lane:?}: the peer broke the protocol: {what}")]
     Protocol { lane: LaneId, what: String },
-    #[error("the fabric {fabric:?} cannot be used: {why}")]
+    #[error("the fabric {fabric} cannot be used: {why}")]
     Unavailable { fabric: FabricKind, why: String },
     #[error("{doing}")]
     Io {

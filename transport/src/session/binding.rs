@@ -34,16 +34,21 @@ impl BindingKey {
         &self.0
     }
 
+    /// Whether a session with this control connection has a key.
+    pub(super) fn possible(control: &LaneStream) -> bool {
+        control.tls().is_some() || control.stays_on_this_host()
+    }
+
     /// The key of the session whose control connection is `control`, if its protection allows one.
     pub(super) fn of(control: &LaneStream, session: SessionId, token: &Token) -> Result<Option<Self>, SessionError> {
+        if !Self::possible(control) {
+            return Ok(None);
+        }
         if let Some(tls) = control.tls() {
             let key = tls.export_keying_material([0; 32], LABEL, Some(&session.0)).map_err(|source| {
                 SessionError::Tls { doing: "deriving the key that binds data connections", source }
             })?;
             return Ok(Some(Self(key)));
-        }
-        if !control.stays_on_this_host() {
-            return Ok(None);
         }
         let mut hash = Sha256::new();
         hash.update(b"belay lane binding");

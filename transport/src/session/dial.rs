@@ -56,13 +56,14 @@ pub fn connect(
     offer: &Offer,
     deadline: Deadline,
 ) -> Result<SourceSession, SessionError> {
+    config.check(address)?;
     let session = SessionId(random()?);
     let token = Token(random()?);
-    let fabrics = config.fabrics(address);
-    let hello = encode_hello(session, &token, config.versions, &fabrics, offer)?;
     let versions = config.versions;
     let dialer = Dialer { address: address.clone(), config, session, token };
     let mut stream = dialer.open(Kind::Control, deadline)?;
+    let ours = dialer.config.offers(address, BindingKey::possible(&stream));
+    let hello = encode_hello(session, &dialer.token, versions, &ours, offer)?;
     let length = u32::try_from(hello.len()).expect("a hello is at most 128 KiB").to_le_bytes();
     stream.write_all("sending the hello", &[&length, &hello[..]].concat(), deadline)?;
 
@@ -74,7 +75,7 @@ pub fn connect(
     }
     let mut reply = vec![0; length];
     stream.read_exact("receiving the reply", &mut reply, deadline)?;
-    let (agreed, blob) = decode_reply(&reply, session, versions, &fabrics)?;
+    let (agreed, blob) = decode_reply(&reply, session, versions, &ours)?;
     let binding = BindingKey::of(&stream, session, &dialer.token)?;
     let control = Arc::new(Control::new(stream, dialer.config.max_frame_bytes));
     Ok(SourceSession { control, agreed, blob, lanes: LaneDialer { inner: Arc::new(dialer), binding } })

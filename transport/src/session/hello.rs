@@ -4,6 +4,7 @@
 //! that two sides which share none can still say so to each other with both ranges.
 
 use super::SessionError;
+use super::fabrics::{NoVerbs, Offered, WithoutVerbs};
 use super::preamble::{SessionId, Token};
 use crate::fabric::FabricKind;
 use crate::units::{PageSize, RegionId};
@@ -75,6 +76,8 @@ pub struct Hello {
     /// Protocol version both will speak if the session is accepted.
     pub protocol: u16,
     pub fabric: FabricKind,
+    /// Where `verbs` was possible by address and was not chosen: why.
+    pub without_verbs: Option<WithoutVerbs>,
     pub geometry: Vec<RegionGeometry>,
     pub blob: Vec<u8>,
 }
@@ -85,6 +88,8 @@ pub struct Agreed {
     pub session: SessionId,
     pub protocol: u16,
     pub fabric: FabricKind,
+    /// Where `verbs` was possible by address and was not chosen: why.
+    pub without_verbs: Option<WithoutVerbs>,
     /// The peer's own version, for people.
     pub peer_belay_version: String,
 }
@@ -97,22 +102,33 @@ struct HelloBody {
     token: [u8; 32],
     /// Codes, best first; codes this side does not know are passed over.
     fabrics: Vec<u8>,
+    no_verbs: Option<NoVerbs>,
     geometry: Vec<RegionGeometry>,
     blob: Vec<u8>,
 }
 
 #[derive(Serialize, Deserialize)]
 enum ReplyBody {
-    Accepted { role: Role, belay_version: String, protocol: u16, fabric: u8, blob: Vec<u8> },
+    Accepted { role: Role, belay_version: String, protocol: u16, fabric: u8, no_verbs: Option<NoVerbs>, blob: Vec<u8> },
     Refused { reason: String },
+    NoCommonFabric { fabrics: Vec<u8>, no_verbs: Option<NoVerbs> },
 }
 
-fn code(fabric: FabricKind) -> u8 {
-    match fabric {
-        FabricKind::Local => 1,
-        FabricKind::Tcp => 2,
-        FabricKind::Verbs => 3,
+fn codes(fabrics: &[FabricKind]) -> Vec<u8> {
+    fabrics.iter().map(|fabric| fabric.code()).collect()
+}
+
+/// Checks what the peer says of `verbs`.
+fn bounded(no_verbs: Option<NoVerbs>) -> Result<Option<NoVerbs>, SessionError> {
+    if let Some(NoVerbs::NoDevice { why }) = &no_verbs {
+        limit("the reason", why.len(), MAX_TEXT_BYTES)?;
     }
+    Ok(no_verbs)
+}
+
+/// Whose doing it is that a session does not run over `verbs`. This side's own reason first: its operator can act on it.
+fn without_verbs(ours: &Option<NoVerbs>, theirs: Option<NoVerbs>) -> Option<WithoutVerbs> {
+    ours.clone().map(WithoutVerbs::Ours).or(theirs.map(WithoutVerbs::Theirs))
 }
 
 fn frame(magic: u32, versions: VersionRange, body: &impl Serialize) -> Result<Vec<u8>, SessionError> {
@@ -148,7 +164,7 @@ pub(super) fn encode_hello(
     session: SessionId,
     token: &Token,
     versions: VersionRange,
-    fabrics: &[FabricKind],
+    offered: &Offered,
     offer: &Offer,
 ) -> Result<Vec<u8>, SessionError> {
     limit("the blob", offer.blob.len(), MAX_BLOB_BYTES)?;
@@ -158,19 +174,20 @@ pub(super) fn encode_hello(
         belay_version: BELAY_VERSION.to_owned(),
         session: session.0,
         token: token.0,
-        fabrics: fabrics.iter().copied().map(code).collect(),
+        fabrics: codes(&offered.fabrics),
+        no_verbs: bounded(offered.no_verbs.clone())?,
         geometry: offer.geometry.clone(),
         blob: offer.blob.clone(),
     };
     frame(HELLO_MAGIC, versions, &body)
 }
 
-/// Reads a hello at the destination. `session` is what the preamble said, `ours` the fabrics this listener has.
+/// Reads a hello at the destination. `session` is what the preamble said, `ours` what this listener has for such a connection.
 pub(super) fn decode_hello(
     bytes: &[u8],
     session: SessionId,
     versions: VersionRange,
-    ours: &[FabricKind],
+    ours: &Offered,
 ) -> Result<(Hello, Token), SessionError> {
     let (theirs, body) = split(HELLO_MAGIC, bytes)?;
     let protocol = versions.common(theirs).ok_or(SessionError::Versions { ours: versions, theirs })?;
@@ -185,31 +202,46 @@ pub(super) fn decode_hello(
     if body.session != session.0 {
         return Err(SessionError::Protocol { what: "hello and preamble name different sessions".to_owned() });
     }
-    let fabric = body.fabrics.iter().find_map(|offered| ours.iter().copied().find(|have| code(*have) == *offered));
-    let Some(fabric) = fabric else {
-        return Err(SessionError::NoCommonFabric { offered: body.fabrics, ours: ours.to_vec() });
+    let without_verbs = without_verbs(&ours.no_verbs, bounded(body.no_verbs)?);
+    let have = |offered: &u8| ours.fabrics.iter().copied().find(|have| have.code() == *offered);
+    let Some(fabric) = body.fabrics.iter().find_map(have) else {
+        let (ours, theirs) = (codes(&ours.fabrics), body.fabrics);
+        return Err(SessionError::NoCommonFabric { ours, theirs, why: without_verbs });
     };
     let hello = Hello {
         session,
         belay_version: body.belay_version,
         protocol,
         fabric,
+        without_verbs: without_verbs.filter(|_| fabric != FabricKind::Verbs),
         geometry: body.geometry,
         blob: body.blob,
     };
     Ok((hello, Token(body.token)))
 }
 
-pub(super) fn encode_accept(hello: &Hello, versions: VersionRange, blob: &[u8]) -> Result<Vec<u8>, SessionError> {
+pub(super) fn encode_accept(
+    hello: &Hello,
+    versions: VersionRange,
+    no_verbs: Option<NoVerbs>,
+    blob: &[u8],
+) -> Result<Vec<u8>, SessionError> {
     limit("the blob", blob.len(), MAX_BLOB_BYTES)?;
     let body = ReplyBody::Accepted {
         role: Role::Destination,
         belay_version: BELAY_VERSION.to_owned(),
         protocol: hello.protocol,
-        fabric: code(hello.fabric),
+        fabric: hello.fabric.code(),
+        no_verbs: bounded(no_verbs)?,
         blob: blob.to_vec(),
     };
     frame(REPLY_MAGIC, versions, &body)
+}
+
+/// What a source is told that this listener shares no fabric with.
+pub(super) fn encode_no_common_fabric(ours: &Offered, versions: VersionRange) -> Result<Vec<u8>, SessionError> {
+    let (fabrics, no_verbs) = (codes(&ours.fabrics), bounded(ours.no_verbs.clone())?);
+    frame(REPLY_MAGIC, versions, &ReplyBody::NoCommonFabric { fabrics, no_verbs })
 }
 
 pub(super) fn encode_refusal(reason: &str, versions: VersionRange) -> Result<Vec<u8>, SessionError> {
@@ -225,7 +257,7 @@ pub(super) fn decode_reply(
     bytes: &[u8],
     session: SessionId,
     versions: VersionRange,
-    offered: &[FabricKind],
+    ours: &Offered,
 ) -> Result<(Agreed, Vec<u8>), SessionError> {
     let (theirs, body) = split(REPLY_MAGIC, bytes)?;
     if versions.common(theirs).is_none() {
@@ -235,7 +267,11 @@ pub(super) fn decode_reply(
     let body = postcard::from_bytes(body).map_err(|error| bad(format!("a reply that does not parse: {error}")))?;
     match body {
         ReplyBody::Refused { reason } => Err(SessionError::Refused { reason }),
-        ReplyBody::Accepted { role, belay_version, protocol, fabric, blob } => {
+        ReplyBody::NoCommonFabric { fabrics, no_verbs } => {
+            let why = without_verbs(&ours.no_verbs, bounded(no_verbs)?);
+            Err(SessionError::NoCommonFabric { ours: codes(&ours.fabrics), theirs: fabrics, why })
+        }
+        ReplyBody::Accepted { role, belay_version, protocol, fabric, no_verbs, blob } => {
             limit("the blob", blob.len(), MAX_BLOB_BYTES)?;
             limit("the version", belay_version.len(), MAX_TEXT_BYTES)?;
             if role != Role::Destination {
@@ -244,12 +280,12 @@ pub(super) fn decode_reply(
             if Some(protocol) != versions.common(theirs) {
                 return Err(bad(format!("version {protocol} chosen, which is not the highest common one")));
             }
-            let fabric = offered
-                .iter()
-                .copied()
-                .find(|have| code(*have) == fabric)
+            let fabric = FabricKind::from_code(fabric)
+                .filter(|fabric| ours.fabrics.contains(fabric))
                 .ok_or_else(|| bad(format!("fabric {fabric} chosen, which was not offered")))?;
-            Ok((Agreed { session, protocol, fabric, peer_belay_version: belay_version }, blob))
+            let without_verbs = without_verbs(&ours.no_verbs, bounded(no_verbs)?);
+            let without_verbs = without_verbs.filter(|_| fabric != FabricKind::Verbs);
+            Ok((Agreed { session, protocol, fabric, without_verbs, peer_belay_version: belay_version }, blob))
         }
     }
 }
@@ -260,12 +296,16 @@ mod tests {
 
     const SESSION: SessionId = SessionId([3; 16]);
 
+    fn only(fabric: FabricKind) -> Offered {
+        Offered { fabrics: vec![fabric], no_verbs: None }
+    }
+
     fn offered(versions: VersionRange) -> Vec<u8> {
         let offer = Offer {
             geometry: vec![RegionGeometry { id: RegionId(0), bytes: 1 << 30, page_size: PageSize::Small }],
             blob: b"above".to_vec(),
         };
-        encode_hello(SESSION, &Token([7; 32]), versions, &[FabricKind::Tcp], &offer).unwrap()
+        encode_hello(SESSION, &Token([7; 32]), versions, &only(FabricKind::Tcp), &offer).unwrap()
     }
 
     #[test]
@@ -275,7 +315,7 @@ mod tests {
         assert_eq!(range(3, 3).common(range(1, 3)), Some(3));
         assert_eq!(range(1, 2).common(range(3, 4)), None);
         let (hello, token) =
-            decode_hello(&offered(range(1, 5)), SESSION, range(2, 3), &[FabricKind::Tcp]).expect("common version");
+            decode_hello(&offered(range(1, 5)), SESSION, range(2, 3), &only(FabricKind::Tcp)).expect("common version");
         assert_eq!((hello.protocol, hello.geometry[0].bytes, &hello.blob[..]), (3, 1 << 30, &b"above"[..]));
         assert!(token.matches(&[7; 32]) && !token.matches(&[8; 32]));
     }
@@ -286,7 +326,7 @@ mod tests {
             &offered(VersionRange { min: 1, max: 2 }),
             SESSION,
             VersionRange { min: 5, max: 6 },
-            &[FabricKind::Tcp],
+            &only(FabricKind::Tcp),
         )
         .unwrap_err();
         let text = error.to_string();
@@ -296,23 +336,53 @@ mod tests {
     #[test]
     fn a_hello_for_another_session_or_fabric_is_refused() {
         let bytes = offered(PROTOCOL);
-        assert!(decode_hello(&bytes, SessionId([4; 16]), PROTOCOL, &[FabricKind::Tcp]).is_err());
+        assert!(decode_hello(&bytes, SessionId([4; 16]), PROTOCOL, &only(FabricKind::Tcp)).is_err());
         assert!(matches!(
-            decode_hello(&bytes, SESSION, PROTOCOL, &[FabricKind::Local]),
+            decode_hello(&bytes, SESSION, PROTOCOL, &only(FabricKind::Local)),
             Err(SessionError::NoCommonFabric { .. })
         ));
+    }
+
+    #[test]
+    fn a_reply_may_only_choose_what_was_offered_and_says_why_it_is_not_verbs() {
+        let tcp = Offered { fabrics: vec![FabricKind::Tcp], no_verbs: Some(NoVerbs::NotTrusted) };
+        let (hello, _) = decode_hello(&offered(PROTOCOL), SESSION, PROTOCOL, &tcp).expect("tcp is common");
+        assert_eq!(hello.without_verbs, Some(WithoutVerbs::Ours(NoVerbs::NotTrusted)));
+        let chosen = |fabric| {
+            let hello = Hello { fabric, ..hello.clone() };
+            let reply = encode_accept(&hello, PROTOCOL, Some(NoVerbs::NotTrusted), b"").unwrap();
+            decode_reply(&reply, SESSION, PROTOCOL, &only(FabricKind::Tcp))
+        };
+        let (agreed, _) = chosen(FabricKind::Tcp).expect("as offered");
+        assert_eq!(agreed.without_verbs, Some(WithoutVerbs::Theirs(NoVerbs::NotTrusted)));
+        for fabric in [FabricKind::Verbs, FabricKind::Local] {
+            assert!(matches!(chosen(fabric), Err(SessionError::Protocol { .. })), "{fabric} was not offered");
+        }
+    }
+
+    #[test]
+    fn a_reason_longer_than_the_limit_is_refused_on_either_side() {
+        let long = Offered {
+            fabrics: vec![FabricKind::Tcp],
+            no_verbs: Some(NoVerbs::NoDevice { why: "x".repeat(MAX_TEXT_BYTES + 1) }),
+        };
+        assert!(matches!(encode_no_common_fabric(&long, PROTOCOL), Err(SessionError::TooLong { .. })));
+        let reply = ReplyBody::NoCommonFabric { fabrics: vec![3], no_verbs: long.no_verbs };
+        let reply = frame(REPLY_MAGIC, PROTOCOL, &reply).unwrap();
+        let error = decode_reply(&reply, SESSION, PROTOCOL, &only(FabricKind::Tcp)).unwrap_err();
+        assert!(matches!(error, SessionError::TooLong { .. }), "{error}");
     }
 
     #[test]
     fn cut_or_changed_hellos_never_panic() {
         let bytes = offered(PROTOCOL);
         for end in 0..bytes.len() {
-            assert!(decode_hello(&bytes[..end], SESSION, PROTOCOL, &[FabricKind::Tcp]).is_err(), "cut at {end}");
+            assert!(decode_hello(&bytes[..end], SESSION, PROTOCOL, &only(FabricKind::Tcp)).is_err(), "cut at {end}");
         }
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[at] ^= 0xff;
-            let _ = decode_hello(&changed, SESSION, PROTOCOL, &[FabricKind::Tcp]);
+            let _ = decode_hello(&changed, SESSION, PROTOCOL, &only(FabricKind::Tcp));
         }
     }
 }

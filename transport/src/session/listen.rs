@@ -137,6 +137,7 @@ impl Listener {
             let doing = doing.to_owned();
             move |source: std::io::Error| SessionError::Io { doing, source }
         };
+        config.check(address)?;
         let (socket, address) = socket::listen(address, &config)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| io("making an eventfd")(error.into()))?;
@@ -200,12 +201,14 @@ impl Incoming {
     /// Accepts, with a blob for the source's upper layer.
     pub fn accept(mut self, blob: &[u8], deadline: Deadline) -> Result<DestinationSession, SessionError> {
         let config = &self.acceptor.shared.config;
-        let reply = encode_accept(&self.hello, config.versions, blob)?;
+        let ours = config.offers(&self.acceptor.shared.address, BindingKey::possible(&self.stream));
+        let reply = encode_accept(&self.hello, config.versions, ours.no_verbs, blob)?;
         send_frame(&mut self.stream, &reply, deadline)?;
         let agreed = Agreed {
             session: self.hello.session,
             protocol: self.hello.protocol,
             fabric: self.hello.fabric,
+            without_verbs: self.hello.without_verbs.clone(),
             peer_belay_version: self.hello.belay_version.clone(),
         };
         let binding = BindingKey::of(&self.stream, self.hello.session, &self.slot.token)?;

@@ -18,6 +18,7 @@ mod address;
 mod binding;
 mod control;
 mod dial;
+mod fabrics;
 mod hello;
 mod listen;
 mod pending;
@@ -30,6 +31,7 @@ pub use address::Address;
 pub use binding::BindingKey;
 pub use control::Control;
 pub use dial::{LaneDialer, SourceSession, connect};
+pub use fabrics::{NoVerbs, WithoutVerbs};
 pub use hello::{Agreed, Hello, MAX_BLOB_BYTES, Offer, PROTOCOL, RegionGeometry, Role, VersionRange};
 pub use listen::{DestinationSession, Incoming, LaneAcceptor, Listener, Rejection};
 pub use preamble::SessionId;
@@ -75,8 +77,11 @@ pub struct SessionConfig {
     pub max_pending: usize,
     /// Protocol versions this side speaks.
     pub versions: VersionRange,
-    /// RDMA, if this host offers it: without it, TCP addresses have the fabric `tcp` alone.
+    /// RDMA, if this host has a device for it: without it, TCP addresses have the fabric `tcp` alone. Offered only where the
+    /// operator trusts the network and the session has a [`BindingKey`].
     pub verbs: Option<VerbsSettings>,
+    /// Why there is no `verbs`, where it would have been wanted: told to both operators.
+    pub no_device: Option<String>,
     /// The only fabric to be used; any that the address allows, best first, without one.
     pub only: Option<FabricKind>,
 }
@@ -93,15 +98,9 @@ impl SessionConfig {
             max_pending: 64,
             versions: PROTOCOL,
             verbs: None,
+            no_device: None,
             only: None,
         }
-    }
-
-    /// The fabrics that may run over `address` under this configuration, best first.
-    pub fn fabrics(&self, address: &Address) -> Vec<FabricKind> {
-        let has = |fabric: &FabricKind| *fabric != FabricKind::Verbs || self.verbs.is_some();
-        let wanted = |fabric: &FabricKind| self.only.is_none_or(|only| only == *fabric);
-        address.fabrics().iter().copied().filter(has).filter(wanted).collect()
     }
 }
 
@@ -136,8 +135,18 @@ pub enum SessionError {
     SecurityMismatch { ours: &'static str },
     #[error("no common protocol version: this side speaks {ours}, the peer {theirs}")]
     Versions { ours: VersionRange, theirs: VersionRange },
-    #[error("no common fabric: offered {offered:?}, this side has {ours:?}")]
-    NoCommonFabric { offered: Vec<u8>, ours: Vec<FabricKind> },
+    /// The codes are those of the hello; some of the peer's may be of a later version.
+    #[error(
+        "no common fabric: this host would use {}, the peer {}{}",
+        fabrics::named(ours),
+        fabrics::named(theirs),
+        because(why)
+    )]
+    NoCommonFabric { ours: Vec<u8>, theirs: Vec<u8>, why: Option<WithoutVerbs> },
+    #[error("the fabric {fabric} does not run over {address}: local takes unix:/path, tcp and verbs take HOST:PORT")]
+    FabricOverAddress { fabric: FabricKind, address: String },
+    #[error("the fabric verbs cannot be used: {why}")]
+    NoVerbs { why: NoVerbs },
     #[error("the peer refused the session: {reason}")]
     Refused { reason: String },
     #[error("the listener has too many connections waiting")]
@@ -162,6 +171,10 @@ pub enum SessionError {
         #[source]
         source: io::Error,
     },
+}
+
+fn because(why: &Option<WithoutVerbs>) -> String {
+    why.as_ref().map_or_else(String::new, |why| format!("; {why}"))
 }
 
 impl SessionError {

@@ -6,7 +6,8 @@
 //!   Preamble ──────────────────────> Arrived::Guard
 //! ```
 
-use super::hello::{Hello, MAX_HELLO_BYTES, decode_hello, encode_refusal};
+use super::binding::BindingKey;
+use super::hello::{Hello, MAX_HELLO_BYTES, decode_hello, encode_no_common_fabric, encode_refusal};
 use super::listen::Shared;
 use super::preamble::{
     Answer, BadPreamble, Kind, LANE_REFUSED, PREAMBLE_BYTES, PREAMBLE_VERSION, Preamble, Protection, SessionId, Token,
@@ -124,11 +125,14 @@ impl Pending {
             }
             Phase::Hello(_) => {
                 let versions = shared.config.versions;
-                return match decode_hello(&self.buffer, self.session, versions, &shared.config.fabrics(&shared.address))
-                {
+                let ours = shared.config.offers(&shared.address, BindingKey::possible(&self.stream));
+                return match decode_hello(&self.buffer, self.session, versions, &ours) {
                     Ok((hello, token)) => Ok(Some(What::Control { hello, token })),
                     Err(error) => {
-                        self.refuse(&error, shared);
+                        self.reply(match &error {
+                            SessionError::NoCommonFabric { .. } => encode_no_common_fabric(&ours, versions),
+                            error => encode_refusal(&error.to_string(), versions),
+                        });
                         Err(error)
                     }
                 };
@@ -204,8 +208,9 @@ impl Pending {
         let _ = self.stream.write(&answer.encode());
     }
 
-    fn refuse(&mut self, error: &SessionError, shared: &Shared) {
-        if let Ok(frame) = encode_refusal(&error.to_string(), shared.config.versions) {
+    /// Best effort, as [`Self::answer`].
+    fn reply(&mut self, frame: Result<Vec<u8>, SessionError>) {
+        if let Ok(frame) = frame {
             let length = u32::try_from(frame.len()).expect("a reply is at most 128 KiB").to_le_bytes();
             let _ = self.stream.write(&[&length, &frame[..]].concat());
         }

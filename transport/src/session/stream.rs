@@ -1,7 +1,7 @@
 //! One connection after its preamble: a non-blocking socket, with or without TLS on it.
 
 use super::SessionError;
-use super::socket::wait_for;
+use super::socket::{is_loopback, wait_for};
 use crate::deadline::Deadline;
 use rustix::event::PollFlags;
 use rustix::net::{RecvFlags, SendFlags};
@@ -100,9 +100,7 @@ impl LaneStream {
     pub(super) fn stays_on_this_host(&self) -> bool {
         match rustix::net::getpeername(&self.fd) {
             Ok(Some(peer)) if peer.address_family() == rustix::net::AddressFamily::UNIX => true,
-            Ok(Some(peer)) => {
-                std::net::SocketAddr::try_from(peer).is_ok_and(|peer| peer.ip().to_canonical().is_loopback())
-            }
+            Ok(Some(peer)) => std::net::SocketAddr::try_from(peer).is_ok_and(|peer| is_loopback(peer.ip())),
             Ok(None) | Err(_) => false,
         }
     }

@@ -32,6 +32,8 @@ mod data_path;
 mod functions;
 mod inline;
 mod load;
+#[cfg(all(test, not(any(feature = "linked", feature = "rdma-sys"))))]
+mod made_library;
 pub mod symbols;
 pub mod types;
 mod zeroed;

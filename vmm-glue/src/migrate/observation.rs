@@ -5,6 +5,8 @@
 
 use crate::kvm::guests::GuestSpec;
 use belay_checkpoint::ownership::Named;
+use belay_transport::fabric::FabricDetails;
+use belay_transport::session::{Agreed, NoVerbs, WithoutVerbs};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -40,7 +42,17 @@ pub enum Kind {
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
     /// The two hosts have agreed on a session.
-    Connected { peer: String, fabric: String, tls: bool, protocol: u16 },
+    Connected {
+        peer: String,
+        fabric: String,
+        tls: bool,
+        protocol: u16,
+        /// Why the fabric is not `verbs`, where it could have been.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        without_verbs: Option<String>,
+    },
+    /// The RDMA device, port, GID and address that the session's queue pairs got.
+    Fabric(FabricDetails),
     /// Destination RAM is being allocated.
     Allocating { done_bytes: u64, total_bytes: u64 },
     /// Destination RAM has been allocated.
@@ -170,6 +182,18 @@ impl Observer {
 impl std::fmt::Debug for Observer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Observer").field("prefix", &self.inner.prefix).finish()
+    }
+}
+
+/// What two hosts have agreed on, for the operator: also why not on `verbs`, unless that was their own wish.
+pub fn connected(peer: String, agreed: &Agreed, tls: bool) -> Kind {
+    let unwished = |why: &&WithoutVerbs| !matches!(why, WithoutVerbs::Ours(NoVerbs::NotWanted));
+    Kind::Connected {
+        peer,
+        fabric: agreed.fabric.to_string(),
+        tls,
+        protocol: agreed.protocol,
+        without_verbs: agreed.without_verbs.as_ref().filter(unwished).map(ToString::to_string),
     }
 }
 

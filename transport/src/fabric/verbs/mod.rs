@@ -1,7 +1,12 @@
 //! `verbs`: one-sided RDMA over reliable connections (InfiniBand, RoCE v2, iWARP), set up by rdma_cm.
 
+mod look;
+#[allow(dead_code, unused_imports)]
+mod registration;
 mod settings;
 
+pub use look::{NoDevice, look};
+pub use registration::{BadChunk, LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};

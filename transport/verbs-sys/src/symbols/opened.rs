@@ -102,6 +102,13 @@ impl Tables {
         Ok(Self { verbs, rdmacm, found })
     }
 
+    /// One call that takes nothing, through this table and not the global one.
+    #[cfg(test)]
+    pub(crate) fn fork_init(&self) -> c_int {
+        // SAFETY: takes nothing.
+        unsafe { (self.verbs.ibv_fork_init)() }
+    }
+
     /// Where the libraries are.
     pub(crate) fn found(&self) -> &Verbs {
         &self.found

@@ -2,7 +2,7 @@
 
 use super::warden::Warden;
 use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
-use crate::migrate::observation::{Kind, ObservationId, Observer, us};
+use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::peer::{Inbox, Listened};
 use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
 use crate::migrate::settings::{Bounds, Proposal};
@@ -176,15 +176,7 @@ impl<'a> Destination<'a> {
         words: &'a Receiver<i32>,
     ) -> Result<Self, DestinationError> {
         let bounds = config.bounds;
-        observer.note(
-            None,
-            Kind::Connected {
-                peer: "the source".to_owned(),
-                fabric: format!("{:?}", session.agreed.fabric).to_lowercase(),
-                tls: session.lanes.is_encrypted(),
-                protocol: session.agreed.protocol,
-            },
-        );
+        observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
         let begun = Instant::now();
@@ -256,6 +248,9 @@ impl<'a> Destination<'a> {
                 Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone(), core })
             })
             .collect::<Result<Vec<_>, UffdError>>()?;
+        if let Some(details) = initiator.details() {
+            observer.note(Some(&last), Kind::Fabric(details));
+        }
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
         let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
         let prepared = ToSource::Prepared { secrets, because: last.clone() };

@@ -3,7 +3,7 @@
 use super::{Happening, Live, SourceConfig, SourceError, fresh_nonce, io};
 use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
 use crate::migrate::lane_watch::LaneWatch;
-use crate::migrate::observation::{Kind, ObservationId, Observer, us};
+use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::peer::{Inbox, Listened, listen_to};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
@@ -37,15 +37,8 @@ pub(super) fn prepare(
     let offer = Offer { geometry: geometry.collect(), blob: protocol::encode(&config.proposal) };
     let session = session::connect(&config.address, config.session.clone(), &offer, Deadline::after(bounds.handshake))
         .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
-    let connected = observer.note(
-        None,
-        Kind::Connected {
-            peer: config.address.to_string(),
-            fabric: format!("{:?}", session.agreed.fabric).to_lowercase(),
-            tls: session.lanes.is_encrypted(),
-            protocol: session.agreed.protocol,
-        },
-    );
+    let connected = connected(config.address.to_string(), &session.agreed, session.lanes.is_encrypted());
+    let connected = observer.note(None, connected);
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
@@ -102,6 +95,9 @@ pub(super) fn prepare(
         }
         None => None,
     };
+    if let Some(details) = owner.details() {
+        observer.note(Some(&prepared), Kind::Fabric(details));
+    }
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     let live = Live {
         control,

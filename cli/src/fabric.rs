@@ -1,0 +1,96 @@
+//! The fabric on the command line: what was asked for made a session's configuration, and every way it fails told with what to do.
+
+use crate::exit::Exit;
+use crate::options::FabricOptions;
+use crate::report;
+use belay_transport::fabric::verbs::{self, NoDevice};
+use belay_transport::fabric::{FabricError, FabricKind};
+use belay_transport::session::{Address, NoVerbs, Security, SessionConfig, SessionError};
+use belay_vmm_glue::migrate::observation::Observer;
+
+/// Why nothing was started.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    #[error("this host has no RDMA device to use: {0}")]
+    Device(#[from] NoDevice),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Refused {
+    /// What the operator can do.
+    fn advice(&self) -> &'static str {
+        match self {
+            Self::Device(NoDevice::None) => {
+                "Is the driver loaded? `rdma link` lists devices; `sudo rdma link add rxe0 type rxe netdev eth0` makes one in software. --fabric tcp needs none."
+            }
+            Self::Device(NoDevice::NoSuchDevice { .. }) => "Choose one of these with --ib-dev, or use --fabric tcp.",
+            Self::Device(NoDevice::NoSuchPort { .. } | NoDevice::Inactive { .. }) => {
+                "`ibv_devinfo` shows ports and states; on Ethernet `ip link set DEV up`, on InfiniBand a subnet manager makes a port active."
+            }
+            Self::Device(NoDevice::EmptyGid { .. }) => {
+                "`show_gids`, or the files in /sys/class/infiniband/DEV/ports/N/gids, tell what each index is; leave --gid-index out to have it chosen."
+            }
+            Self::Session(error) => no_session(error).unwrap_or("Nothing was started."),
+        }
+    }
+
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Device(_) => Exit::Missing,
+            Self::Session(_) => Exit::Usage,
+        }
+    }
+
+    /// Tells it, and gives the exit code.
+    pub fn told(&self, observer: &Observer) -> Exit {
+        report::failed(observer, self, self.advice());
+        self.exit()
+    }
+}
+
+/// The configuration of a session with `address`: the fabrics that were asked for and that this host has. A device that was
+/// named and does not fit is an error even where `tcp` would do: it may be misspelt.
+pub fn session(options: &FabricOptions, security: Security, address: &Address) -> Result<SessionConfig, Refused> {
+    let settings = options.verbs();
+    let only = options.only();
+    let mut config = SessionConfig { only, verbs: Some(settings.clone()), ..SessionConfig::new(security) };
+    config.check(address)?;
+    let wanted = only.is_none_or(|only| only == FabricKind::Verbs) && matches!(address, Address::Tcp(_));
+    let named = settings.device.is_some() || settings.port.is_some() || settings.gid_index.is_some();
+    match verbs::look(&settings) {
+        Ok(()) if wanted => {}
+        Err(why) if wanted && (named || only.is_some()) => return Err(why.into()),
+        Err(why) if wanted => (config.verbs, config.no_device) = (None, Some(why.to_string())),
+        Ok(()) | Err(_) => config.verbs = None,
+    }
+    Ok(config)
+}
+
+/// What to do where a session failed over its fabric; `None` where it failed over something else.
+pub fn no_session(error: &SessionError) -> Option<&'static str> {
+    Some(match error {
+        SessionError::NoCommonFabric { .. } => {
+            "The guest was not touched. Say the same --fabric on both hosts, or leave it out to have the best that both can."
+        }
+        SessionError::FabricOverAddress { .. } => "Write the address that goes with the fabric, or leave --fabric out.",
+        SessionError::NoVerbs { why: NoVerbs::NotTrusted } => {
+            "Say --trusted-fabric on both hosts if nobody else is on that network; or use --fabric tcp, which encrypts."
+        }
+        SessionError::NoVerbs { why: NoVerbs::NoKey } => {
+            "Give both hosts certificates (`belay keygen`) instead of --insecure, or use --fabric tcp."
+        }
+        SessionError::NoVerbs { .. } => "`belay check` says what this host has; --fabric tcp needs no RDMA.",
+        _ => return None,
+    })
+}
+
+/// What to do where the fabric could not be set up. The guest has not left the source.
+pub fn advice(error: &FabricError) -> &'static str {
+    match error {
+        FabricError::Unavailable { fabric: FabricKind::Verbs, .. } => {
+            "The guest runs on at the source. `belay check`, there and here, says what a host lacks; --fabric tcp needs no RDMA."
+        }
+        _ => "The guest runs on at the source. `belay check`, there and here, says what a host lacks.",
+    }
+}

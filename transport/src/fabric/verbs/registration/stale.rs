@@ -1,0 +1,321 @@
+//! Finds holes that were punched under live registrations.
+//!
+//! A registration pins frames. When a hole is punched in the file (balloon, free-page reporting, virtio-mem), the frame leaves the
+//! file and stays pinned: the device goes on reading the old bytes, while the guest's next touch allocates another frame. READs
+//! succeed all the while.
+//!
+//! What tells of it is the page table of the mapping that was registered. Pinning fills its entries; punching a hole takes them
+//! away from every mapping of the file; only a touch through this very mapping would fill them again, and **nobody touches it**: it
+//! was made for the registration and for nothing else. So an entry that is missing under a registration means that its frame may
+//! not be the file's any more. (A kernel that unmaps a frame for reasons of its own, reclaim or a split huge page, gives a
+//! false alarm, which costs one more registration.)
+//!
+//! One thing must not fill entries behind our back: a *read* fault maps neighbours along (do_fault_around), a write fault does
+//! not. So whoever registers populates by writing first ([`super::register`]), and pinning meets no fault.
+//!
+//! Linux 6.7 answers with one PAGEMAP_SCAN for a range; before that each page's word of /proc/self/pagemap is read
+//! (Documentation/admin-guide/mm/pagemap.rst). A swapped or migrating page counts as present: its frame is still the file's.
+
+use super::extents::{between, end, intersection, normal, total};
+use crate::region::{Extent, Mapping};
+use crate::units::{PAGE_SHIFT, PAGE_SIZE};
+use linux_raw_sys::general as raw;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::OwnedFd;
+
+/// Least that is worth another thread.
+const SHARE: u64 = 256 << 20;
+/// Runs taken from the kernel at once.
+const RUNS: usize = 1024;
+/// Words of /proc/self/pagemap read at once: 64 KiB, 32 MiB of memory.
+const WORDS: usize = 8192;
+/// Bits of such a word.
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+
+const _: () = assert!(size_of::<raw::pm_scan_arg>() == 96);
+const _: () = assert!(size_of::<raw::page_region>() == 24);
+
+/// How the kernel is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// PAGEMAP_SCAN, and word by word where the kernel does not know it.
+    Best,
+    /// /proc/self/pagemap, word by word.
+    Words,
+}
+
+/// The parts of `within` (normal, page-aligned) that are in no page table of `mapping`.
+pub(super) fn missing(mapping: &Mapping, within: &[Extent], threads: usize, way: Way) -> io::Result<Vec<Extent>> {
+    if within.is_empty() {
+        return Ok(Vec::new());
+    }
+    let shares = shares(within, threads);
+    let found = std::thread::scope(|scope| {
+        let looking: Vec<_> =
+            shares[1..].iter().map(|share| scope.spawn(move || missing_in(mapping, share, way))).collect();
+        let first = missing_in(mapping, &shares[0], way);
+        let others = looking.into_iter().map(|thread| thread.join().expect("looking at page tables does not panic"));
+        std::iter::once(first).chain(others).collect::<io::Result<Vec<_>>>()
+    })?;
+    Ok(normal(found.concat()))
+}
+
+/// Extents in parts of about the same number of bytes, in order.
+fn shares(within: &[Extent], threads: usize) -> Vec<Vec<Extent>> {
+    let all = total(within);
+    let parts = (all / SHARE).clamp(1, threads.max(1) as u64);
+    let share = all.div_ceil(parts).next_multiple_of(PAGE_SIZE as u64);
+    let (mut shares, mut current, mut room) = (Vec::new(), Vec::new(), share);
+    for extent in within {
+        let mut at = extent.offset;
+        while at < end(extent) {
+            let take = room.min(end(extent) - at);
+            current.push(Extent { offset: at, len: take });
+            at += take;
+            room -= take;
+            if room == 0 {
+                shares.push(std::mem::take(&mut current));
+                room = share;
+            }
+        }
+    }
+    if !current.is_empty() {
+        shares.push(current);
+    }
+    shares
+}
+
+fn missing_in(mapping: &Mapping, within: &[Extent], way: Way) -> io::Result<Vec<Extent>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let pagemap = rustix::fs::open("/proc/self/pagemap", flags, Mode::empty())?;
+    if way == Way::Best {
+        match scanned(&pagemap, mapping, within) {
+            // The file's own words are as true, only slower.
+            Err(Errno::NOTTY | Errno::INVAL) => {}
+            other => return Ok(other?),
+        }
+    }
+    Ok(read(&pagemap, mapping, within)?)
+}
+
+/// By PAGEMAP_SCAN over the whole span: unpopulated stretches between extents are skipped by the kernel a page table at a time.
+fn scanned(pagemap: &OwnedFd, mapping: &Mapping, within: &[Extent]) -> Result<Vec<Extent>, Errno> {
+    let base = mapping.address();
+    let (Some(first), Some(last)) = (within.first(), within.last()) else { return Ok(Vec::new()) };
+    let (mut at, stop) = (base + first.offset, base + end(last));
+    let absent = u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED);
+    let mut runs = vec![raw::page_region { start: 0, end: 0, categories: 0 }; RUNS];
+    let mut missing = Vec::new();
+    while at < stop {
+        let mut argument = raw::pm_scan_arg {
+            size: size_of::<raw::pm_scan_arg>() as u64,
+            flags: 0,
+            start: at,
+            end: stop,
+            walk_end: 0,
+            vec: runs.as_mut_ptr() as u64,
+            vec_len: runs.len() as u64,
+            max_pages: 0,
+            category_inverted: absent,
+            category_mask: absent,
+            category_anyof_mask: 0,
+            return_mask: absent,
+        };
+        // SAFETY: the kernel writes the argument and at most `vec_len` regions at `vec`, which `runs` has room for and which
+        // nothing else refers to during the call.
+        let count = match unsafe { ioctl(pagemap, Scan(&mut argument)) } {
+            Ok(count) => count,
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(errno),
+        };
+        missing.extend(runs[..count].iter().map(|run| between(run.start - base, run.end - base)));
+        // A call that did not move would be made for ever.
+        if argument.walk_end <= at {
+            return Err(Errno::IO);
+        }
+        at = argument.walk_end;
+    }
+    Ok(intersection(&normal(missing), within))
+}
+
+const SCAN: Opcode = opcode::read_write::<raw::pm_scan_arg>(b'f', 16);
+
+/// One PAGEMAP_SCAN; gives the number of runs found.
+struct Scan<'a>(&'a mut raw::pm_scan_arg);
+
+// SAFETY: SCAN is the number made from pm_scan_arg, which is what as_ptr points at; it is mutating; the kernel's answer is a plain
+// count.
+unsafe impl Ioctl for Scan<'_> {
+    type Output = usize;
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        SCAN
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::from_mut(self.0).cast()
+    }
+
+    // SAFETY: the pointer is not used; the result is the ioctl's own return value.
+    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
+        usize::try_from(out).map_err(|_| Errno::IO)
+    }
+}
+
+/// A page's word at a time.
+fn read(pagemap: &OwnedFd, mapping: &Mapping, within: &[Extent]) -> Result<Vec<Extent>, Errno> {
+    let mut words = vec![0_u8; WORDS * 8];
+    let mut missing: Vec<Extent> = Vec::new();
+    for extent in within {
+        let mut at = extent.offset;
+        while at < end(extent) {
+            let pages = (((end(extent) - at) >> PAGE_SHIFT) as usize).min(WORDS);
+            let position = ((mapping.address() + at) >> PAGE_SHIFT) * 8;
+            let got = match rustix::io::pread(pagemap, &mut words[..pages * 8], position) {
+                Ok(got) if got >= 8 => got / 8,
+                Ok(_) => return Err(Errno::IO),
+                Err(Errno::INTR) => continue,
+                Err(errno) => return Err(errno),
+            };
+            for (index, word) in words[..got * 8].chunks_exact(8).enumerate() {
+                let word = u64::from_ne_bytes(word.try_into().expect("chunks of eight bytes"));
+                if word & (PRESENT | SWAPPED) == 0 {
+                    let offset = at + ((index as u64) << PAGE_SHIFT);
+                    match missing.last_mut().filter(|last| end(last) == offset) {
+                        Some(last) => last.len += PAGE_SIZE as u64,
+                        None => missing.push(Extent { offset, len: PAGE_SIZE as u64 }),
+                    }
+                }
+            }
+            at += (got as u64) << PAGE_SHIFT;
+        }
+    }
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::RamFile;
+    use crate::testing::HugePages;
+    use crate::units::PageSize;
+
+    const PAGE: u64 = PAGE_SIZE as u64;
+    const WAYS: [Way; 2] = [Way::Best, Way::Words];
+
+    fn populate(mapping: &Mapping, extent: &Extent) {
+        super::super::populate(mapping, extent).unwrap();
+    }
+
+    #[test]
+    fn a_hole_punched_under_a_mapping_that_nobody_touches_is_found_though_it_was_filled_again() {
+        let pages = 2000;
+        let file = RamFile::memfd("stale", (pages * PAGE) as usize, PageSize::Small).unwrap();
+        let (guest, pinned) = (file.map().unwrap(), file.map().unwrap());
+        for page in 0..pages {
+            guest.write((page * PAGE) as usize, &[1]);
+        }
+        let all = [Extent { offset: 0, len: pages * PAGE }];
+        populate(&pinned, &all[0]);
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), [], "{way:?}");
+        }
+        let punched = [Extent { offset: 0, len: PAGE }, Extent { offset: 700 * PAGE, len: 9 * PAGE }];
+        for extent in &punched {
+            file.punch(*extent).unwrap();
+            // Refilled through another mapping: the file has data there again, and SEEK_DATA sees no difference.
+            guest.write(extent.offset as usize, &vec![2; extent.len as usize]);
+        }
+        assert_eq!(file.occupancy().unwrap(), all);
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), punched, "{way:?}");
+            let part = [Extent { offset: 702 * PAGE, len: PAGE }, Extent { offset: 1000 * PAGE, len: PAGE }];
+            assert_eq!(missing(&pinned, &part, 2, way).unwrap(), part[..1], "{way:?}: only what was asked about");
+        }
+        // Populated again by whoever registers it anew.
+        for extent in &punched {
+            populate(&pinned, extent);
+        }
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), [], "{way:?}");
+        }
+    }
+
+    #[test]
+    fn populating_one_page_does_not_hide_that_its_neighbour_was_punched() {
+        let file = RamFile::memfd("stale-around", 64 * PAGE as usize, PageSize::Small).unwrap();
+        let (guest, pinned) = (file.map().unwrap(), file.map().unwrap());
+        guest.write(0, &[1; 64 * PAGE_SIZE]);
+        let all = [Extent { offset: 0, len: 64 * PAGE }];
+        populate(&pinned, &all[0]);
+        file.punch(Extent { offset: 20 * PAGE, len: 8 * PAGE }).unwrap();
+        guest.write(20 * PAGE_SIZE, &[2; 8 * PAGE_SIZE]);
+        populate(&pinned, &Extent { offset: 23 * PAGE, len: PAGE });
+        let expected = [Extent { offset: 20 * PAGE, len: 3 * PAGE }, Extent { offset: 24 * PAGE, len: 4 * PAGE }];
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), expected, "{way:?}");
+        }
+    }
+
+    #[test]
+    fn both_ways_agree_on_scattered_pages_and_any_number_of_threads() {
+        let len = 3 * SHARE;
+        let file = RamFile::memfd("stale-ways", len as usize, PageSize::Small).unwrap();
+        let pinned = file.map().unwrap();
+        let mut within = Vec::new();
+        let mut expected = Vec::new();
+        // Far more runs than one call of the kernel gives back; one page in three missing, on both sides of every share's border.
+        for (index, at) in (0..len / PAGE).step_by(29).enumerate() {
+            let extent = Extent { offset: at * PAGE, len: PAGE };
+            within.push(extent);
+            if index % 3 == 0 {
+                expected.push(extent);
+            } else {
+                populate(&pinned, &extent);
+            }
+        }
+        for threads in [1, 3] {
+            for way in WAYS {
+                assert!(missing(&pinned, &within, threads, way).unwrap() == expected, "{threads} threads, {way:?}");
+            }
+        }
+        assert!(expected.len() > 2 * RUNS);
+    }
+
+    #[test]
+    fn shares_are_the_same_extents_in_order() {
+        let within = [Extent { offset: PAGE, len: 700 << 20 }, Extent { offset: 1 << 40, len: 400 << 20 }];
+        for threads in [1, 2, 3, 16] {
+            let shares = shares(&within, threads);
+            assert!(shares.len() <= threads.min(4), "{} shares", shares.len());
+            assert_eq!(normal(shares.concat()), within);
+            assert!(shares.iter().flatten().all(|extent| extent.len % PAGE == 0));
+        }
+    }
+
+    #[test]
+    fn a_huge_page_punched_is_found_by_both_ways() {
+        let Some(_pages) = HugePages::reserve(6) else { return };
+        let huge = 2 << 20;
+        let file = RamFile::memfd("stale-huge", 4 * huge as usize, PageSize::Huge).unwrap();
+        let (guest, pinned) = (file.map().unwrap(), file.map().unwrap());
+        let all = [Extent { offset: 0, len: 4 * huge }];
+        populate(&pinned, &all[0]);
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), [], "{way:?}");
+        }
+        let punched = Extent { offset: 2 * huge, len: huge };
+        file.punch(punched).unwrap();
+        guest.write(2 * huge as usize, &[1]);
+        for way in WAYS {
+            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), [punched], "{way:?}");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Which fabrics a side offers, and why not `verbs` where it does not. Each side decides by itself; the other's word adds nothing.
+//!
+//! RDMA carries memory in clear and TLS does not cover it, so `verbs` asks for more than the other fabrics: a device, the
+//! operator's word that the network is trusted, and a key only the two ends have ([`super::BindingKey`]).
+
+use super::{Address, Security, SessionConfig, SessionError};
+use crate::fabric::FabricKind;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Why a side does not offer `verbs`. Told to the peer, so that both operators learn it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NoVerbs {
+    /// It was told to use another fabric.
+    NotWanted,
+    /// It has no device that could be used, and why.
+    NoDevice { why: String },
+    /// Its operator has not said that the network is trusted.
+    NotTrusted,
+    /// The session is plaintext beyond loopback: nothing could prove that an RDMA connection belongs to it.
+    NoKey,
+}
+
+impl fmt::Display for NoVerbs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotWanted => f.write_str("it was not asked for"),
+            Self::NoDevice { why } => f.write_str(why),
+            Self::NotTrusted => f.write_str(
+                "--trusted-fabric was not said, and RDMA carries guest memory in clear: whoever can read or send packets on that network could read and change the guest",
+            ),
+            Self::NoKey => f.write_str(
+                "the session is plaintext beyond loopback, so nothing could prove that an RDMA connection belongs to it",
+            ),
+        }
+    }
+}
+
+/// Why a session does not run over `verbs`, and whose doing that is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WithoutVerbs {
+    /// This side did not offer it.
+    Ours(NoVerbs),
+    /// The peer did not.
+    Theirs(NoVerbs),
+}
+
+impl fmt::Display for WithoutVerbs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (who, here, why) = match self {
+            Self::Ours(why) => ("this host", "on this host", why),
+            Self::Theirs(why) => ("the peer", "by the peer", why),
+        };
+        match why {
+            NoVerbs::NotWanted => write!(f, "{who} was told to use another fabric"),
+            NoVerbs::NoDevice { why } => write!(f, "{who} has no RDMA device that could be used ({why})"),
+            NoVerbs::NotTrusted => write!(f, "--trusted-fabric was not said {here}"),
+            NoVerbs::NoKey => write!(f, "{why}"),
+        }
+    }
+}
+
+/// Fabrics as errors name them: those of this side, or codes of the peer's, some of which may be of a later version.
+pub(super) fn named(codes: &[u8]) -> String {
+    let name = |code: &u8| match FabricKind::from_code(*code) {
+        Some(fabric) => fabric.to_string(),
+        None => format!("an unknown one (code {code})"),
+    };
+    if codes.is_empty() { "none".to_owned() } else { codes.iter().map(name).collect::<Vec<_>>().join(" or ") }
+}
+
+/// What a side offers for one connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Offered {
+    /// Best first.
+    pub fabrics: Vec<FabricKind>,
+    /// Set if `verbs` is not among them though the address would allow it.
+    pub no_verbs: Option<NoVerbs>,
+}
+
+impl SessionConfig {
+    /// What may run over `address`. `bindable`: whether the connection's protection gives a [`super::BindingKey`].
+    pub(super) fn offers(&self, address: &Address, bindable: bool) -> Offered {
+        let possible = address.fabrics();
+        let no_verbs = self.no_verbs(bindable).filter(|_| possible.contains(&FabricKind::Verbs));
+        let wanted = |fabric: &FabricKind| self.only.is_none_or(|only| only == *fabric);
+        let has = |fabric: &FabricKind| *fabric != FabricKind::Verbs || no_verbs.is_none();
+        Offered { fabrics: possible.iter().copied().filter(wanted).filter(has).collect(), no_verbs }
+    }
+
+    fn no_verbs(&self, bindable: bool) -> Option<NoVerbs> {
+        if self.only.is_some_and(|only| only != FabricKind::Verbs) {
+            return Some(NoVerbs::NotWanted);
+        }
+        match (&self.verbs, &self.no_device) {
+            (None, Some(why)) => Some(NoVerbs::NoDevice { why: why.clone() }),
+            (None, None) => Some(NoVerbs::NotWanted),
+            (Some(verbs), _) if !verbs.trusted => Some(NoVerbs::NotTrusted),
+            (Some(_), _) => (!bindable).then_some(NoVerbs::NoKey),
+        }
+    }
+
+    /// Refuses, before anything is dialled or bound, what could only fail later: a fabric that this kind of address does not
+    /// carry, and `verbs` alone where this side may not use it.
+    pub fn check(&self, address: &Address) -> Result<(), SessionError> {
+        let Some(only) = self.only else { return Ok(()) };
+        if !address.fabrics().contains(&only) {
+            return Err(SessionError::FabricOverAddress { fabric: only, address: address.to_string() });
+        }
+        if only != FabricKind::Verbs {
+            return Ok(());
+        }
+        match self.no_verbs(self.could_bind(address)?) {
+            Some(why) => Err(SessionError::NoVerbs { why }),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a connection with `address` could be bound. Each connection is judged again once it is there.
+    fn could_bind(&self, address: &Address) -> Result<bool, SessionError> {
+        match (&self.security, address) {
+            (Security::Insecure, Address::Tcp(host_and_port)) => {
+                let all = Address::resolve(host_and_port)?;
+                Ok(all.iter().all(|address| super::socket::is_loopback(address.ip())))
+            }
+            // Without certificates, anything but loopback is refused when it is dialled or bound.
+            (Security::Tls(_) | Security::LoopbackOnly, _) | (Security::Insecure, Address::Unix(_)) => Ok(true),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::verbs::VerbsSettings;
+
+    fn tcp() -> Address {
+        Address::Tcp("127.0.0.1:7".to_owned())
+    }
+
+    fn config(trusted: bool, only: Option<FabricKind>) -> SessionConfig {
+        let verbs = Some(VerbsSettings { trusted, ..VerbsSettings::default() });
+        SessionConfig { verbs, only, ..SessionConfig::new(Security::Insecure) }
+    }
+
+    #[test]
+    fn verbs_is_offered_first_where_device_trust_and_key_are_there_and_not_otherwise() {
+        use FabricKind::{Tcp, Verbs};
+        let offers = |config: &SessionConfig, bindable| {
+            let Offered { fabrics, no_verbs } = config.offers(&tcp(), bindable);
+            (fabrics, no_verbs)
+        };
+        assert_eq!(offers(&config(true, None), true), (vec![Verbs, Tcp], None));
+        assert_eq!(offers(&config(true, Some(Verbs)), true), (vec![Verbs], None));
+        assert_eq!(offers(&config(true, None), false), (vec![Tcp], Some(NoVerbs::NoKey)));
+        assert_eq!(offers(&config(true, Some(Verbs)), false), (vec![], Some(NoVerbs::NoKey)));
+        assert_eq!(offers(&config(false, None), true), (vec![Tcp], Some(NoVerbs::NotTrusted)));
+        assert_eq!(offers(&config(true, Some(Tcp)), true), (vec![Tcp], Some(NoVerbs::NotWanted)));
+        let without = SessionConfig { no_device: Some("no device".into()), ..SessionConfig::new(Security::Insecure) };
+        assert_eq!(offers(&without, true), (vec![Tcp], Some(NoVerbs::NoDevice { why: "no device".into() })));
+    }
+
+    #[test]
+    fn a_unix_socket_carries_local_alone_and_owes_no_reason_for_it() {
+        let offered = config(true, None).offers(&Address::Unix("/s".into()), true);
+        assert_eq!(offered, Offered { fabrics: vec![FabricKind::Local], no_verbs: None });
+    }
+
+    #[test]
+    fn what_could_only_fail_later_is_refused_before_anything_is_dialled() {
+        let verbs = Some(FabricKind::Verbs);
+        config(true, verbs).check(&tcp()).expect("all there");
+        let refused =
+            |config: SessionConfig, address: &Address| config.check(address).expect_err("refused").to_string();
+        assert!(refused(config(false, verbs), &tcp()).contains("in clear"));
+        assert!(refused(config(true, verbs), &Address::Tcp("0.0.0.0:7".into())).contains("plaintext beyond loopback"));
+        assert!(refused(config(true, verbs), &Address::Unix("/s".into())).contains("unix:/s"));
+        assert!(refused(config(true, Some(FabricKind::Local)), &tcp()).contains("local"));
+        let no_device = SessionConfig { verbs: None, no_device: Some("port 1 is DOWN".into()), ..config(true, verbs) };
+        assert!(refused(no_device, &tcp()).contains("port 1 is DOWN"));
+        // Without --fabric there is always something left.
+        config(false, None).check(&Address::Tcp("0.0.0.0:7".into())).expect("tcp is left");
+    }
+
+    #[test]
+    fn a_reason_is_told_of_the_side_whose_it_is() {
+        let no_device = NoVerbs::NoDevice { why: "mlx5_0 port 1 is DOWN".into() };
+        assert_eq!(
+            WithoutVerbs::Theirs(no_device.clone()).to_string(),
+            "the peer has no RDMA device that could be used (mlx5_0 port 1 is DOWN)"
+        );
+        assert!(WithoutVerbs::Ours(no_device).to_string().starts_with("this host has no"));
+        assert_eq!(WithoutVerbs::Ours(NoVerbs::NotTrusted).to_string(), "--trusted-fabric was not said on this host");
+        assert_eq!(named(&[2, 3, 9]), "tcp or verbs or an unknown one (code 9)");
+        assert_eq!(named(&[]), "none");
+    }
+}
