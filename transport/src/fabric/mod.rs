@@ -30,9 +30,10 @@ pub use details::FabricDetails;
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
-use crate::session::{DestinationSession, SourceSession};
+use crate::session::{Control, DestinationSession, SourceSession};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -217,6 +218,12 @@ pub trait Initiator: Send {
         None
     }
 
+    /// The NUMA node of the device that carries the session, for who places threads and buffers; `None` where there is no device or
+    /// the system does not say.
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+
     /// Tells `observer` how far registrations are, from now on.
     fn observe_registration(&mut self, _observer: RegistrationObserver) {}
 
@@ -234,6 +241,11 @@ pub trait Owner: Send {
 
     /// As [`Initiator::details`]; known once the initiator has opened its lanes.
     fn details(&self) -> Option<FabricDetails> {
+        None
+    }
+
+    /// As [`Initiator::numa_node`].
+    fn numa_node(&self) -> Option<u32> {
         None
     }
 
@@ -280,25 +292,29 @@ pub trait Owner: Send {
     fn take_failures(&mut self) -> Vec<FabricError>;
 }
 
+/// The address that a session's control connection has on this host.
+fn own_address(control: &Control) -> Option<IpAddr> {
+    let own = rustix::net::getsockname(control).ok()?;
+    SocketAddr::try_from(own).ok().map(|own| own.ip().to_canonical())
+}
+
 /// The source's data path of a session, over the fabric that was agreed on.
 pub fn owner(session: &SourceSession) -> Result<Box<dyn Owner>, FabricError> {
+    let lanes = session.lanes.clone();
     Ok(match session.agreed.fabric {
-        FabricKind::Local => Box::new(local::LocalOwner::new(session.lanes.clone())?),
-        FabricKind::Tcp => Box::new(tcp::TcpOwner::new(session.lanes.clone())?),
-        FabricKind::Verbs => {
-            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
-        }
+        FabricKind::Local => Box::new(local::LocalOwner::new(lanes)?),
+        FabricKind::Tcp => Box::new(tcp::TcpOwner::new(lanes)?),
+        FabricKind::Verbs => Box::new(verbs::VerbsOwner::new(lanes, own_address(&session.control))?),
     })
 }
 
 /// The destination's data path of a session, over the fabric that was agreed on.
 pub fn initiator(session: &DestinationSession) -> Result<Box<dyn Initiator>, FabricError> {
+    let lanes = session.lanes.clone();
     Ok(match session.agreed.fabric {
-        FabricKind::Local => Box::new(local::LocalInitiator::new(session.lanes.clone())),
-        FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(session.lanes.clone())),
-        FabricKind::Verbs => {
-            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
-        }
+        FabricKind::Local => Box::new(local::LocalInitiator::new(lanes)),
+        FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(lanes)),
+        FabricKind::Verbs => Box::new(verbs::VerbsInitiator::new(lanes, own_address(&session.control))?),
     })
 }
 
@@ -341,6 +357,8 @@ pub enum FabricError {
     },
     #[error(transparent)]
     Session(#[from] crate::session::SessionError),
+    #[error(transparent)]
+    Verbs(#[from] verbs::VerbsError),
 }
 
 /// Why an owner would not do what an initiator asked.
@@ -356,6 +374,9 @@ pub enum RefusedReason {
     BadLength,
     #[error("the session has been revoked")]
     Revoked,
+    /// A device refuses without saying why.
+    #[error("its device refused the access (the key was revoked or its process has ended; else key, right or range are wrong)")]
+    ByDevice,
 }
 
 /// Adds a mapping to an initiator's table.

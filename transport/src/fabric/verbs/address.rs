@@ -9,7 +9,6 @@
 
 use super::VerbsSettings;
 use super::error::VerbsError;
-use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -18,7 +17,7 @@ const MAX_GIDS: u16 = 1024;
 
 /// What a port's GID table says of one entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Gid {
+pub(super) struct Gid {
     pub index: u16,
     pub gid: Ipv6Addr,
     /// As the kernel says: "RoCE v2", "IB/RoCE v1".
@@ -46,40 +45,6 @@ pub(super) struct Local {
     pub address: SocketAddr,
     /// The GID index that was asked for.
     pub gid_index: Option<u16>,
-}
-
-/// The path that a lane's queue pair got, for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PathTaken {
-    pub device: String,
-    pub port: u8,
-    /// None on iWARP, which has no GIDs on the wire.
-    pub gid: Option<Gid>,
-    pub is_iwarp: bool,
-    /// Bytes of a packet.
-    pub mtu_bytes: u32,
-    /// The NUMA node that the device is attached to, where the system says.
-    pub numa_node: Option<u32>,
-}
-
-impl fmt::Display for PathTaken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} port {}", self.device, self.port)?;
-        match &self.gid {
-            Some(gid) => {
-                write!(f, ", GID index {} ", gid.index)?;
-                match gid.gid.to_ipv4_mapped() {
-                    Some(v4) => write!(f, "::ffff:{v4}")?,
-                    None => write!(f, "{}", gid.gid)?,
-                }
-                write!(f, ", {}", gid.kind)?;
-            }
-            None if self.is_iwarp => write!(f, ", iWARP")?,
-            None => {}
-        }
-        write!(f, ", MTU {}", self.mtu_bytes)?;
-        self.numa_node.map_or(Ok(()), |node| write!(f, ", NUMA node {node}"))
-    }
 }
 
 /// The host as sysfs and the interfaces show it.
@@ -135,6 +100,19 @@ impl Host {
         let kind = self.read(format!("{base}/gid_attrs/types/{index}")).unwrap_or_default();
         let interface = self.read(format!("{base}/gid_attrs/ndevs/{index}")).filter(|name| !name.is_empty());
         Some(Gid { index, gid, kind, interface })
+    }
+
+    /// What carries the bytes of a port, with the GID that is used: "InfiniBand", "RoCE v2", "iWARP".
+    pub(super) fn link(&self, device: &str, port: u8, gid: Option<&Gid>) -> String {
+        let port = self.port(device, port);
+        match gid {
+            _ if port.is_iwarp => "iWARP".to_owned(),
+            _ if !port.is_ethernet => "InfiniBand".to_owned(),
+            // The kernel says "IB/RoCE v1" for both.
+            Some(gid) if gid.kind == "IB/RoCE v1" => "RoCE v1".to_owned(),
+            Some(gid) => gid.kind.clone(),
+            None => "RoCE".to_owned(),
+        }
     }
 
     fn port(&self, device: &str, port: u8) -> Port {
@@ -464,20 +442,6 @@ mod tests {
         fake.write("cxgb4_0/node_type", "4: RNIC");
         fake.write("cxgb4_0/device/net/eth2/dev_port", "0");
         assert_eq!(fake.choose(&named("cxgb4_0"), ""), ok("cxgb4_0", 1, "10.1.1.1:0"));
-    }
-
-    #[test]
-    fn a_path_reads_like_a_line_of_perftest() {
-        let gid = Gid { index: 1, gid: MAPPED.parse().unwrap(), kind: "RoCE v2".into(), interface: Some("eth0".into()) };
-        let path = PathTaken {
-            device: "rxe0".into(),
-            port: 1,
-            gid: Some(gid),
-            is_iwarp: false,
-            mtu_bytes: 4096,
-            numa_node: Some(0),
-        };
-        assert_eq!(path.to_string(), "rxe0 port 1, GID index 1 ::ffff:10.9.0.1, RoCE v2, MTU 4096, NUMA node 0");
     }
 
     #[test]

@@ -242,11 +242,16 @@ impl Id {
         // SAFETY: the identifier is alive.
         let listening = unsafe { ibv::rdma_listen(self.id.as_ptr(), backlog) };
         self.done(listening, "rdma_listen", || "listening for lanes".to_owned())?;
-        // SAFETY: the identifier is alive.
-        Ok(u16::from_be(unsafe { ibv::rdma_get_src_port(self.id.as_ptr()) }))
+        Ok(self.own_port())
     }
 
-    /// Lets the identifier's address be bound although another identifier still lingers there.
+    /// The port number (of rdma_cm's, as TCP's) that it has on this host.
+    pub(super) fn own_port(&self) -> u16 {
+        // SAFETY: the identifier is alive.
+        u16::from_be(unsafe { ibv::rdma_get_src_port(self.id.as_ptr()) })
+    }
+
+    /// Looks for the way to a peer.
     pub(super) fn resolve_address(
         &mut self,
         from: SocketAddr,

@@ -3,12 +3,14 @@
 //! The initiator's end posts and completes; the owner's only answers, by its device alone, so that its queues are as small as the
 //! device allows.
 
-use super::address::{Gid, Host, PathTaken};
+use super::address::{Gid, Host, Local};
 use super::cm::Id;
 use super::device::Pd;
 use super::error::VerbsError;
 use super::queue_pair::Backing;
+use crate::fabric::FabricDetails;
 use belay_verbs_sys as ibv;
+use std::net::SocketAddr;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
@@ -143,29 +145,39 @@ impl Endpoint {
         }
     }
 
-    /// The path that the connection took.
-    pub(super) fn path(&self, host: &Host) -> Result<PathTaken, VerbsError> {
+    /// What the connection got, for the operator; an error if it is another GID than was asked for.
+    pub(super) fn details(&self, host: &Host, local: &Local, port: u16) -> Result<FabricDetails, VerbsError> {
         let mut attributes: ibv::ibv_qp_attr = ibv::zeroed();
         let mut init: ibv::ibv_qp_init_attr = ibv::zeroed();
-        let mask = ibv::ibv_qp_attr_mask::IBV_QP_AV.0 | ibv::ibv_qp_attr_mask::IBV_QP_PATH_MTU.0;
+        let wanted = ibv::ibv_qp_attr_mask::IBV_QP_AV | ibv::ibv_qp_attr_mask::IBV_QP_PATH_MTU;
+        let mask = wanted.0.cast_signed();
         // SAFETY: the queue pair is alive, both structures may be written.
-        let errno = unsafe {
-            ibv::ibv_query_qp(self.id.queue_pair(), &raw mut attributes, mask.cast_signed(), &raw mut init)
-        };
+        let errno =
+            unsafe { ibv::ibv_query_qp(self.id.queue_pair(), &raw mut attributes, mask, &raw mut init) };
         if errno != 0 {
             return Err(VerbsError::returned("ibv_query_qp", "asking for the path of a connection", errno.abs()));
         }
         let context = self.pd.context();
-        let gid: Option<Gid> = (attributes.ah_attr.is_global != 0 && !context.is_iwarp())
-            .then(|| host.gid(context.name(), context.port(), u16::from(attributes.ah_attr.grh.sgid_index)))
-            .flatten();
-        Ok(PathTaken {
-            device: context.name().to_owned(),
-            port: context.port(),
-            gid,
-            is_iwarp: context.is_iwarp(),
+        let (device, number) = (context.name(), context.port());
+        let index = u16::from(attributes.ah_attr.grh.sgid_index);
+        let gid = (attributes.ah_attr.is_global != 0 && !context.is_iwarp()).then(|| host.gid(device, number, index));
+        let gid = gid.flatten();
+        let link = host.link(device, number, gid.as_ref());
+        if let (Some(asked), Some(got)) = (local.gid_index, &gid)
+            && asked != got.index
+        {
+            return Err(VerbsError::OtherGid { asked, got: got.index, got_type: link });
+        }
+        let text = |gid: &Gid| gid.gid.to_ipv4_mapped().map_or(gid.gid.to_string(), |v4| format!("::ffff:{v4}"));
+        Ok(FabricDetails {
+            device: device.to_owned(),
+            port: number,
+            link,
+            gid_index: gid.as_ref().and_then(|gid| u8::try_from(gid.index).ok()),
+            gid: gid.as_ref().map(text),
+            address: SocketAddr::new(local.address.ip(), port).to_string(),
             mtu_bytes: 128 << attributes.path_mtu.min(5),
-            numa_node: context.numa_node(),
+            read_depth: context.limits().max_initiator_depth.min(context.limits().max_responder_resources),
         })
     }
 }

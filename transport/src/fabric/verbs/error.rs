@@ -84,8 +84,10 @@ pub enum VerbsError {
     DeviceLost { device: String },
     #[error("port {port} of the RDMA device {device} went down and nothing came back on lane {lane:?} within {bound:?}: look at the cable and the switch")]
     PortDown { lane: LaneId, device: String, port: u8, bound: Duration },
-    #[error("{waiting} lane requests wait already, which is the limit")]
-    TooManyRequests { waiting: usize },
+    #[error("a request to connect a queue pair was refused: {reason}")]
+    RefusedRequest { reason: RefusedLane },
+    #[error(transparent)]
+    Registration(#[from] super::registration::RegistrationError),
 }
 
 /// What to do about the errors that people meet most.
@@ -132,19 +134,16 @@ pub enum RefusedLane {
     Revoked = 5,
     #[error("too many requests wait")]
     Busy = 6,
-    #[error("the owner could not make a queue pair for it; its own log says why")]
-    NoQueuePair = 7,
 }
 
 impl RefusedLane {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 6] = [
         Self::Malformed,
         Self::WrongProof,
         Self::Twice,
         Self::NotServed,
         Self::Revoked,
         Self::Busy,
-        Self::NoQueuePair,
     ];
 
     /// What a peer's byte says.

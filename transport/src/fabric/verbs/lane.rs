@@ -11,6 +11,7 @@ use super::error::VerbsError;
 use super::fate::Fate;
 use super::queue::{Operation, Queue};
 use super::queue_pair::{CHAIN, Completion, QueuePair};
+use super::registration::Registered;
 use super::table::{RemoteTable, Span, covers};
 use super::{RETRY_COUNT, UNREACHABLE_AFTER, acknowledgement_timeout};
 use crate::deadline::Deadline;
@@ -39,7 +40,7 @@ pub(super) struct Locals {
     pub spans: Vec<Box<[Span]>>,
     pub read_back: Option<usize>,
     /// The regions, which live as long as this.
-    pub _regions: Vec<Box<dyn std::any::Any + Send + Sync>>,
+    pub _regions: Mutex<Vec<Registered>>,
 }
 
 /// The owner's table as the steward keeps it up to date.

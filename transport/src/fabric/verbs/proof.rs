@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_refusal_says_its_reason() {
-        for reason in [RefusedLane::Malformed, RefusedLane::Twice, RefusedLane::NoQueuePair] {
+        for reason in [RefusedLane::Malformed, RefusedLane::Twice, RefusedLane::Busy] {
             assert_eq!(read_refusal(&refusal(reason)), Some(reason));
         }
         assert_eq!(read_refusal(&[]), None);
