@@ -17,7 +17,7 @@ use rustix::event::PollFlags;
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -106,7 +106,7 @@ impl EventChannel {
         let new = (seen.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST)
             .then(|| NonNull::new(seen.id))
             .flatten()
-            .map(|id| Id { id, channel: Arc::clone(self) });
+            .map(|id| Id { id, _channel: Arc::clone(self) });
         // SAFETY: given by rdma_get_cm_event and not acknowledged yet; everything needed has been copied.
         unsafe { ibv::rdma_ack_cm_event(event) };
         Ok(Some(CmEvent {
@@ -160,7 +160,7 @@ impl Drop for EventChannel {
 /// A connection identifier, with or without a queue pair.
 pub(super) struct Id {
     id: NonNull<ibv::rdma_cm_id>,
-    channel: Arc<EventChannel>,
+    _channel: Arc<EventChannel>,
 }
 
 // SAFETY: librdmacm's functions may be called from any thread; `&mut self` or ownership orders the calls that change it.
@@ -196,13 +196,9 @@ impl Id {
         // SAFETY: the channel is alive, `id` may be written, the context is not used.
         let made = unsafe { ibv::rdma_create_id(channel.0.as_ptr(), &raw mut id, ptr::null_mut(), ps) };
         match NonNull::new(id) {
-            Some(id) if made == 0 => Ok(Self { id, channel: Arc::clone(channel) }),
+            Some(id) if made == 0 => Ok(Self { id, _channel: Arc::clone(channel) }),
             _ => Err(VerbsError::last("rdma_create_id", "making a connection identifier")),
         }
-    }
-
-    pub(super) fn channel(&self) -> &Arc<EventChannel> {
-        &self.channel
     }
 
     /// What its events carry in [`CmEvent::of`].
@@ -389,6 +385,7 @@ pub(super) fn socket_address(ip: IpAddr, port: u16, scope: u32) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{Ipv4Addr, Ipv6Addr};
 
     #[test]
     fn addresses_become_the_c_librarys() {

@@ -16,7 +16,7 @@ use super::table::{RemoteTable, Span, covers};
 use super::{RETRY_COUNT, UNREACHABLE_AFTER, acknowledgement_timeout};
 use crate::deadline::Deadline;
 use crate::fabric::exports::Right;
-use crate::fabric::{FabricError, Lane, LaneId, LaneKind, LocalKey, Read, RefusedReason, Write, local, local_writable};
+use crate::fabric::{FabricError, Lane, LaneId, LaneKind, Read, RefusedReason, Write, local, local_writable};
 use crate::region::Mapping;
 use crate::session::wait_for;
 use belay_verbs_sys::ibv_wc_status as status;

@@ -180,9 +180,4 @@ impl QueuePair {
     pub(super) fn channel(&self) -> BorrowedFd<'_> {
         self.backing.channel()
     }
-
-    /// Addresses by which the device's own events name it.
-    pub(super) fn names(&self) -> (usize, usize) {
-        (self.qp as usize, self.cq as usize)
-    }
 }
