@@ -1,5 +1,6 @@
 //! Why a measurement could not be made.
 
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +45,24 @@ pub enum BenchError {
     Stale { page: usize, epoch: belay_checkpoint::guest::Epoch },
     #[error("page {page} reads as {found}, the source has {expected}")]
     Wrong { page: usize, found: u64, expected: u64 },
+    #[error("page {page} that was written reads as {found:#x} at the server, {expected:#x} was written")]
+    WrongAtServer { page: u64, found: u64, expected: u64 },
+    #[error("what called is not a belay-bench of this version")]
+    NotABench,
+    #[error("the other side hung up without a word")]
+    BellClosed,
+    #[error("nobody called within {0:?}")]
+    NobodyCalled(Duration),
+    #[error("the other side: {why}")]
+    Peer { why: String },
+    #[error("refused: {why}")]
+    Refused { why: String },
+    #[error("the server could not open a session to this host: {why}{}", if .ours.is_empty() { String::new() } else { format!(" (this side: {})", .ours) })]
+    NotMet { why: String, ours: String },
+    #[error("nothing completed within {0:?}")]
+    Stuck(Duration),
+    #[error("{what}: {why}")]
+    Options { what: &'static str, why: String },
     #[error("{0} ended in a panic")]
     Thread(&'static str),
     #[error("{doing}")]
@@ -55,6 +74,16 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// The message and those of its causes, on one line.
+    pub fn with_causes(&self) -> String {
+        let (mut text, mut cause) = (self.to_string(), self.source());
+        while let Some(inner) = cause {
+            text = format!("{text}: {inner}");
+            cause = inner.source();
+        }
+        text
+    }
+
     pub fn io(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { doing, source }
     }

@@ -5,6 +5,8 @@ use crate::floor;
 use crate::rig::{Rig, Source, soon};
 use crate::table::{self, Row};
 use belay_transport::fabric::FabricKind;
+use belay_transport::pull::Engine;
+use belay_transport::region::Mapping;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 use std::time::Instant;
@@ -81,22 +83,22 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
 }
 
 /// What one side of the comparison gathered.
-struct Side {
-    toucher: Vec<u64>,
-    server: Histogram<u64>,
-    queue: Histogram<u64>,
-    wire: Histogram<u64>,
-    install: Histogram<u64>,
+pub struct Side {
+    pub toucher: Vec<u64>,
+    pub server: Histogram<u64>,
+    pub queue: Histogram<u64>,
+    pub wire: Histogram<u64>,
+    pub install: Histogram<u64>,
 }
 
 impl Side {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let [server, queue, wire, install] =
             std::array::from_fn(|_| Histogram::new_with_bounds(1, 1 << 40, 3).expect("valid bounds"));
         Self { toucher: Vec::new(), server, queue, wire, install }
     }
 
-    fn add(&mut self, other: Self) {
+    pub fn add(&mut self, other: Self) {
         self.toucher.extend(other.toucher);
         // Same bounds on both sides: adding cannot fail.
         self.server += other.server;
@@ -106,17 +108,21 @@ impl Side {
     }
 }
 
-/// Touches pages one after the other while the engine serves them, with or without its background pull.
 fn engine_round(fabric: FabricKind, source: &Source, order: &[usize], unloaded: bool) -> Result<Side, BenchError> {
     let rig = Rig::new(fabric, source)?;
+    touch(rig.engine, &rig.guest, order, unloaded)
+}
+
+/// Touches pages of `guest` one after the other while `engine` serves them, with or without its background pull; ends the engine.
+pub fn touch(engine: Engine, guest: &Mapping, order: &[usize], unloaded: bool) -> Result<Side, BenchError> {
     if !unloaded {
-        rig.engine.resume_background();
+        engine.resume_background();
     }
     let mut toucher = Vec::with_capacity(order.len());
     for page in order {
         let mut word = [0; 8];
         let start = Instant::now();
-        rig.guest.read(page * floor::PAGE, &mut word);
+        guest.read(page * floor::PAGE, &mut word);
         let took = start.elapsed().as_nanos() as u64;
         if unloaded || took > NO_FAULT_NS {
             toucher.push(took);
@@ -126,13 +132,13 @@ fn engine_round(fabric: FabricKind, source: &Source, order: &[usize], unloaded: 
             return Err(BenchError::Wrong { page: *page, found, expected });
         }
     }
-    let latencies = rig.engine.stop(soon())?.latencies;
+    let latencies = engine.stop(soon())?.latencies;
     let (server, queue) = (latencies.total, latencies.queue);
     Ok(Side { toucher, server, queue, wire: latencies.wire, install: latencies.install })
 }
 
 /// `count` different pages of `pages`, in an order no prefetcher knows but every run repeats.
-fn scattered(pages: usize, count: usize) -> Vec<usize> {
+pub fn scattered(pages: usize, count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..pages).collect();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for at in (1..pages).rev() {
@@ -143,6 +149,7 @@ fn scattered(pages: usize, count: usize) -> Vec<usize> {
     order
 }
 
-fn mid(ns: &[u64]) -> f64 {
+/// The median.
+pub fn mid(ns: &[u64]) -> f64 {
     table::median(&ns.iter().map(|ns| *ns as f64).collect::<Vec<_>>())
 }

@@ -5,14 +5,16 @@ mod error;
 mod fault;
 mod floor;
 mod pull;
+mod quantity;
 mod rig;
 mod table;
 mod tethered;
+mod wire;
 
 use belay_transport::fabric::FabricKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use error::BenchError;
-use std::error::Error;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -32,6 +34,7 @@ enum Command {
     Pull(Options),
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
+    Wire(Box<wire::WireArgs>),
 }
 
 #[derive(Args)]
@@ -65,31 +68,43 @@ impl From<Fabric> for FabricKind {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Fault(options) => {
-            fault::run(options.fabric.into(), options.quick).and_then(|report| save(&options, &report))
+            fault::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
         }
         Command::Pull(options) => {
-            pull::run(options.fabric.into(), options.quick).and_then(|report| save(&options, &report))
+            pull::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
         }
         Command::Checkpoint(options) => {
-            checkpoint::run(options.fabric.into(), options.quick).and_then(|report| save(&options, &report))
+            checkpoint::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
         }
+        Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
+            (Some(report), Some(path)) => save(path, &report),
+            _ => Ok(()),
+        }),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("belay-bench: {error}");
-            let mut cause = error.source();
-            while let Some(inner) = cause {
-                eprint!(": {inner}");
-                cause = inner.source();
-            }
-            eprintln!();
+            eprintln!("belay-bench: {}", error.with_causes());
             ExitCode::FAILURE
         }
     }
 }
 
-fn save(options: &Options, report: &impl serde::Serialize) -> Result<(), BenchError> {
-    let write = |path: &Path| std::fs::write(path, serde_json::to_vec_pretty(report)?);
-    options.out_json.as_deref().map_or(Ok(()), write).map_err(BenchError::io("writing the JSON report"))
+impl Options {
+    fn save(&self, report: &impl serde::Serialize) -> Result<(), BenchError> {
+        self.out_json.as_deref().map_or(Ok(()), |path| save(path, report))
+    }
+}
+
+/// Into `path`, or onto stdout for `-`.
+fn save(path: &Path, report: &impl serde::Serialize) -> Result<(), BenchError> {
+    let write = || -> std::io::Result<()> {
+        let mut json = serde_json::to_vec_pretty(report)?;
+        json.push(b'\n');
+        match path.as_os_str() == "-" {
+            true => std::io::stdout().write_all(&json),
+            false => std::fs::write(path, json),
+        }
+    };
+    write().map_err(BenchError::io("writing the JSON report"))
 }

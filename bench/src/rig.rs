@@ -1,7 +1,9 @@
 //! A source, a session over a real fabric and an engine, in one process.
 
 use crate::error::BenchError;
-use belay_transport::fabric::{FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, initiator, owner};
+use belay_transport::fabric::{
+    FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, ReadKey, initiator, owner,
+};
 use belay_transport::pages::{PageStates, RegionGeometry};
 use belay_transport::pull::{
     ClassRun, Engine, Install, LandingPlan, NoObserver, PageClass, PullPlan, RegionPlan, ShardParts, ShardRange, Tuning,
@@ -18,8 +20,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Bound of everything that is waited for.
+pub const BOUND: Duration = Duration::from_secs(60);
+
 pub fn soon() -> Deadline {
-    Deadline::after(Duration::from_secs(60))
+    Deadline::after(BOUND)
 }
 
 /// Guest RAM at the source, filled once.
@@ -99,12 +103,39 @@ pub struct Landing {
     pub install: Install,
 }
 
+impl Landing {
+    /// `len` bytes that no vCPU uses, allocated and registered: the mapping that faults, and how to land in it.
+    pub fn new(initiator: &mut dyn Initiator, len: usize) -> Result<(Mapping, Self), BenchError> {
+        let file = RamFile::memfd("bench-guest", len, PageSize::Small)?;
+        let map = || file.map().map_err(BenchError::io("mapping the guest"));
+        let (alias, guest) = (Arc::new(map()?), map()?);
+        file.preallocate_through(&alias, 2, &|_| ())?;
+        let uffd = Uffd::open(OpenMode::All, Features::MINOR_SHMEM.union(Features::MISSING_SHMEM))?;
+        let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: false };
+        uffd.register(guest.address(), len as u64, modes)?;
+        let key = initiator.register_local(&alias)?;
+        let guest_address = guest.address();
+        Ok((guest, Self { alias, key, guest_address, uffd, install: Install::Clean }))
+    }
+}
+
 /// Starts to pull all of `source`, one shard, with its background paused.
 pub fn pull(ends: &mut Ends, source: &Source, landing: Landing) -> Result<Engine, BenchError> {
-    let Landing { alias, key, guest_address, uffd, install } = landing;
     let bytes = source.mapping.len() as u64;
     let remote = ends.owner.export_read(&source.file, &source.mapping, &[Extent { offset: 0, len: bytes }])?;
-    let (fault, bulk) = (ends.lane(LaneKind::Fault, 0)?, ends.lane(LaneKind::Bulk, 0)?);
+    let lanes = (ends.lane(LaneKind::Fault, 0)?, ends.lane(LaneKind::Bulk, 0)?);
+    engine(lanes, remote, landing, Tuning::default())
+}
+
+/// Starts an engine of one shard, with its background paused, over a lane for demand and one for the background.
+pub fn engine(
+    (fault, bulk): (Box<dyn Lane>, Box<dyn Lane>),
+    remote: ReadKey,
+    landing: Landing,
+    tuning: Tuning,
+) -> Result<Engine, BenchError> {
+    let Landing { alias, key, guest_address, uffd, install } = landing;
+    let bytes = alias.len() as u64;
     let frames = bytes / 4096;
     let region = RegionPlan {
         id: RegionId(0),
@@ -115,7 +146,7 @@ pub fn pull(ends: &mut Ends, source: &Source, landing: Landing) -> Result<Engine
         remote,
         classes: vec![ClassRun { class: PageClass::Peer, frames }],
     };
-    let plan = PullPlan { regions: vec![region], install, tuning: Tuning::default(), start_paused: true };
+    let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
     let shard = ShardParts {
         uffd,
         fault,
@@ -139,16 +170,7 @@ pub struct Rig {
 impl Rig {
     pub fn new(fabric: FabricKind, source: &Source) -> Result<Self, BenchError> {
         let mut ends = Ends::new(fabric)?;
-        let len = source.mapping.len();
-        let file = RamFile::memfd("bench-guest", len, PageSize::Small)?;
-        let map = || file.map().map_err(BenchError::io("mapping the guest"));
-        let (alias, guest) = (Arc::new(map()?), map()?);
-        file.preallocate_through(&alias, 2, &|_| ())?;
-        let uffd = Uffd::open(OpenMode::All, Features::MINOR_SHMEM.union(Features::MISSING_SHMEM))?;
-        let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: false };
-        uffd.register(guest.address(), len as u64, modes)?;
-        let key = ends.initiator.register_local(&alias)?;
-        let landing = Landing { alias, key, guest_address: guest.address(), uffd, install: Install::Clean };
+        let (guest, landing) = Landing::new(ends.initiator.as_mut(), source.mapping.len())?;
         let engine = pull(&mut ends, source, landing)?;
         Ok(Self { engine, guest, _ends: ends })
     }

@@ -42,6 +42,37 @@ impl Row {
     }
 }
 
+/// One row of a bandwidth table.
+#[derive(Debug, Serialize)]
+pub struct Bandwidth {
+    pub name: String,
+    /// Of one operation.
+    pub bytes: usize,
+    pub iterations: u64,
+    pub peak_bytes_per_s: f64,
+    pub average_bytes_per_s: f64,
+    pub messages_per_s: f64,
+}
+
+/// In perftest's columns and its units: MiB/s, or Gb/s (10^9) where `gbits`; millions of messages a second. Names come last,
+/// so that what reads perftest's lines reads these.
+pub fn print_bandwidth(rows: &[Bandwidth], gbits: bool) {
+    let (unit, scale) = if gbits { ("Gb/sec", 8e-9) } else { ("MiB/sec", 1.0 / f64::from(1 << 20)) };
+    let (peak, average) = (format!("BW peak[{unit}]"), format!("BW average[{unit}]"));
+    println!(" {:<10} {:<13} {peak:<18} {average:<20} {:<15}", "#bytes", "#iterations", "MsgRate[Mpps]");
+    for row in rows {
+        println!(
+            " {:<10} {:<13} {:<18.2} {:<20.2} {:<15.6} {}",
+            row.bytes,
+            row.iterations,
+            row.peak_bytes_per_s * scale,
+            row.average_bytes_per_s * scale,
+            row.messages_per_s / 1e6,
+            row.name
+        );
+    }
+}
+
 /// The middle value; 0 of nothing.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -49,6 +80,7 @@ pub fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
+/// In perftest's columns, behind the rows' names.
 pub fn print(rows: &[Row]) {
     println!(
         " {:<34} {:>7} {:>11} {:>11} {:>11} {:>15} {:>11} {:>13} {:>9} {:>9}",
@@ -67,6 +99,36 @@ pub fn print(rows: &[Row]) {
         println!(
             " {:<34} {:>7} {:>11} {:>11.2} {:>11.2} {:>15.2} {:>11.2} {:>13.2} {:>9.2} {:>9.2}",
             row.name,
+            row.bytes,
+            row.iterations,
+            row.t_min_us,
+            row.t_max_us,
+            row.t_typical_us,
+            row.t_avg_us,
+            row.t_stdev_us,
+            row.p99_us,
+            row.p999_us
+        );
+    }
+}
+
+/// As perftest prints them, a line a size, nothing before and nothing behind.
+pub fn print_latency(rows: &[Row]) {
+    println!(
+        " {:<8} {:<12} {:<13} {:<13} {:<15} {:<11} {:<14} {:<20} {:<20}",
+        "#bytes",
+        "#iterations",
+        "t_min[usec]",
+        "t_max[usec]",
+        "t_typical[usec]",
+        "t_avg[usec]",
+        "t_stdev[usec]",
+        "99% percentile[usec]",
+        "99.9% percentile[usec]"
+    );
+    for row in rows {
+        println!(
+            " {:<8} {:<12} {:<13.2} {:<13.2} {:<15.2} {:<11.2} {:<14.2} {:<20.2} {:<20.2}",
             row.bytes,
             row.iterations,
             row.t_min_us,

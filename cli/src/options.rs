@@ -427,3 +427,94 @@ impl SecurityOptions {
         self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn profiles() -> Vec<(String, String)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cluster-configs");
+        let entries = std::fs::read_dir(&folder).expect("the profiles' folder").flatten();
+        let files = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "toml"));
+        let mut all: Vec<_> = files
+            .map(|path| {
+                let name = path.file_name().and_then(|name| name.to_str()).expect("an ASCII name").to_owned();
+                (name, path.to_str().expect("a UTF-8 path").to_owned())
+            })
+            .collect();
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn every_host_profile_is_read_by_the_parser_of_config() {
+        let profiles = profiles();
+        let names: Vec<_> = profiles.iter().map(|(name, _)| &**name).collect();
+        let there =
+            ["infiniband.toml", "iwarp.toml", "one-host.toml", "plain-tcp.toml", "roce-v2.toml", "softroce.toml"];
+        assert_eq!(names, there);
+        for (name, path) in &profiles {
+            let file = ConfigFile::read(Path::new(path)).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let fabric = match &**name {
+                "one-host.toml" => FabricChoice::Local,
+                "plain-tcp.toml" => FabricChoice::Tcp,
+                _ => FabricChoice::Verbs,
+            };
+            assert_eq!(file.fabric.fabric, Some(fabric), "{name}");
+            // Only the operator can know these; a file that was copied must not say them.
+            assert!(!file.fabric.trusted_fabric && !file.security.insecure, "{name}");
+            assert_eq!(file.fabric.ib_dev.is_some(), fabric == FabricChoice::Verbs, "{name}");
+            assert!(file.tether.policy.is_some() && file.tether.lease.is_some(), "{name}");
+        }
+    }
+
+    #[test]
+    fn every_key_of_a_host_profile_is_explained_above_it_and_every_command_names_its_own_file() {
+        for (name, path) in profiles() {
+            let text = std::fs::read_to_string(&path).expect("read above");
+            let mut comment = String::new();
+            let mut keys = 0;
+            for line in text.lines() {
+                match line.split_once(" = ") {
+                    _ if line.starts_with('#') => comment += line,
+                    Some((key, _)) => {
+                        assert!(comment.contains(&format!("# {key}: ")), "{name}: nothing above {key} explains it");
+                        comment.clear();
+                        keys += 1;
+                    }
+                    None => comment.clear(),
+                }
+            }
+            assert!(keys >= 6, "{name}");
+            for side in ["belay receive", "belay send"] {
+                let command = text.lines().find(|line| line.contains(side)).expect("the command is told");
+                assert!(command.contains(&format!("--config cluster-configs/{name}")), "{name}: {command}");
+            }
+            if text.contains("fabric = \"verbs\"") {
+                assert!(text.matches("--trusted-fabric \\\n").count() == 2, "{name}: both commands say it");
+                assert!(text.contains("ib_read_lat ") && text.contains("locked"), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_nobody_knows_is_an_error_in_every_table() {
+        for table in ["tether", "guest", "fabric", "security"] {
+            let error = toml::from_str::<ConfigFile>(&format!("[{table}]\ntrusted-fabrik = true\n")).expect_err(table);
+            assert!(error.to_string().contains("trusted-fabrik"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file_key_by_key() {
+        let file: FabricOptions =
+            toml::from_str("fabric = \"verbs\"\nib-dev = \"mlx5_0\"\ngid-index = 3").expect("reads");
+        let line = FabricOptions { gid_index: Some(1), trusted_fabric: true, ..FabricOptions::default() };
+        let both = line.or(file);
+        assert_eq!((both.fabric, both.gid_index), (Some(FabricChoice::Verbs), Some(1)));
+        assert_eq!((both.ib_dev.as_deref(), both.ib_port, both.trusted_fabric), (Some("mlx5_0"), None, true));
+        let settings = both.verbs();
+        assert_eq!((settings.gid_index, settings.trusted), (Some(1), true));
+    }
+}

@@ -5,7 +5,7 @@
 # defines run_suite, which tells checks (lib/results.sh) about hosts that are up and joined (lib/hosts.sh).
 
 # In the order in which `all` runs them: what the later ones build on comes first.
-all_suites() { printf '%s\n' smoke perftest demo; }
+all_suites() { printf '%s\n' smoke conformance perftest demo partition loss cpu; }
 
 is_suite() { all_suites | grep -qx -- "$1"; }
 
@@ -51,10 +51,6 @@ open_run() {
   QEMU_VERSION=$(qemu-system-x86_64 --version | sed -n '1s/.*version //p')
   BELAY_VERSION=$(cd "$REPOSITORY" && git describe --always --dirty 2>/dev/null || echo unknown)
   prepare_image "$KERNEL"
-  case $FABRIC in
-    both) FABRICS='tcp verbs' ;;
-    *) FABRICS=$FABRIC ;;
-  esac
 }
 
 # The last ten runs' logs are kept; a run whose lab still lives is not touched.
@@ -83,6 +79,19 @@ run_suites() {
   for name in ${SUITE_NAMES[@]+"${SUITE_NAMES[@]}"}; do run_one "$name"; done
 }
 
+# FABRICS, of what --fabric says; without it verbs, where this belay has it.
+choose_fabrics() {
+  local has_verbs=''
+  [ -x "$OUT/bin/belay" ] || return 0
+  if "$OUT/bin/belay" help send | grep -q -- '--trusted-fabric'; then has_verbs=yes; fi
+  case $FABRIC in
+    both) FABRICS='tcp verbs' ;;
+    '') if [ -n "$has_verbs" ]; then FABRICS=verbs; else FABRICS=tcp; fi ;;
+    *) FABRICS=$FABRIC ;;
+  esac
+  [ -z "$has_verbs" ] || TCP_OPTIONS='--fabric tcp'
+}
+
 run_one() {
   local began=$SECONDS
   SUITE=$1 ABOUT='' NEEDS=()
@@ -90,6 +99,7 @@ run_one() {
   # shellcheck source=/dev/null
   . "$LAB/suites/$1.sh"
   need_binaries ${NEEDS[@]+"${NEEDS[@]}"}
+  choose_fabrics
   need_hosts
   heal
   remark "$1: $ABOUT"
@@ -108,14 +118,15 @@ finish_run() {
   esac
   note "logs and results: $OUT"
   printf '%d passed, %d failed, %d skipped\n' "$PASSED" "$FAILED" "$SKIPPED"
-  [ "$FAILED" = 0 ] && [ "$((PASSED + SKIPPED))" -gt 0 ]
+  if [ "$FAILED" -gt 0 ] || [ "$((PASSED + SKIPPED))" = 0 ]; then exit 1; fi
 }
 
 # However the run ends: no QEMU, no helper and no temporary folder of it is left, unless the hosts are to be kept.
 end_run() { # exit code
   trap '' INT TERM USR1
   kill "$ALARM" 2>/dev/null || true
-  [ -n "${KEPT-}" ] && exit "$1"
+  [ -z "${OBSERVER_PID-}" ] || kill "$OBSERVER_PID" 2>/dev/null || true
+  if [ -n "${KEPT-}" ]; then exit "$1"; fi
   stop_hosts
   rm -rf "$WORK" "$OUT/bin"
   exit "$1"

@@ -25,7 +25,7 @@ power_loss() { # fabric
     { not_ok "$name: reached" "$(story_words)"; clear_migration; return; }
   power_off b
   expect_exits "$name" 10 lost 60
-  figure 'noticed to running' "$(event_number a "$SEND" caught noticed_to_running_us)" us
+  figure 'noticed to running' "$(calculate "$(event_number a "$SEND" caught noticed_to_running_us) / 1000" 1)" ms
   figure 'guest seed' "$seed" ''
   judge_migration "$name"
   clear_migration
@@ -37,7 +37,7 @@ to_release() { # fabric
   local name="$1, to release"
   start_migration release "$1" '--check --run-on 500ms' "$GUEST" || { not_ok "$name: started" "$(story_words)"; clear_migration; return; }
   expect_exits "$name" 0 0 120
-  figure 'total migration time' "$(event_number a "$SEND" released total_us)" us
+  figure 'total migration time' "$(calculate "$(event_number a "$SEND" released total_us) / 1e6" 1)" s
   judge_migration "$name"
   clear_migration
 }

@@ -446,6 +446,14 @@ impl Shard {
         if let Some(until) = self.shared.background_held_until(now_ns) {
             wake_in = wake_in.min(until - now_ns);
         }
+        // Before anything is borrowed for the poll. A lane that has completed something meanwhile is polled, not slept on.
+        for lane in [&mut self.fault_lane, &mut self.bulk_lane].into_iter().flatten() {
+            if lane.outstanding() > 0
+                && lane.arm().map_err(|source| PullFailure::Fabric { shard: self.index, source })?
+            {
+                return Ok(());
+            }
+        }
         let mut descriptors = [
             PollFd::from_borrowed_fd(self.uffd.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN),

@@ -205,6 +205,8 @@ impl Shared {
         }
         // Dropped, which refuses them.
         state.waiting.clear();
+        drop(state);
+        signal(&*self.wake);
     }
 
     /// Judges a connect request.
@@ -371,6 +373,10 @@ fn run(shared: &Shared, stream: ExportsStream, channel: &Arc<EventChannel>, even
     let mut seen = events.listen(&shared.wake);
     let mut stream = Some(stream);
     while !shared.stop.load(Ordering::Acquire) {
+        if shared.lock().revoked {
+            // Its end tells the initiator at once, whatever rdma_cm's messages do.
+            stream = None;
+        }
         if let Some(open) = &mut stream
             && let Err(end) = talk(shared, open)
         {

@@ -7,7 +7,6 @@
 use super::cm::{EventChannel, Id};
 use super::address::Local;
 use super::error::VerbsError;
-use super::registration::OnDemand;
 use belay_verbs_sys as ibv;
 use ibv::ibv_event_type as event_type;
 use std::collections::VecDeque;
@@ -32,7 +31,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Limits {
     pub max_qp_wr: u32,
     pub max_cqe: u32,
-    pub max_mr: i32,
+    pub max_mr: u32,
     pub max_mr_size: u64,
     /// READs of a peer's that a queue pair can answer at once.
     pub max_responder_resources: u8,
@@ -40,8 +39,8 @@ pub(super) struct Limits {
     pub max_initiator_depth: u8,
     /// Longest message of the port.
     pub max_message: u32,
-    /// What it does on demand.
-    pub on_demand: OnDemand,
+    /// On-demand paging: what it can do for reliable connections, as `ibv_odp_transport_cap_bits`; 0 without any.
+    pub rc_odp: u32,
 }
 
 /// An open device, and the port that a session uses.
@@ -158,16 +157,13 @@ fn limits(verbs: NonNull<ibv::ibv_context>, port: u8, name: &str) -> Result<Limi
     Ok(Limits {
         max_qp_wr: positive(plain.max_qp_wr),
         max_cqe: positive(plain.max_cqe),
-        max_mr: plain.max_mr,
+        max_mr: positive(plain.max_mr),
         max_mr_size: plain.max_mr_size,
         max_responder_resources: depth(plain.max_qp_rd_atom),
         max_initiator_depth: depth(plain.max_qp_init_rd_atom),
         // 2^31 by the specification, and some drivers say 0 for it.
         max_message: if attributes.max_msg_sz == 0 { 1 << 31 } else { attributes.max_msg_sz },
-        on_demand: OnDemand {
-            general_caps: device.odp_caps.general_caps,
-            rc_caps: device.odp_caps.per_transport_caps.rc_odp_caps,
-        },
+        rc_odp: device.odp_caps.per_transport_caps.rc_odp_caps,
     })
 }
 

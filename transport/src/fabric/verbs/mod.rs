@@ -26,6 +26,7 @@ mod exports_stream;
 mod fate;
 mod initiator;
 mod lane;
+pub mod inventory;
 mod look;
 mod memory_region;
 mod owner;
@@ -40,7 +41,7 @@ pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
 pub use look::{NoDevice, look};
 pub use owner::VerbsOwner;
-pub use registration::{BadChunk, LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
+pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 
 use super::{LaneId, LaneKind};

@@ -11,7 +11,7 @@ use super::device::{Context, Pd};
 use super::error::VerbsError;
 use super::exports_stream::{ExportsStream, FromOwner, Offer};
 use super::memory_region::PdRegistrar;
-use super::registration::{self, Access, Registered, RegistrationOptions, Releasing};
+use super::registration::{self, Access, OnDemand, Registered, RegistrationOptions, Releasing};
 use super::table::{ExportTable, Span};
 use super::{EXPORTS, MAX_LANES_OF_A_KIND};
 use crate::deadline::Deadline;
@@ -111,7 +111,7 @@ impl VerbsOwner {
         if self.steward.is_none() && !self.read_last { Ok(()) } else { Err(FabricError::TooLate { what }) }
     }
 
-    fn options(&self, page_size: PageSize, on_demand: bool) -> RegistrationOptions {
+    fn options(&self, page_size: PageSize, on_demand: OnDemand) -> RegistrationOptions {
         let limits = self.context.limits();
         RegistrationOptions {
             on_demand,
@@ -176,6 +176,10 @@ impl Owner for VerbsOwner {
         self.shared.details()
     }
 
+    fn numa_node(&self) -> Option<u32> {
+        self.context.numa_node()
+    }
+
     fn observe_registration(&mut self, observer: RegistrationObserver) {
         self.observer = Some(observer);
     }
@@ -189,7 +193,7 @@ impl Owner for VerbsOwner {
         self.before_lanes("memory exported")?;
         // A mapping that nobody else touches, so that its page table tells of holes punched under the registration.
         let own = file.map().map_err(|source| FabricError::Io { doing: "mapping exported memory".to_owned(), source })?;
-        let options = self.options(file.page_size(), self.context.limits().on_demand.serves_reads());
+        let options = self.options(file.page_size(), OnDemand::of(self.context.limits().rc_odp));
         let key = self.exports.add_read(mapping, extents)?;
         self.add(key.0, Right::Read, &Arc::new(own), extents, Access::EXPORTED, options)?;
         Ok(key)
@@ -202,7 +206,7 @@ impl Owner for VerbsOwner {
         let exported = found.ok_or(FabricError::UnknownKey { what: "extending an export", key: key.0 })?;
         let extension =
             exported.registered.extend(&registrar, extents, &exported.options).map_err(VerbsError::from)?;
-        if self.steward.is_none() || (extension.gone.is_empty() && extension.newer.is_empty()) {
+        if self.steward.is_none() || !extension.changed {
             return Ok(());
         }
         self.version += 1;
@@ -221,9 +225,9 @@ impl Owner for VerbsOwner {
         let keys = self.exports.add_ring(ring, owner_region)?;
         let whole = |mapping: &Mapping| [Extent { offset: 0, len: mapping.len() as u64 }];
         let access = Access::ring(self.context.is_iwarp());
-        let options = self.options(ring_file.page_size(), false);
+        let options = self.options(ring_file.page_size(), OnDemand::NONE);
         self.add(keys.ring.0, Right::Write, ring, &whole(ring), access, options)?;
-        let options = self.options(region_file.page_size(), false);
+        let options = self.options(region_file.page_size(), OnDemand::NONE);
         self.add(keys.owner_region.0, Right::Read, owner_region, &whole(owner_region), Access::EXPORTED, options)?;
         Ok(keys)
     }

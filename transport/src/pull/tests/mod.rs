@@ -1,5 +1,6 @@
 //! What the engine promises, with real userfaultfds and a fabric that the tests steer.
 
+mod device;
 mod lane;
 mod rig;
 

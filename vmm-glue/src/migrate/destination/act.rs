@@ -4,7 +4,7 @@ use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
-use belay_checkpoint::ownership::destination::{Action, Event};
+use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
 use std::sync::Arc;
 use std::time::Instant;
@@ -143,8 +143,16 @@ impl Destination<'_> {
         if let Some(summary) = summary {
             self.note(summary);
         }
-        if let Some(end) = end {
-            self.guest = Some(end.guest);
+        let Some(mut end) = end else { return };
+        // A tether that failed, even while it was being stopped, leaves its guest stopped, because nothing the guest did after that
+        // could be caught. An owner's guest needs no catching.
+        if end.paused
+            && matches!(self.state, State::Owner)
+            && let Err(error) = end.guest.resume()
+        {
+            let advice = "The guest is this host's own and stands still.".to_owned();
+            self.note(Kind::Failed { what: protocol::explain(&error), advice });
         }
+        self.guest = Some(end.guest);
     }
 }

@@ -195,7 +195,9 @@ impl Destination<'_> {
     pub(super) fn report(&mut self) {
         let Some(engine) = self.engine.clone() else { return };
         let progress = engine.progress();
-        let every = if self.all_landed_at.is_none() { PULL_REPORT } else { IDLE_REPORT };
+        // A fenced guest may wait for its operator for days: nothing is pulled for it meanwhile.
+        let pulling = self.all_landed_at.is_none() && !matches!(self.state, State::Fenced(_));
+        let every = if pulling { PULL_REPORT } else { IDLE_REPORT };
         if self.reported_at.elapsed() >= every && self.resumed_at.is_some() {
             self.reported_at = Instant::now();
             let facts = self.output.facts();

@@ -39,7 +39,8 @@ impl LockedMemory {
     /// As it is now.
     pub fn now() -> Self {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        Self::parse(&status, getrlimit(Resource::Memlock).current)
+        let told = Self::parse(&status, getrlimit(Resource::Memlock).current);
+        Self { privileged: told.privileged && in_initial_user_namespace(), ..told }
     }
 
     /// A status that does not say counts as nothing pinned and no privilege.
@@ -65,6 +66,12 @@ impl LockedMemory {
             _ => Ok(()),
         }
     }
+}
+
+/// The kernel asks for the capability in the initial namespace: a rootless container's own is none there (user_namespaces(7)).
+fn in_initial_user_namespace() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Bytes that registering `regions` will add to what is pinned.

@@ -32,8 +32,8 @@ pub use plan::TooManyRegions;
 use register::populate;
 pub(super) use release::Releasing;
 pub(super) use rights::Access;
-pub use table::BadChunk;
-pub(super) use table::{Chunk, Piece, Table, most_pieces, piece};
+pub(super) use table::Chunk;
+use table::Table;
 
 use super::super::RegistrationObserver;
 use crate::region::{Extent, Mapping};
@@ -87,8 +87,8 @@ pub(super) struct RegistrationOptions {
     /// Longest region the device takes (`max_mr_size`).
     pub max_region_bytes: u64,
     pub threads: usize,
-    /// Pin nothing: the device follows the page table ([`OnDemand::serves_reads`]).
-    pub on_demand: bool,
+    /// Whether to pin nothing and let the device follow the page table.
+    pub on_demand: OnDemand,
     /// Bytes this session has pinned before, for the progress that is told.
     pub pinned_before: u64,
     pub progress: Option<RegistrationObserver>,
@@ -96,14 +96,14 @@ pub(super) struct RegistrationOptions {
 
 impl RegistrationOptions {
     /// What a device with these limits (`struct ibv_device_attr`) allows. Half of its regions are left to others.
-    pub(super) fn for_device(max_mr: i32, max_mr_size: u64, page_size: PageSize) -> Self {
+    pub(super) fn for_device(max_mr: u32, max_mr_size: u64, page_size: PageSize) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
         Self {
             page_size,
-            max_regions: usize::try_from(max_mr / 2).unwrap_or(0).clamp(1, MAX_REGIONS),
+            max_regions: (max_mr as usize / 2).clamp(1, MAX_REGIONS),
             max_region_bytes: max_mr_size,
             threads: threads.min(MOST_THREADS),
-            on_demand: false,
+            on_demand: OnDemand::NONE,
             pinned_before: 0,
             progress: None,
         }
@@ -129,13 +129,13 @@ pub struct RegistrationReport {
     pub took: Duration,
 }
 
-/// What an extension changed: removed from and laid over the table, here and at the peer, in that order.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What an extension did; the peer needs the chunks anew if it changed any.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Extension {
-    /// Given up by the guest since: not to be read any more.
-    pub gone: Vec<Extent>,
-    /// To be used from now on for what they cover.
-    pub newer: Vec<Chunk>,
+    /// Whether any byte is to be had elsewhere now, or no more.
+    pub changed: bool,
+    /// Memory regions made.
+    pub regions: u64,
     /// Bytes that had not been registered.
     pub new_bytes: u64,
     /// Bytes whose registration held a frame that is the file's no more.
@@ -175,7 +175,7 @@ pub(super) fn register(
     };
     let limits = options.limits(mapping, (options.max_regions - options.max_regions / KEPT_FOR_LATER).max(1));
     let pieces = plan::plan(&extents, &limits)?;
-    if options.on_demand && registered.unpin(registrar, options).is_ok() {
+    if options.on_demand.is_wanted() && registered.unpin(registrar, options).is_ok() {
         registered.offer_unpinned(registrar, &pieces);
     } else {
         registered.pin(registrar, &pieces, options)?;
@@ -199,10 +199,6 @@ impl Registered {
     /// Where each byte is to be had, in order and disjoint.
     pub(super) fn chunks(&self) -> &[Chunk] {
         self.table.chunks()
-    }
-
-    pub(super) fn table(&self) -> &Table {
-        &self.table
     }
 
     /// What it has cost so far, extensions included.
@@ -252,8 +248,9 @@ impl Registered {
             gone.clear();
         }
         self.table.remove(&gone);
-        let newer = self.pin(registrar, &pieces, options)?;
-        Ok(Extension { gone, newer, new_bytes: total(&new), stale_bytes: total(&stale), took: Duration::ZERO })
+        self.pin(registrar, &pieces, options)?;
+        let (changed, regions) = (!gone.is_empty() || !pieces.is_empty(), pieces.len() as u64);
+        Ok(Extension { changed, regions, new_bytes: total(&new), stale_bytes: total(&stale), took: Duration::ZERO })
     }
 
     /// Pins `pieces` and lays them over the table.
@@ -262,7 +259,7 @@ impl Registered {
         registrar: &dyn Registrar,
         pieces: &[Extent],
         options: &RegistrationOptions,
-    ) -> Result<Vec<Chunk>, RegistrationError> {
+    ) -> Result<(), RegistrationError> {
         LockedMemory::now().check(total(pieces))?;
         let made = register_each(registrar, &self.mapping, pieces, self.access, options)?;
         let (chunks, regions): (Vec<_>, Vec<_>) = made.into_iter().unzip();
@@ -270,7 +267,7 @@ impl Registered {
         self.report.regions += regions.len() as u64;
         self.report.pinned_bytes += total(pieces);
         self.regions.extend(regions);
-        Ok(chunks)
+        Ok(())
     }
 
     /// Makes regions over all of the mapping that pin nothing.
@@ -293,8 +290,8 @@ impl Registered {
     }
 
     /// Puts `pieces` of the on-demand regions into the table, after telling the device of them.
-    fn offer_unpinned(&mut self, registrar: &dyn Registrar, pieces: &[Extent]) -> Vec<Chunk> {
-        let Some(whole) = &self.unpinned else { return Vec::new() };
+    fn offer_unpinned(&mut self, registrar: &dyn Registrar, pieces: &[Extent]) {
+        let Some(whole) = &self.unpinned else { return };
         let mut newer = Vec::new();
         for (chunk, region) in whole.chunks().iter().zip(&self.regions) {
             let bounds = [Extent { offset: chunk.offset, len: chunk.len }];
@@ -312,7 +309,6 @@ impl Registered {
             newer.extend(parts.iter().map(part));
         }
         self.table.overlay(&newer);
-        newer
     }
 
     fn extend_unpinned(
@@ -329,8 +325,9 @@ impl Registered {
             gone.clear();
         }
         self.table.remove(&gone);
-        let newer = self.offer_unpinned(registrar, &pieces);
-        Ok(Extension { gone, newer, new_bytes: total(&new), stale_bytes: 0, took: Duration::ZERO })
+        self.offer_unpinned(registrar, &pieces);
+        let changed = !gone.is_empty() || !pieces.is_empty();
+        Ok(Extension { changed, regions: 0, new_bytes: total(&new), stale_bytes: 0, took: Duration::ZERO })
     }
 }
 

@@ -9,22 +9,25 @@
 //!   guest's way;
 //! * not for the **ring**: it is small, and a commit waits for nothing.
 
-/// `IBV_ODP_SUPPORT`: the device has on-demand paging at all.
-const SUPPORTED: u64 = 1;
-/// `IBV_ODP_SUPPORT_READ`.
+/// `IBV_ODP_SUPPORT_READ` of `ibv_odp_transport_cap_bits`.
 const READ: u32 = 1 << 3;
 
-/// What a device offers (`struct ibv_odp_caps`). All zero where it could not be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(in crate::fabric::verbs) struct OnDemand {
-    pub general_caps: u64,
-    pub rc_caps: u32,
-}
+/// Whether a registration pins nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::fabric::verbs) struct OnDemand(bool);
 
 impl OnDemand {
-    /// Whether reliable connections may READ from memory that is not pinned.
-    pub(in crate::fabric::verbs) fn serves_reads(self) -> bool {
-        self.general_caps & SUPPORTED != 0 && self.rc_caps & READ != 0
+    /// Frames are pinned.
+    pub(in crate::fabric::verbs) const NONE: Self = Self(false);
+
+    /// Where reliable connections may READ from memory that is not pinned, by a device's `rc_odp_caps` (zero where it has no
+    /// on-demand paging, and where it could not be asked).
+    pub(in crate::fabric::verbs) const fn of(rc_odp_caps: u32) -> Self {
+        Self(rc_odp_caps & READ != 0)
+    }
+
+    pub(super) const fn is_wanted(self) -> bool {
+        self.0
     }
 }
 
@@ -34,10 +37,8 @@ mod tests {
 
     #[test]
     fn exports_go_unpinned_only_where_the_device_serves_reads_of_them() {
-        let offers = |general_caps, rc_caps| OnDemand { general_caps, rc_caps }.serves_reads();
-        assert!(offers(1, 0b11111));
-        assert!(!offers(1, 0b00111), "sends, receives and writes are not reads");
-        assert!(!offers(0, 0b11111), "capabilities of a device without the feature mean nothing");
-        assert!(!OnDemand::default().serves_reads());
+        assert!(OnDemand::of(0b11111).is_wanted());
+        assert!(!OnDemand::of(0b00111).is_wanted(), "sends, receives and writes are not reads");
+        assert_eq!(OnDemand::of(0), OnDemand::NONE);
     }
 }

@@ -2,6 +2,7 @@
 //! reads after a hole was punched are the old bytes.
 
 use super::extents::tests::{PAGE, any_extents, flags};
+use super::table::tests::at;
 use super::*;
 use crate::deadline::Deadline;
 use crate::region::RamFile;
@@ -15,6 +16,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 const BOUND: Duration = Duration::from_secs(20);
+/// As a device that serves everything on demand asks for it.
+const ON_DEMAND: OnDemand = OnDemand::of(u32::MAX);
 /// Pages that a pipe holds by default (pipe(7)).
 const PAGES_A_PIPE: usize = 16;
 
@@ -95,7 +98,7 @@ impl Registrar for Nic {
 impl Nic {
     /// First byte of the page at `offset`, as the device reads it by what the table says.
     fn reads(&self, table: &Table, offset: u64) -> Option<u8> {
-        let chunk = table.at(offset)?;
+        let chunk = at(table, offset)?;
         Some(self.reads_by(chunk, offset))
     }
 
@@ -122,7 +125,7 @@ impl Nic {
 }
 
 fn options() -> RegistrationOptions {
-    RegistrationOptions { threads: 2, ..RegistrationOptions::for_device(i32::MAX, u64::MAX, PageSize::Small) }
+    RegistrationOptions { threads: 2, ..RegistrationOptions::for_device(u32::MAX, u64::MAX, PageSize::Small) }
 }
 
 /// A guest's file, its own mapping, and the one made for registration.
@@ -158,13 +161,13 @@ fn exporting_pins_what_holds_data_and_fills_no_hole() {
     let nic = Nic::default();
     let registered = register(&nic, &ram.pinned, &before, Access::EXPORTED, &options()).unwrap();
     assert_eq!(ram.file.occupancy().unwrap(), before, "a hole was filled by exporting");
-    assert_eq!(registered.table().extents(), before);
+    assert_eq!(registered.table.extents(), before);
     let report = registered.report();
     assert_eq!((report.regions, report.pinned_bytes), (4, 7 * PAGE));
     for page in [0, 1, 2, 77, 500, 501, 4095] {
-        assert_eq!(nic.reads(registered.table(), page * PAGE), Some(page as u8));
+        assert_eq!(nic.reads(&registered.table, page * PAGE), Some(page as u8));
     }
-    assert_eq!(nic.reads(registered.table(), 3 * PAGE), None);
+    assert_eq!(nic.reads(&registered.table, 3 * PAGE), None);
     assert_eq!(nic.state.live(), 4);
     drop(registered);
     assert_eq!(nic.state.live(), 0, "every region is given back");
@@ -179,7 +182,7 @@ fn a_stale_pin_brings_old_bytes_and_an_extension_replaces_it() {
     let nic = Nic::default();
     let extents = ram.file.occupancy().unwrap();
     let mut registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options()).unwrap();
-    let old = *registered.table().at(700 * PAGE).unwrap();
+    let old = *at(&registered.table, 700 * PAGE).unwrap();
     for page in 700..703 {
         ram.punch(page);
         ram.write(page, 2);
@@ -187,21 +190,22 @@ fn a_stale_pin_brings_old_bytes_and_an_extension_replaces_it() {
     assert_eq!(ram.file.occupancy().unwrap(), extents, "the occupancy does not tell");
     assert_eq!(nic.reads_by(&old, 700 * PAGE), 1, "the trap is not there any more: is this still a test?");
     let extension = registered.extend(&nic, &extents, &options()).unwrap();
-    assert_eq!((extension.new_bytes, extension.stale_bytes, extension.gone.len()), (0, 3 * PAGE, 0));
+    assert_eq!((extension.changed, extension.new_bytes, extension.stale_bytes), (true, 0, 3 * PAGE));
     // Registered anew with its populated neighbours in the block: one region, not three.
-    assert_eq!(extension.newer.len(), 1);
-    assert_eq!((extension.newer[0].offset, extension.newer[0].len), (BLOCK, BLOCK));
+    assert_eq!(extension.regions, 1);
+    let newer = at(&registered.table, 700 * PAGE).unwrap();
+    assert_eq!((newer.offset, newer.len), (BLOCK, BLOCK));
     assert_eq!(nic.reads_by(&old, 700 * PAGE), 1, "the old registration stays, and stays stale");
     for page in 0..1024 {
         let expected = if (700..703).contains(&page) { 2 } else { 1 };
-        assert_eq!(nic.reads(registered.table(), page * PAGE), Some(expected), "page {page}");
+        assert_eq!(nic.reads(&registered.table, page * PAGE), Some(expected), "page {page}");
     }
     // The same again, now under the newer region; and with nothing to do, nothing is done.
     ram.punch(701);
     ram.write(701, 3);
     let extension = registered.extend(&nic, &extents, &options()).unwrap();
     assert_eq!(extension.stale_bytes, PAGE);
-    assert_eq!(nic.reads(registered.table(), 701 * PAGE), Some(3));
+    assert_eq!(nic.reads(&registered.table, 701 * PAGE), Some(3));
     let idle = registered.extend(&nic, &extents, &options()).unwrap();
     assert_eq!(Extension { took: Duration::ZERO, ..idle }, Extension::default());
 }
@@ -218,9 +222,9 @@ fn what_the_guest_gave_up_is_offered_no_more() {
     ram.punch(9);
     let extents = ram.file.occupancy().unwrap();
     let extension = registered.extend(&nic, &extents, &options()).unwrap();
-    assert_eq!(extension.gone, [Extent { offset: 9 * PAGE, len: PAGE }]);
-    assert_eq!((extension.newer.len(), nic.reads(registered.table(), 9 * PAGE)), (0, None));
-    assert_eq!(registered.table().extents(), extents);
+    assert_eq!((extension.changed, extension.regions), (true, 0));
+    assert_eq!(nic.reads(&registered.table, 9 * PAGE), None);
+    assert_eq!(registered.table.extents(), extents);
     assert_eq!(ram.file.occupancy().unwrap(), extents, "looking for it filled it");
 }
 
@@ -252,7 +256,7 @@ proptest! {
         let ram = Ram::new(96);
         let nic = Nic { on_demand: page_table_reading, ..Nic::default() };
         let mut options = options();
-        options.on_demand = page_table_reading;
+        options.on_demand = if page_table_reading { ON_DEMAND } else { OnDemand::NONE };
         if let Some(few) = few {
             options.max_regions = few;
         }
@@ -265,7 +269,6 @@ proptest! {
         }
         let extents = ram.file.occupancy().unwrap();
         let mut registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options).unwrap();
-        let mut peer = registered.table().clone();
         for (count, step) in steps.into_iter().chain([Step::Extend]).enumerate() {
             let value = 2 + count as u8;
             match step {
@@ -279,16 +282,15 @@ proptest! {
                 }
                 Step::Extend => {
                     let extents = ram.file.occupancy().unwrap();
+                    let before = registered.chunks().to_vec();
                     let Ok(extension) = registered.extend(&nic, &extents, &options) else {
                         // Only the budget can end it, and only because each extension takes some.
                         prop_assert!(few.is_some());
                         break;
                     };
-                    peer.remove(&extension.gone);
-                    peer.overlay(&extension.newer);
-                    prop_assert_eq!(&peer, registered.table(), "the peer's table follows");
+                    prop_assert_eq!(extension.changed, before != registered.chunks(), "the peer has to be told");
                     for (page, held) in flags(&extents).into_iter().enumerate().filter(|(_, held)| *held) {
-                        prop_assert_eq!(nic.reads(&peer, page as u64 * PAGE), Some(model[page]), "page {} {}", page, held);
+                        prop_assert_eq!(nic.reads(&registered.table, page as u64 * PAGE), Some(model[page]), "page {} {}", page, held);
                     }
                     if few.is_none() {
                         prop_assert_eq!(ram.file.occupancy().unwrap(), extents, "a hole was filled");
@@ -351,12 +353,12 @@ fn on_demand_regions_pin_nothing_and_are_never_stale() {
         ram.write(page, 1);
     }
     let nic = Nic { on_demand: true, ..Nic::default() };
-    let options = RegistrationOptions { on_demand: true, max_region_bytes: 300 * PAGE, ..options() };
+    let options = RegistrationOptions { on_demand: ON_DEMAND, max_region_bytes: 300 * PAGE, ..options() };
     let extents = ram.file.occupancy().unwrap();
     let mut registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options).unwrap();
     let report = registered.report();
     assert_eq!((report.regions, report.pinned_bytes), (2, 0));
-    assert_eq!(registered.table().extents(), extents);
+    assert_eq!(registered.table.extents(), extents);
     assert_eq!(*nic.state.announced.lock().unwrap(), extents, "the device learns beforehand what will be read");
     ram.punch(150);
     ram.write(150, 2);
@@ -365,11 +367,11 @@ fn on_demand_regions_pin_nothing_and_are_never_stale() {
     let extents = ram.file.occupancy().unwrap();
     let extension = registered.extend(&nic, &extents, &options).unwrap();
     assert_eq!((extension.new_bytes, extension.stale_bytes, nic.state.live()), (2 * PAGE, 0, 2));
-    assert_eq!(registered.table().extents(), extents);
+    assert_eq!(registered.table.extents(), extents);
     for (page, value) in [(150, 2), (151, 1), (299, 3), (300, 3)] {
-        assert_eq!(nic.reads(registered.table(), page * PAGE), Some(value));
+        assert_eq!(nic.reads(&registered.table, page * PAGE), Some(value));
     }
-    assert_eq!(nic.reads(registered.table(), 301 * PAGE), None);
+    assert_eq!(nic.reads(&registered.table, 301 * PAGE), None);
 }
 
 #[test]
@@ -377,7 +379,7 @@ fn a_device_that_will_not_page_on_demand_after_all_is_pinned_for() {
     let ram = Ram::new(8);
     ram.write(3, 1);
     let nic = Nic::default();
-    let options = RegistrationOptions { on_demand: true, ..options() };
+    let options = RegistrationOptions { on_demand: ON_DEMAND, ..options() };
     let extents = ram.file.occupancy().unwrap();
     let registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options).unwrap();
     assert_eq!((registered.report().pinned_bytes, nic.state.live()), (PAGE, 1));
@@ -395,13 +397,13 @@ fn huge_pages_are_registered_whole_and_looked_after() {
     // Any byte of a huge page means all of it.
     let part = [Extent { offset: huge + 8 * PAGE, len: PAGE }];
     let mut registered = register(&nic, &pinned, &part, Access::EXPORTED, &options).unwrap();
-    assert_eq!(registered.table().extents(), [Extent { offset: huge, len: huge }]);
-    assert_eq!(nic.reads(registered.table(), huge), Some(1));
+    assert_eq!(registered.table.extents(), [Extent { offset: huge, len: huge }]);
+    assert_eq!(nic.reads(&registered.table, huge), Some(1));
     file.punch(Extent { offset: huge, len: huge }).unwrap();
     guest.write(huge as usize, &[2]);
     let extension = registered.extend(&nic, &part, &options).unwrap();
-    assert_eq!((extension.stale_bytes, extension.newer.len()), (huge, 1));
-    assert_eq!(nic.reads(registered.table(), huge), Some(2));
+    assert_eq!((extension.stale_bytes, extension.regions), (huge, 1));
+    assert_eq!(nic.reads(&registered.table, huge), Some(2));
 }
 
 /// A device that takes its time to let go: until told.
