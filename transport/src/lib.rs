@@ -4,6 +4,7 @@
 
 pub mod deadline;
 pub mod fabric;
+pub mod numa;
 pub mod pages;
 pub mod pull;
 pub mod region;

@@ -2,11 +2,11 @@
 
 use belay_checkpoint::guest::{DirtyTracker, GuestError, RamBlock};
 use belay_checkpoint::tracker::{REQUIRED_FEATURES, UffdWpTracker, WhoseMemory};
+use belay_transport::fabric::verbs::inventory::Inventory;
 use belay_transport::region::RamFile;
 use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd};
 use belay_transport::{PageSize, RegionId};
 use kvm_ioctls::{Cap, Kvm};
-use rustix::process::{Resource, getrlimit};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -47,14 +47,6 @@ pub struct UffdFacts {
     pub device_exists: bool,
 }
 
-/// An RDMA device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RdmaDevice {
-    pub name: String,
-    /// Whether one of its ports is active.
-    pub active: bool,
-}
-
 /// Everything [`super::judge`] goes by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
@@ -65,13 +57,12 @@ pub struct Facts {
     pub uffd_wp_tracker: Result<(), String>,
     /// 2 MiB pages that are reserved and free; none where the kernel has no such pages.
     pub free_huge_pages: Option<u64>,
-    /// Bytes that may be locked; none: any number.
-    pub memlock_bytes: Option<u64>,
     pub available_bytes: Option<u64>,
     /// Free bytes of /dev/shm; none where it is no tmpfs.
     pub shm_free_bytes: Option<u64>,
     pub cores: usize,
-    pub rdma: Vec<RdmaDevice>,
+    /// Libraries, devices, ports and how much memory may be locked.
+    pub rdma: Inventory,
 }
 
 impl Facts {
@@ -84,11 +75,10 @@ impl Facts {
             uffd_wp_tracker: try_tracker(),
             free_huge_pages: read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
                 .and_then(|n| n.parse().ok()),
-            memlock_bytes: getrlimit(Resource::Memlock).current,
             available_bytes: available(),
             shm_free_bytes: shm_free(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
-            rdma: rdma(Path::new("/sys/class/infiniband")),
+            rdma: Inventory::of_this_host(),
         }
     }
 }
@@ -149,20 +139,4 @@ fn shm_free() -> Option<u64> {
     let stat = rustix::fs::statfs("/dev/shm").ok()?;
     let block_bytes = u64::try_from(stat.f_bsize).ok()?;
     (stat.f_type == TMPFS_MAGIC).then_some(stat.f_bavail * block_bytes)
-}
-
-/// Devices as the kernel's RDMA core lists them, in the order of their names.
-pub(super) fn rdma(class: &Path) -> Vec<RdmaDevice> {
-    let Ok(entries) = fs::read_dir(class) else { return vec![] };
-    let mut devices: Vec<RdmaDevice> = entries
-        .flatten()
-        .map(|entry| {
-            let ports = fs::read_dir(entry.path().join("ports")).into_iter().flatten().flatten();
-            let is_active = |port: fs::DirEntry| read(port.path().join("state")).is_some_and(|s| s.contains("ACTIVE"));
-            let active = ports.into_iter().any(is_active);
-            RdmaDevice { name: entry.file_name().to_string_lossy().into_owned(), active }
-        })
-        .collect();
-    devices.sort_by(|a, b| a.name.cmp(&b.name));
-    devices
 }

@@ -32,19 +32,23 @@ pub struct Finding {
     pub verdict: Verdict,
     pub detail: String,
     /// Commands that mend it, alternatives one an entry; none when all is well or no command can.
-    pub mend: Vec<&'static str>,
+    pub mend: Vec<String>,
 }
 
 fn ok(name: &'static str, detail: impl Into<String>) -> Finding {
     Finding { name, verdict: Verdict::Ok, detail: detail.into(), mend: vec![] }
 }
 
+fn commands(mend: &[&str]) -> Vec<String> {
+    mend.iter().map(|command| (*command).to_owned()).collect()
+}
+
 fn degraded(name: &'static str, detail: impl Into<String>, mend: &[&'static str]) -> Finding {
-    Finding { name, verdict: Verdict::Degraded, detail: detail.into(), mend: mend.to_vec() }
+    Finding { name, verdict: Verdict::Degraded, detail: detail.into(), mend: commands(mend) }
 }
 
 fn missing(name: &'static str, detail: impl Into<String>, mend: &[&'static str]) -> Finding {
-    Finding { name, verdict: Verdict::Missing, detail: detail.into(), mend: mend.to_vec() }
+    Finding { name, verdict: Verdict::Missing, detail: detail.into(), mend: commands(mend) }
 }
 
 /// Judges a host, most needed things first.
@@ -59,7 +63,8 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
         findings.push(postcopy(facts, has));
     }
     findings.push(tracker(facts));
-    findings.extend([memory(facts), shm(facts), cores(facts), huge_pages(facts), rdma(facts), memlock(facts)]);
+    findings.extend([memory(facts), shm(facts), cores(facts), huge_pages(facts)]);
+    findings.extend(super::rdma::judge(&facts.rdma));
     findings
 }
 
@@ -200,38 +205,5 @@ fn huge_pages(facts: &Facts) -> Finding {
         ),
         Some(0) => degraded(NAME, "no 2 MiB page is reserved and free; guests of 4 KiB pages move", RESERVE),
         Some(free) => ok(NAME, format!("{free} of 2 MiB free ({})", gib(free << 21))),
-    }
-}
-
-fn rdma(facts: &Facts) -> Finding {
-    const NAME: &str = "rdma";
-    const SOFT: &[&str] = &["sudo rdma link add rxe0 type rxe netdev eth0   # SoftRoCE over eth0"];
-    let names = |active: bool| {
-        let named = facts.rdma.iter().filter(|device| device.active == active);
-        named.map(|device| device.name.as_str()).collect::<Vec<_>>().join(", ")
-    };
-    if facts.rdma.is_empty() {
-        return degraded(NAME, "no device in /sys/class/infiniband; the fabrics local and tcp need none", SOFT);
-    }
-    match names(true) {
-        active if active.is_empty() => {
-            degraded(NAME, format!("no port is active on {}", names(false)), &["ip link set DEV up"])
-        }
-        active => ok(NAME, format!("active: {active} (from /sys/class/infiniband; libibverbs was not tried)")),
-    }
-}
-
-fn memlock(facts: &Facts) -> Finding {
-    const NAME: &str = "memlock";
-    match facts.memlock_bytes {
-        None => ok(NAME, "no limit"),
-        Some(bytes) => degraded(
-            NAME,
-            format!("{} KiB may be locked; RDMA registers (locks) guest memory, the other fabrics do not", bytes >> 10),
-            &[
-                "ulimit -l unlimited",
-                "echo \"$USER - memlock unlimited\" | sudo tee /etc/security/limits.d/belay.conf   # then log in again",
-            ],
-        ),
     }
 }

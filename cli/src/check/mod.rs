@@ -4,6 +4,7 @@
 
 mod facts;
 mod judge;
+mod rdma;
 
 pub use facts::Facts;
 pub use judge::{Finding, Verdict, judge};

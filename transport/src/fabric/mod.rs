@@ -217,6 +217,12 @@ pub trait Initiator: Send {
         None
     }
 
+    /// The NUMA node of the device that carries the session, for who places threads and buffers; `None` where there is no device or
+    /// the system does not say.
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+
     /// Tells `observer` how far registrations are, from now on.
     fn observe_registration(&mut self, _observer: RegistrationObserver) {}
 
@@ -234,6 +240,11 @@ pub trait Owner: Send {
 
     /// As [`Initiator::details`]; known once the initiator has opened its lanes.
     fn details(&self) -> Option<FabricDetails> {
+        None
+    }
+
+    /// As [`Initiator::numa_node`].
+    fn numa_node(&self) -> Option<u32> {
         None
     }
 

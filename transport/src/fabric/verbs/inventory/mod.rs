@@ -13,7 +13,7 @@ pub use choose::Choice;
 pub use trouble::Trouble;
 
 use super::registration::LockedMemory;
-use belay_verbs_sys::LoadError;
+pub use belay_verbs_sys::LoadError;
 use std::fmt;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};

@@ -26,7 +26,7 @@ mod table;
 
 pub use error::RegistrationError;
 pub use memlock::{LockedMemory, MemlockTooLow};
-pub(super) use odp::serves_reads_on_demand;
+pub(super) use odp::OnDemand;
 pub use plan::TooManyRegions;
 #[cfg(test)]
 use register::populate;
@@ -87,8 +87,8 @@ pub(super) struct RegistrationOptions {
     /// Longest region the device takes (`max_mr_size`).
     pub max_region_bytes: u64,
     pub threads: usize,
-    /// Pin nothing: the device follows the page table ([`serves_reads_on_demand`]).
-    pub on_demand: bool,
+    /// Whether to pin nothing and let the device follow the page table.
+    pub on_demand: OnDemand,
     /// Bytes this session has pinned before, for the progress that is told.
     pub pinned_before: u64,
     pub progress: Option<RegistrationObserver>,
@@ -103,7 +103,7 @@ impl RegistrationOptions {
             max_regions: (max_mr as usize / 2).clamp(1, MAX_REGIONS),
             max_region_bytes: max_mr_size,
             threads: threads.min(MOST_THREADS),
-            on_demand: false,
+            on_demand: OnDemand::NONE,
             pinned_before: 0,
             progress: None,
         }
@@ -175,7 +175,7 @@ pub(super) fn register(
     };
     let limits = options.limits(mapping, (options.max_regions - options.max_regions / KEPT_FOR_LATER).max(1));
     let pieces = plan::plan(&extents, &limits)?;
-    if options.on_demand && registered.unpin(registrar, options).is_ok() {
+    if options.on_demand.is_wanted() && registered.unpin(registrar, options).is_ok() {
         registered.offer_unpinned(registrar, &pieces);
     } else {
         registered.pin(registrar, &pieces, options)?;

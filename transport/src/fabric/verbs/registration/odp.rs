@@ -12,10 +12,23 @@
 /// `IBV_ODP_SUPPORT_READ` of `ibv_odp_transport_cap_bits`.
 const READ: u32 = 1 << 3;
 
-/// Whether reliable connections may READ from memory that is not pinned, by a device's `rc_odp_caps` (zero where it has no
-/// on-demand paging, and where it could not be asked).
-pub(in crate::fabric::verbs) fn serves_reads_on_demand(rc_odp_caps: u32) -> bool {
-    rc_odp_caps & READ != 0
+/// Whether a registration pins nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::fabric::verbs) struct OnDemand(bool);
+
+impl OnDemand {
+    /// Frames are pinned.
+    pub(in crate::fabric::verbs) const NONE: Self = Self(false);
+
+    /// Where reliable connections may READ from memory that is not pinned, by a device's `rc_odp_caps` (zero where it has no
+    /// on-demand paging, and where it could not be asked).
+    pub(in crate::fabric::verbs) const fn of(rc_odp_caps: u32) -> Self {
+        Self(rc_odp_caps & READ != 0)
+    }
+
+    pub(super) const fn is_wanted(self) -> bool {
+        self.0
+    }
 }
 
 #[cfg(test)]
@@ -24,8 +37,8 @@ mod tests {
 
     #[test]
     fn exports_go_unpinned_only_where_the_device_serves_reads_of_them() {
-        assert!(serves_reads_on_demand(0b11111));
-        assert!(!serves_reads_on_demand(0b00111), "sends, receives and writes are not reads");
-        assert!(!serves_reads_on_demand(0));
+        assert!(OnDemand::of(0b11111).is_wanted());
+        assert!(!OnDemand::of(0b00111).is_wanted(), "sends, receives and writes are not reads");
+        assert_eq!(OnDemand::of(0), OnDemand::NONE);
     }
 }

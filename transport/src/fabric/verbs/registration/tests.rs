@@ -16,6 +16,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, PoisonError};
 
 const BOUND: Duration = Duration::from_secs(20);
+/// As a device that serves everything on demand asks for it.
+const ON_DEMAND: OnDemand = OnDemand::of(u32::MAX);
 /// Pages that a pipe holds by default (pipe(7)).
 const PAGES_A_PIPE: usize = 16;
 
@@ -254,7 +256,7 @@ proptest! {
         let ram = Ram::new(96);
         let nic = Nic { on_demand: page_table_reading, ..Nic::default() };
         let mut options = options();
-        options.on_demand = page_table_reading;
+        options.on_demand = if page_table_reading { ON_DEMAND } else { OnDemand::NONE };
         if let Some(few) = few {
             options.max_regions = few;
         }
@@ -351,7 +353,7 @@ fn on_demand_regions_pin_nothing_and_are_never_stale() {
         ram.write(page, 1);
     }
     let nic = Nic { on_demand: true, ..Nic::default() };
-    let options = RegistrationOptions { on_demand: true, max_region_bytes: 300 * PAGE, ..options() };
+    let options = RegistrationOptions { on_demand: ON_DEMAND, max_region_bytes: 300 * PAGE, ..options() };
     let extents = ram.file.occupancy().unwrap();
     let mut registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options).unwrap();
     let report = registered.report();
@@ -377,7 +379,7 @@ fn a_device_that_will_not_page_on_demand_after_all_is_pinned_for() {
     let ram = Ram::new(8);
     ram.write(3, 1);
     let nic = Nic::default();
-    let options = RegistrationOptions { on_demand: true, ..options() };
+    let options = RegistrationOptions { on_demand: ON_DEMAND, ..options() };
     let extents = ram.file.occupancy().unwrap();
     let registered = register(&nic, &ram.pinned, &extents, Access::EXPORTED, &options).unwrap();
     assert_eq!((registered.report().pinned_bytes, nic.state.live()), (PAGE, 1));

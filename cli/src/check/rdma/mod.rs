@@ -3,10 +3,8 @@
 //! Nothing of it is ever missing: the fabrics local and tcp need none.
 
 use super::judge::{Finding, Verdict};
-use belay_transport::fabric::verbs::VerbsSettings;
-use belay_transport::fabric::verbs::inventory::{
-    Asked, Device, Inventory, Limits, LockLimit, OnDemand, Port, Trouble,
-};
+use belay_transport::fabric::verbs::inventory::{Asked, Device, Inventory, Limits, OnDemand, Port, Trouble};
+use belay_transport::fabric::verbs::{LockedMemory, VerbsSettings};
 
 const LIBRARIES: &str = "rdma libraries";
 const CONNECTIONS: &str = "rdma connections";
@@ -48,7 +46,7 @@ pub fn judge(inventory: &Inventory) -> Vec<Finding> {
         findings.push(ok(CONNECTIONS, format!("{} may be used", inventory.rdma_cm.path.display())));
     }
     findings.extend(inventory.devices.iter().flat_map(|device| of_device(inventory, device)));
-    findings.push(memlock(inventory.lock_limit));
+    findings.push(memlock(inventory.memory));
     findings
 }
 
@@ -126,25 +124,21 @@ fn of_port(inventory: &Inventory, device: &Device, port: &Port) -> Vec<Finding> 
     findings
 }
 
-fn memlock(limit: LockLimit) -> Finding {
-    let finding = match (limit.limit_bytes, limit.check(GUEST_BYTES)) {
-        (_, Err(trouble)) => {
-            let mut finding = degraded(MEMLOCK, &trouble);
-            finding.detail += ", for a guest of 256 MiB; only RDMA locks a guest's memory";
-            finding
-        }
-        (None, Ok(())) => ok(MEMLOCK, "no limit".into()),
-        (Some(_), Ok(())) if limit.exempt => ok(MEMLOCK, "no limit for this process (CAP_IPC_LOCK)".into()),
-        (Some(most), Ok(())) => ok(MEMLOCK, format!("guests of up to {} can be registered with a device", bytes(most))),
-    };
-    finding
+fn memlock(memory: LockedMemory) -> Finding {
+    if let Err(low) = memory.check(GUEST_BYTES) {
+        let mut finding = degraded(MEMLOCK, &low.into());
+        finding.detail += " (for a guest of 256 MiB; local and tcp pin nothing)";
+        return finding;
+    }
+    ok(
+        MEMLOCK,
+        match memory.left() {
+            None if memory.privileged => "no limit for this process (CAP_IPC_LOCK)".into(),
+            None => "no limit".into(),
+            Some(most) => format!("guests of up to {} can be registered with a device", bytes(most)),
+        },
+    )
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use belay_transport::fabric::verbs::inventory::{
-        Access, DeviceFile, Gid, GidKind, Libraries, PortState, Transport,
-    };
-    use belay_verbs_load_error as _;
-}
+pub(super) mod tests;
