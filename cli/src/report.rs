@@ -36,10 +36,17 @@ pub fn reporter(role: &'static str, json: bool) -> Observer {
 fn advance(bar: &mut Option<ProgressBar>, kind: &Kind) {
     let (what, done, total) = match *kind {
         Kind::Allocating { done_bytes, total_bytes } => ("allocating", done_bytes >> 20, total_bytes >> 20),
+        Kind::Registering { done_bytes, total_bytes, .. } if done_bytes < total_bytes => {
+            ("registering", done_bytes >> 20, total_bytes >> 20)
+        }
         Kind::Pull { landed_frames, absent_frames, .. } if absent_frames > 0 => {
             ("pulling", landed_frames, landed_frames + absent_frames)
         }
-        Kind::Allocated { .. } | Kind::AllLanded { .. } | Kind::Failed { .. } | Kind::Ended { .. } => {
+        Kind::Registering { .. }
+        | Kind::Allocated { .. }
+        | Kind::AllLanded { .. }
+        | Kind::Failed { .. }
+        | Kind::Ended { .. } => {
             if let Some(bar) = bar.take() {
                 bar.finish_and_clear();
             }
@@ -125,6 +132,11 @@ fn sentence(kind: &Kind) -> Option<String> {
             };
             let why = without_verbs.as_ref().map_or_else(String::new, |why| format!("; not over verbs: {why}"));
             format!("connected to {peer} over {fabric} ({how}, protocol {protocol}){why}")
+        }
+        Kind::Registering { done_bytes, total_bytes, .. } if done_bytes < total_bytes => return None,
+        Kind::Registering { total_bytes, regions, pinned_bytes, .. } => {
+            let (all, pinned) = (bytes(*total_bytes), bytes(*pinned_bytes));
+            format!("registered {all} with the RDMA device ({regions} regions; {pinned} pinned in all)")
         }
         Kind::Fabric(details) => format!("RDMA through {details}"),
         Kind::Allocated { bytes: n, took_us } => format!("allocated {} in {}", bytes(*n), time(*took_us)),

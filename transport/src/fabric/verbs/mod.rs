@@ -1,12 +1,10 @@
 //! `verbs`: one-sided RDMA over reliable connections (InfiniBand, RoCE v2, iWARP), set up by rdma_cm.
 
 pub mod inventory;
-mod look;
 #[allow(dead_code, unused_imports)]
 mod registration;
 mod settings;
 
-pub use look::{NoDevice, look};
 pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
 

@@ -2,7 +2,7 @@
 
 use super::warden::Warden;
 use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
-use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::observation::{Kind, ObservationId, Observer, connected, registrations, us};
 use crate::migrate::peer::{Inbox, Listened};
 use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
 use crate::migrate::settings::{Bounds, Proposal};
@@ -187,6 +187,7 @@ impl<'a> Destination<'a> {
         };
         let ram = allocate(&session.hello.geometry, observer, &last)?;
         let mut initiator = fabric::initiator(&session)?;
+        initiator.observe_registration(registrations(observer, &last));
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let mut landing = Vec::new();
         for ram in &ram {

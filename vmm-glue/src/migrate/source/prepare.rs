@@ -3,7 +3,7 @@
 use super::{Happening, Live, SourceConfig, SourceError, fresh_nonce, io};
 use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
 use crate::migrate::lane_watch::LaneWatch;
-use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::observation::{Kind, ObservationId, Observer, connected, registrations, us};
 use crate::migrate::peer::{Inbox, Listened, listen_to};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
@@ -42,6 +42,7 @@ pub(super) fn prepare(
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
+    owner.observe_registration(registrations(observer, &connected));
     // Occupancy first: whatever maps or registers RAM may fill its holes.
     let mut ram = Vec::new();
     for block in guest.memory() {
