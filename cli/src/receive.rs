@@ -153,7 +153,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
-                DestinationError::Fabric(_) => Exit::NoFabric,
+                DestinationError::Fabric(error) => fabric::exit(error),
                 _ => Exit::NotMoved,
             };
             let advice = match &error {

@@ -181,7 +181,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
                         "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
                     ))
                 }
-                SourceError::Fabric(error) => (Exit::NoFabric, fabric::advice(error)),
+                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
                 SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
                 _ => (
                     Exit::NotMoved,
