@@ -3,7 +3,7 @@
 use crate::exit::Exit;
 use crate::options::FabricOptions;
 use crate::report;
-use belay_transport::fabric::verbs::{self, NoDevice};
+use belay_transport::fabric::verbs::inventory::{Inventory, Trouble};
 use belay_transport::fabric::{FabricError, FabricKind};
 use belay_transport::session::{Address, NoVerbs, Security, SessionConfig, SessionError};
 use belay_vmm_glue::migrate::observation::Observer;
@@ -11,27 +11,24 @@ use belay_vmm_glue::migrate::observation::Observer;
 /// Why nothing was started.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    #[error("this host has no RDMA device to use: {0}")]
-    Device(#[from] NoDevice),
+    #[error("this host cannot use verbs: {0}")]
+    Device(#[from] Trouble),
     #[error(transparent)]
     Session(#[from] SessionError),
 }
 
 impl Refused {
     /// What the operator can do.
-    fn advice(&self) -> &'static str {
+    fn advice(&self) -> String {
         match self {
-            Self::Device(NoDevice::None) => {
-                "Is the driver loaded? `rdma link` lists devices; `sudo rdma link add rxe0 type rxe netdev eth0` makes one in software. --fabric tcp needs none."
+            Self::Device(trouble) => {
+                let mend = trouble.mend();
+                let commands = if mend.is_empty() { String::new() } else { format!("Try `{}`; ", mend.join("` or `")) };
+                format!(
+                    "{commands}`belay check` shows every device, port and GID of this host; --fabric tcp needs none."
+                )
             }
-            Self::Device(NoDevice::NoSuchDevice { .. }) => "Choose one of these with --ib-dev, or use --fabric tcp.",
-            Self::Device(NoDevice::NoSuchPort { .. } | NoDevice::Inactive { .. }) => {
-                "`ibv_devinfo` shows ports and states; on Ethernet `ip link set DEV up`, on InfiniBand a subnet manager makes a port active."
-            }
-            Self::Device(NoDevice::EmptyGid { .. }) => {
-                "`show_gids`, or the files in /sys/class/infiniband/DEV/ports/N/gids, tell what each index is; leave --gid-index out to have it chosen."
-            }
-            Self::Session(error) => no_session(error).unwrap_or("Nothing was started."),
+            Self::Session(error) => no_session(error).unwrap_or("Nothing was started.").to_owned(),
         }
     }
 
@@ -44,7 +41,7 @@ impl Refused {
 
     /// Tells it, and gives the exit code.
     pub fn told(&self, observer: &Observer) -> Exit {
-        report::failed(observer, self, self.advice());
+        report::failed(observer, self, &self.advice());
         self.exit()
     }
 }
@@ -58,11 +55,15 @@ pub fn session(options: &FabricOptions, security: Security, address: &Address) -
     config.check(address)?;
     let wanted = only.is_none_or(|only| only == FabricKind::Verbs) && matches!(address, Address::Tcp(_));
     let named = settings.device.is_some() || settings.port.is_some() || settings.gid_index.is_some();
-    match verbs::look(&settings) {
-        Ok(()) if wanted => {}
-        Err(why) if wanted && (named || only.is_some()) => return Err(why.into()),
-        Err(why) if wanted => (config.verbs, config.no_device) = (None, Some(why.to_string())),
-        Ok(()) | Err(_) => config.verbs = None,
+    if !wanted {
+        config.verbs = None;
+        return Ok(config);
+    }
+    // Memory is accounted for when the guest's is registered.
+    match Inventory::of_this_host().choose(&settings, 0) {
+        Ok(_) => {}
+        Err(why) if named || only.is_some() => return Err(why.into()),
+        Err(why) => (config.verbs, config.no_device) = (None, Some(why.to_string())),
     }
     Ok(config)
 }

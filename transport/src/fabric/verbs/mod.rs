@@ -25,9 +25,8 @@ mod error;
 mod exports_stream;
 mod fate;
 mod initiator;
-mod lane;
 pub mod inventory;
-mod look;
+mod lane;
 mod memory_region;
 mod owner;
 mod proof;
@@ -39,7 +38,6 @@ mod table;
 
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
-pub use look::{NoDevice, look};
 pub use owner::VerbsOwner;
 pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;
