@@ -35,26 +35,26 @@ const LEAST_DEPTH: u32 = 128;
 /// The destination's side.
 pub struct VerbsInitiator {
     acceptor: LaneAcceptor,
-    key: BindingKey,
+    pub(super) key: BindingKey,
     host: Host,
-    local: Local,
-    context: Arc<Context>,
-    pd: Arc<Pd>,
+    pub(super) local: Local,
+    pub(super) context: Arc<Context>,
+    pub(super) pd: Arc<Pd>,
     observer: Option<RegistrationObserver>,
     pinned_bytes: u64,
     mappings: Vec<Arc<Mapping>>,
     registered: Vec<Registered>,
     /// From the first lane on.
-    session: Option<Open>,
+    pub(super) session: Option<Open>,
     details: Option<FabricDetails>,
     opened: Vec<LaneId>,
 }
 
 /// What the first lane's opening has made.
-struct Open {
-    offer: Offer,
+pub(super) struct Open {
+    pub(super) offer: Offer,
     locals: Arc<Locals>,
-    table: Arc<SharedTable>,
+    pub(super) table: Arc<SharedTable>,
     steward: Arc<Steward>,
 }
 
@@ -89,8 +89,7 @@ impl VerbsInitiator {
 
     fn register(&mut self, mapping: &Arc<Mapping>) -> Result<Registered, FabricError> {
         let limits = self.context.limits();
-        let access =
-            if mapping.is_writable() { Access::landing(self.context.is_iwarp()) } else { Access::ORIGIN };
+        let access = if mapping.is_writable() { Access::landing(self.context.is_iwarp()) } else { Access::ORIGIN };
         let options = RegistrationOptions {
             pinned_before: self.pinned_bytes,
             progress: self.observer.clone(),
@@ -206,7 +205,8 @@ impl Initiator for VerbsInitiator {
         let limits = self.context.limits();
         // A completion queue as deep as the send queue cannot overrun.
         let depth = (window as u32 + 2).max(LEAST_DEPTH).min(limits.max_qp_wr).min(limits.max_cqe);
-        let connecting = Connecting { id, key: &self.key, local: &self.local, pd: &self.pd, offer: &open.offer, deadline };
+        let connecting =
+            Connecting { id, key: &self.key, local: &self.local, pd: &self.pd, offer: &open.offer, deadline };
         let (endpoint, channel) = connecting.connect(depth)?;
         if self.details.is_none() {
             self.details = Some(endpoint.details(&self.host, &self.local, endpoint.id().own_port())?);
@@ -242,17 +242,17 @@ impl Initiator for VerbsInitiator {
 }
 
 /// One lane on its way to the owner.
-struct Connecting<'a> {
-    id: LaneId,
-    key: &'a BindingKey,
-    local: &'a Local,
-    pd: &'a Arc<Pd>,
-    offer: &'a Offer,
-    deadline: Deadline,
+pub(super) struct Connecting<'a> {
+    pub id: LaneId,
+    pub key: &'a BindingKey,
+    pub local: &'a Local,
+    pub pd: &'a Arc<Pd>,
+    pub offer: &'a Offer,
+    pub deadline: Deadline,
 }
 
 impl Connecting<'_> {
-    fn connect(&self, depth: u32) -> Result<(Endpoint, Arc<EventChannel>), FabricError> {
+    pub(super) fn connect(&self, depth: u32) -> Result<(Endpoint, Arc<EventChannel>), FabricError> {
         let channel = EventChannel::new()?;
         let mut id = Id::new(&channel)?;
         let scope = match self.local.address {
@@ -267,12 +267,8 @@ impl Connecting<'_> {
         id.resolve_route(self.deadline)?;
         self.expect(&channel, "rdma_resolve_route", kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
         let mut endpoint = Endpoint::new(id, self.pd, &Use::Initiate { depth })?;
-        let subject = Subject {
-            challenge: self.offer.challenge,
-            lane: self.id,
-            nonce: random()?,
-            queue_pair: endpoint.number(),
-        };
+        let subject =
+            Subject { challenge: self.offer.challenge, lane: self.id, nonce: random()?, queue_pair: endpoint.number() };
         let limits = self.pd.context().limits();
         let request = subject.request(self.key);
         // The owner posts nothing, so it needs no resources here; some devices refuse a queue pair with none.
@@ -450,16 +446,9 @@ fn lanes_events(shared: &StewardShared) -> Vec<Arc<EventChannel>> {
     lanes.into_iter().map(|(channel, _)| channel).collect()
 }
 
-fn sleep(
-    shared: &StewardShared,
-    stream: Option<&ExportsStream>,
-    channels: &[Arc<EventChannel>],
-    events: &AsyncEvents,
-) {
-    let mut fds = vec![
-        PollFd::new(&*shared.wake, PollFlags::IN),
-        PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN),
-    ];
+fn sleep(shared: &StewardShared, stream: Option<&ExportsStream>, channels: &[Arc<EventChannel>], events: &AsyncEvents) {
+    let mut fds =
+        vec![PollFd::new(&*shared.wake, PollFlags::IN), PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
     fds.extend(channels.iter().map(|channel| PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)));
     fds.extend(stream.map(|stream| PollFd::from_borrowed_fd(stream.as_fd(), stream.interest())));
     // An interrupted poll looks like one that found nothing; the loop comes round again.
