@@ -23,15 +23,21 @@ mod device;
 mod endpoint;
 mod error;
 mod exports_stream;
+#[cfg(test)]
+mod fake_device;
 mod fate;
 mod initiator;
 pub mod inventory;
 mod lane;
+#[cfg(test)]
+mod lane_tests;
 mod memory_region;
 mod owner;
 mod proof;
 mod queue;
 mod queue_pair;
+#[cfg(test)]
+mod rdma_tests;
 mod registration;
 mod settings;
 mod table;
