@@ -57,6 +57,17 @@ pub enum Kind {
     Allocating { done_bytes: u64, total_bytes: u64 },
     /// Destination RAM has been allocated.
     Allocated { bytes: u64, took_us: u64 },
+    /// Memory is being registered with an RDMA device: how far one mapping is, its memory regions, and what the session has pinned.
+    Registering { done_bytes: u64, total_bytes: u64, regions: u64, pinned_bytes: u64 },
+    /// Memory has been registered with an RDMA device. At the switch: what the guest has populated since, and what it had given
+    /// up and populated again (`stale_bytes`).
+    Registered { bytes: u64, regions: u64, pinned_bytes: u64, stale_bytes: u64, took_us: u64 },
+    /// Where the session's threads and buffers go, and why.
+    Placed {
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        node: Option<u32>,
+        what: String,
+    },
     /// Everything before the switch is done.
     Prepared { took_us: u64 },
     /// The guest is paused for the switch.
