@@ -50,7 +50,7 @@ start_host() { # a or b
   cat <"$WORK/$host.monitor.out" >"$OUT/$host/monitor.log" 2>&1 &
   MONITOR_CAT[$host]=$!
 }
-declare -A BOOTS=() MONITOR_CAT=()
+declare -A BOOTS=() MONITOR_CAT=() HALF_HEARD=()
 
 # Whether a host's QEMU runs.
 is_up() { [ -n "${HOST_PID[$1]-}" ] && kill -0 "${HOST_PID[$1]}" 2>/dev/null; }
@@ -95,9 +95,14 @@ await_ready() { # host
 # Takes one line that a host's agent says, if one comes within so many seconds, and writes it down as a file: functions in
 # subshells see it too.
 hear() { # host, seconds
-  local line
-  read -rt "$2" line <&"${AGENT_OUT[$1]}" || return 0
-  line=${line%$'\r'}
+  local line=''
+  if ! read -rt "$2" line <&"${AGENT_OUT[$1]}"; then
+    # The time may have been up in the middle of a line: the rest of it comes later.
+    HALF_HEARD[$1]+=$line
+    return 0
+  fi
+  line=${HALF_HEARD[$1]-}$line line=${line%$'\r'}
+  HALF_HEARD[$1]=''
   case $line in
     ready) : >"$WORK/$1.ready" ;;
     'done '*) line=${line#done }; printf '%s\n' "${line##* }" >"$WORK/done.${line% *}" ;;
@@ -116,6 +121,7 @@ power_off() { # host
   wait "$pid" 2>/dev/null || true
   [ -z "${MONITOR_CAT[$1]-}" ] || { kill "${MONITOR_CAT[$1]}" 2>/dev/null; wait "${MONITOR_CAT[$1]}" 2>/dev/null; } || true
   unset "HOST_PID[$1]"
+  HALF_HEARD[$1]=''
   local orders=${AGENT_IN[$1]} words=${AGENT_OUT[$1]} monitor=${MONITOR_IN[$1]}
   exec {orders}>&- {words}>&- {monitor}>&-
   rm -f "$WORK/$1.ready" "$WORK/$1.pid"
