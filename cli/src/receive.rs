@@ -122,6 +122,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
+        numa: args.fabric.numa(),
     };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
     match destination::run(&config, &listener, &mut host, observer, &words) {

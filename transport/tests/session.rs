@@ -47,7 +47,7 @@ fn both_sides_learn_of_each_other_before_the_session_begins() {
         let (address, (source, destination)) = match over {
             Over::Local => (Address::Unix(dir.path().join("s")), (plain(), plain())),
             Over::Tcp => (loopback(), (plain(), plain())),
-            Over::Tls => (loopback(), tls_configs(dir.path())),
+            Over::Tls | Over::Verbs | Over::VerbsTls => (loopback(), tls_configs(dir.path())),
         };
         let listener = Listener::bind(&address, destination).unwrap();
         let geometry = vec![

@@ -58,6 +58,8 @@ make_image() { # kernel, into
   cp "$tree"/pkg/boot/vmlinuz-* "$2.new/vmlinuz"
   printf '%s\n' "$release" >"$2.new/release"
   mv "$2.new" "$2"
+  # Images of other locks and scripts, and trees of a lab that was killed, are of no use after a week.
+  find "$CACHE" -maxdepth 1 \( -name 'image-*' -o -name '.tree.*' \) -mtime +7 ! -path "$2" -exec rm -rf {} +
   note "image ready: kernel $release, initramfs of $(($(stat -c %s "$2/initramfs") >> 20)) MiB"
 }
 

@@ -30,9 +30,10 @@ pub use details::FabricDetails;
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
-use crate::session::{DestinationSession, SourceSession};
+use crate::session::{Control, DestinationSession, SourceSession};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -130,6 +131,8 @@ pub struct Registering {
     pub regions: u64,
     /// Bytes the session has pinned so far, of every mapping.
     pub pinned_bytes: u64,
+    /// Of the total, bytes registered anew because the guest had given their frames up since.
+    pub stale_bytes: u64,
 }
 
 /// Is told how far a registration is. Must return quickly.
@@ -291,25 +294,29 @@ pub trait Owner: Send {
     fn take_failures(&mut self) -> Vec<FabricError>;
 }
 
+/// The address that a session's control connection has on this host.
+fn own_address(control: &Control) -> Option<IpAddr> {
+    let own = rustix::net::getsockname(control).ok()?;
+    SocketAddr::try_from(own).ok().map(|own| own.ip().to_canonical())
+}
+
 /// The source's data path of a session, over the fabric that was agreed on.
 pub fn owner(session: &SourceSession) -> Result<Box<dyn Owner>, FabricError> {
+    let lanes = session.lanes.clone();
     Ok(match session.agreed.fabric {
-        FabricKind::Local => Box::new(local::LocalOwner::new(session.lanes.clone())?),
-        FabricKind::Tcp => Box::new(tcp::TcpOwner::new(session.lanes.clone())?),
-        FabricKind::Verbs => {
-            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
-        }
+        FabricKind::Local => Box::new(local::LocalOwner::new(lanes)?),
+        FabricKind::Tcp => Box::new(tcp::TcpOwner::new(lanes)?),
+        FabricKind::Verbs => Box::new(verbs::VerbsOwner::new(lanes, own_address(&session.control))?),
     })
 }
 
 /// The destination's data path of a session, over the fabric that was agreed on.
 pub fn initiator(session: &DestinationSession) -> Result<Box<dyn Initiator>, FabricError> {
+    let lanes = session.lanes.clone();
     Ok(match session.agreed.fabric {
-        FabricKind::Local => Box::new(local::LocalInitiator::new(session.lanes.clone())),
-        FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(session.lanes.clone())),
-        FabricKind::Verbs => {
-            return Err(FabricError::Unavailable { fabric: FabricKind::Verbs, why: "not built".to_owned() });
-        }
+        FabricKind::Local => Box::new(local::LocalInitiator::new(lanes)),
+        FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(lanes)),
+        FabricKind::Verbs => Box::new(verbs::VerbsInitiator::new(lanes, own_address(&session.control))?),
     })
 }
 
@@ -352,6 +359,8 @@ pub enum FabricError {
     },
     #[error(transparent)]
     Session(#[from] crate::session::SessionError),
+    #[error(transparent)]
+    Verbs(#[from] verbs::VerbsError),
 }
 
 /// Why an owner would not do what an initiator asked.
@@ -367,6 +376,11 @@ pub enum RefusedReason {
     BadLength,
     #[error("the session has been revoked")]
     Revoked,
+    /// A device refuses without saying why.
+    #[error(
+        "its device refused the access (the key was revoked or its process has ended; else key, right or range are wrong)"
+    )]
+    ByDevice,
 }
 
 /// Adds a mapping to an initiator's table.

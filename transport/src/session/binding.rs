@@ -23,6 +23,12 @@ impl fmt::Debug for BindingKey {
 }
 
 impl BindingKey {
+    /// A key that no session has.
+    #[cfg(test)]
+    pub(crate) fn for_test(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The key's bytes, for an HMAC.
     pub fn bytes(&self) -> &[u8; 32] {
         &self.0

@@ -35,7 +35,7 @@ pub(crate) fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags, deadline: Deadline)
 }
 
 /// A duration as poll(2) takes it.
-pub(super) fn timespec(duration: Duration) -> Timespec {
+pub(crate) fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(duration.subsec_nanos()),

@@ -81,6 +81,12 @@ impl LaneStream {
         Self { fd, tls: None }
     }
 
+    /// One that no session has opened.
+    #[cfg(test)]
+    pub(crate) fn for_test(fd: OwnedFd) -> Self {
+        Self::plain(fd)
+    }
+
     pub(super) fn start_tls(&mut self, mut connection: rustls::Connection) {
         connection.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         self.tls = Some(Box::new(connection));
@@ -105,7 +111,7 @@ impl LaneStream {
     }
 
     /// Reads what there is. `Ok(0)`: the peer has closed. `WouldBlock`: nothing yet.
-    pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+    pub(crate) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let Some(tls) = self.tls.as_deref_mut() else {
             return Raw(self.fd.as_fd()).read(into);
         };
@@ -122,7 +128,7 @@ impl LaneStream {
     }
 
     /// Takes as much of `bytes` as fits for sending. What TLS has taken leaves with [`LaneStream::flush`].
-    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self.tls.as_deref_mut() {
             None => Raw(self.fd.as_fd()).write(bytes),
             Some(tls) => {
@@ -137,7 +143,7 @@ impl LaneStream {
     }
 
     /// Sends what TLS holds; `WouldBlock` if the socket will not take all of it now.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         match self.tls.as_deref_mut() {
             None => Ok(()),
             Some(tls) => push_tls(self.fd.as_fd(), tls),
@@ -161,7 +167,7 @@ impl LaneStream {
     }
 
     /// What to poll for when an operation would block.
-    pub(super) fn interest(&self) -> PollFlags {
+    pub(crate) fn interest(&self) -> PollFlags {
         match &self.tls {
             Some(tls) if tls.wants_write() => PollFlags::IN | PollFlags::OUT,
             _ => PollFlags::IN,

@@ -1,8 +1,9 @@
 //! Two ends of a session in one process, over each fabric.
 #![allow(dead_code, reason = "each test binary uses its own part of this")]
 
+use belay_transport::fabric::verbs::VerbsSettings;
 use belay_transport::fabric::{
-    self, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, Read, ReadKey, RingKeys, Write,
+    self, FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, Read, ReadKey, RingKeys, Write,
 };
 use belay_transport::region::{Extent, Mapping, RamFile};
 use belay_transport::session::{
@@ -46,6 +47,28 @@ pub enum Over {
     Local,
     Tcp,
     Tls,
+    /// Control over loopback without TLS, data over this host's RDMA device.
+    Verbs,
+    /// As above, with TLS.
+    VerbsTls,
+}
+
+impl Over {
+    pub fn is_verbs(self) -> bool {
+        matches!(self, Self::Verbs | Self::VerbsTls)
+    }
+}
+
+/// The RDMA settings of tests: the device that BELAY_VERBS_DEVICE names, or the only one there is. `None`, and said so, on a host
+/// without any.
+pub fn verbs_settings() -> Option<VerbsSettings> {
+    let device = std::env::var("BELAY_VERBS_DEVICE").ok();
+    let some = std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut devices| devices.next().is_some());
+    if some || device.is_some() {
+        return Some(VerbsSettings { device, trusted: true, ..VerbsSettings::default() });
+    }
+    eprintln!("skipped: no RDMA device on this host");
+    None
 }
 
 /// Key pairs of both sides: (source's configuration, destination's).
@@ -77,8 +100,15 @@ pub fn meet_with(over: Over, change: impl Fn(&mut SessionConfig)) -> Session {
     let (address, (mut source, mut destination)) = match over {
         Over::Local => (Address::Unix(dir.path().join("belay.sock")), (plain(), plain())),
         Over::Tcp => (Address::Tcp("127.0.0.1:0".to_owned()), (plain(), plain())),
-        Over::Tls => (Address::Tcp("127.0.0.1:0".to_owned()), tls_configs(dir.path())),
+        Over::Verbs => (Address::Tcp("127.0.0.1:0".to_owned()), (plain(), plain())),
+        Over::Tls | Over::VerbsTls => (Address::Tcp("127.0.0.1:0".to_owned()), tls_configs(dir.path())),
     };
+    if over.is_verbs() {
+        for config in [&mut source, &mut destination] {
+            config.verbs = verbs_settings();
+            config.only = Some(FabricKind::Verbs);
+        }
+    }
     change(&mut source);
     change(&mut destination);
     let listener = Listener::bind(&address, destination).expect("bind");

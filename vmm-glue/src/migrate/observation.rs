@@ -5,7 +5,7 @@
 
 use crate::kvm::guests::GuestSpec;
 use belay_checkpoint::ownership::Named;
-use belay_transport::fabric::{FabricDetails, Registering, RegistrationObserver};
+use belay_transport::fabric::FabricDetails;
 use belay_transport::session::{Agreed, NoVerbs, WithoutVerbs};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
@@ -51,14 +51,23 @@ pub enum Kind {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         without_verbs: Option<String>,
     },
-    /// Memory is being registered with the RDMA device, which pins it.
-    Registering { done_bytes: u64, total_bytes: u64, regions: u64, pinned_bytes: u64 },
     /// The RDMA device, port, GID and address that the session's queue pairs got.
     Fabric(FabricDetails),
     /// Destination RAM is being allocated.
     Allocating { done_bytes: u64, total_bytes: u64 },
     /// Destination RAM has been allocated.
     Allocated { bytes: u64, took_us: u64 },
+    /// Memory is being registered with an RDMA device: how far one mapping is, its memory regions, and what the session has pinned.
+    Registering { done_bytes: u64, total_bytes: u64, regions: u64, pinned_bytes: u64 },
+    /// Memory has been registered with an RDMA device. At the switch: what the guest has populated since, and what it had given
+    /// up and populated again (`stale_bytes`).
+    Registered { bytes: u64, regions: u64, pinned_bytes: u64, stale_bytes: u64, took_us: u64 },
+    /// Where the session's threads and buffers go, and why.
+    Placed {
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        node: Option<u32>,
+        what: String,
+    },
     /// Everything before the switch is done.
     Prepared { took_us: u64 },
     /// The guest is paused for the switch.
@@ -199,22 +208,6 @@ pub fn connected(peer: String, agreed: &Agreed, tls: bool) -> Kind {
     }
 }
 
-/// Bytes registered between two observations of how far that is.
-const REGISTRATION_REPORT: u64 = 64 << 20;
-
-/// What a fabric tells of registrations, as observations: the end of each, and now and then how far it is.
-pub fn registrations(observer: &Observer, because: &ObservationId) -> RegistrationObserver {
-    let (observer, because, told) = (observer.clone(), because.clone(), AtomicU64::new(0));
-    Arc::new(move |Registering { done_bytes, total_bytes, regions, pinned_bytes }| {
-        let before = told.load(Ordering::Relaxed);
-        // Less than before is another mapping. Which of several threads tells does not matter.
-        if done_bytes == total_bytes || done_bytes < before || done_bytes >= before + REGISTRATION_REPORT {
-            told.store(done_bytes, Ordering::Relaxed);
-            observer.note(Some(&because), Kind::Registering { done_bytes, total_bytes, regions, pinned_bytes });
-        }
-    })
-}
-
 /// A state that an operator hears of, as events name it: `SwitchTakenBack` is `switch-taken-back`.
 pub fn named_state(named: Named) -> String {
     let name = format!("{named:?}");
@@ -270,31 +263,6 @@ pub fn latency(what: &str, histogram: &Histogram<u64>) -> Option<Kind> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
-
-    #[test]
-    fn a_registration_is_told_now_and_then_and_always_at_its_end() {
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let into = Arc::clone(&told);
-        let observer = Observer::new("test", move |seen| into.lock().expect("not poisoned").push(seen.kind.clone()));
-        let tell = registrations(&observer, &ObservationId("cause".to_owned()));
-        for total_mib in [200, 3] {
-            for done_mib in 1..=total_mib {
-                let (done_bytes, total_bytes) = (done_mib << 20, total_mib << 20);
-                tell(Registering { done_bytes, total_bytes, regions: done_mib, pinned_bytes: done_bytes });
-            }
-        }
-        let done: Vec<u64> = told
-            .lock()
-            .expect("not poisoned")
-            .iter()
-            .map(|kind| match kind {
-                Kind::Registering { done_bytes, .. } => done_bytes >> 20,
-                other => panic!("{other:?}"),
-            })
-            .collect();
-        assert_eq!(done, [64, 128, 192, 200, 1, 3]);
-    }
 
     #[test]
     fn what_the_fabric_obtained_reads_back_from_its_event() {

@@ -82,6 +82,7 @@ impl Response {
             Err(RefusedReason::OutOfRange) => (4, 0),
             Err(RefusedReason::BadLength) => (5, 0),
             Err(RefusedReason::Revoked) => (6, 0),
+            Err(RefusedReason::ByDevice) => unreachable!("no device answers on tcp"),
         };
         out[0] = status;
         out[4..8].copy_from_slice(&len.to_le_bytes());
