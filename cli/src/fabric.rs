@@ -91,7 +91,7 @@ pub fn no_session(error: &SessionError) -> Option<&'static str> {
 /// How a command ends whose fabric failed before the guest had left the source.
 pub fn exit(error: &FabricError) -> Exit {
     match error {
-        FabricError::Unavailable { .. } => Exit::NoFabric,
+        FabricError::Unavailable { .. } | FabricError::Verbs(_) => Exit::NoFabric,
         _ => Exit::NotMoved,
     }
 }
@@ -99,7 +99,7 @@ pub fn exit(error: &FabricError) -> Exit {
 /// What to do where the fabric could not be set up. The guest has not left the source.
 pub fn advice(error: &FabricError) -> &'static str {
     match error {
-        FabricError::Unavailable { fabric: FabricKind::Verbs, .. } => {
+        FabricError::Unavailable { fabric: FabricKind::Verbs, .. } | FabricError::Verbs(_) => {
             "The guest runs on at the source. `belay check`, there and here, says what a host lacks; --fabric tcp needs no RDMA."
         }
         _ => "The guest runs on at the source. `belay check`, there and here, says what a host lacks.",

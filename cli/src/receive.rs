@@ -6,7 +6,6 @@ use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
 use crate::{fabric, report, signals};
 use belay_checkpoint::guest::GuestError;
-use belay_transport::numa::NumaChoice;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
@@ -123,7 +122,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
-        numa: NumaChoice::default(),
+        numa: args.fabric.numa(),
     };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
     match destination::run(&config, &listener, &mut host, observer, &words) {
