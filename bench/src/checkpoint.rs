@@ -1,6 +1,7 @@
 //! `checkpoint`: how long the guest stands still for a checkpoint of 1,000 scattered dirty pages, by its own clock, beside what
 //! no checkpoint can do without: a stop, a tracker's answer, a copy of the pages.
 
+use crate::carrier::{Carrier, Device};
 use crate::error::BenchError;
 use crate::floor::{self, Scattered};
 use crate::table::{self, Row};
@@ -45,12 +46,13 @@ pub struct Case {
     pub rows: Vec<Row>,
 }
 
-pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
+pub fn run(fabric: FabricKind, device: Device, quick: bool) -> Result<Report, BenchError> {
+    let carrier = Carrier::within_this_host(fabric, device);
     let rounds = if quick { 15 } else { 60 };
     let mut cases = Vec::new();
     for memory_bytes in [256 << 20, 1 << 30] {
         for tracker in [TrackerKind::KvmRing, TrackerKind::KvmLog, TrackerKind::UffdWp] {
-            let case = measure(fabric, tracker, memory_bytes, rounds)?;
+            let case = measure(&carrier, tracker, memory_bytes, rounds)?;
             print(&case);
             cases.push(case);
         }
@@ -71,8 +73,8 @@ struct Samples {
     pages: Vec<f64>,
 }
 
-fn measure(fabric: FabricKind, kind: TrackerKind, memory_bytes: u64, rounds: usize) -> Result<Case, BenchError> {
-    let rig = Tethered::new(fabric, kind, memory_bytes, STEPS, WATCH)?;
+fn measure(carrier: &Carrier, kind: TrackerKind, memory_bytes: u64, rounds: usize) -> Result<Case, BenchError> {
+    let rig = Tethered::new(carrier, kind, memory_bytes, STEPS, WATCH)?;
     let scattered = Scattered::new(memory_bytes as usize, STEPS as usize);
     let mut scattered = scattered.map_err(BenchError::io("the floor's memory"))?;
     let mut samples = Samples::default();

@@ -1,5 +1,6 @@
 //! `fault`: what a demand fault costs, beside the leanest loop that serves one, and what the background adds to it.
 
+use crate::carrier::Carrier;
 use crate::error::BenchError;
 use crate::floor;
 use crate::rig::{Rig, Source, soon};
@@ -16,7 +17,7 @@ const NO_FAULT_NS: u64 = 1_500;
 
 #[derive(Debug, Serialize)]
 pub struct Report {
-    pub fabric: FabricKind,
+    pub fabric: Option<FabricKind>,
     pub rows: Vec<Row>,
     /// Median over rounds of engine time (event read → page shown) over the floor's.
     pub engine_over_floor: f64,
@@ -28,12 +29,9 @@ pub struct Report {
     pub toucher_p99_loaded_over_unloaded_p50: f64,
 }
 
-pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
+pub fn run(wire: floor::Wire, quick: bool) -> Result<Report, BenchError> {
     let (rounds, touches, len) = if quick { (5, 1_000, 32 << 20) } else { (15, 4_000, 128 << 20) };
-    let wire = match fabric {
-        FabricKind::Local => floor::Wire::Memory,
-        FabricKind::Tcp | FabricKind::Verbs => floor::Wire::Tcp,
-    };
+    let carrier = Carrier::beside(wire);
     let order = scattered(len / floor::PAGE, touches);
     let source = Source::new(len)?;
     let floor_source = floor::Source::new(len).map_err(BenchError::io("the floor's source"))?;
@@ -41,10 +39,10 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     let (mut engine_ratios, mut toucher_ratios) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let floor = floor::faults(wire, &floor_source, &order).map_err(BenchError::io("the floor's fault loop"))?;
-        let unloaded = engine_round(fabric, &source, &order, true)?;
+        let unloaded = engine_round(&carrier, &source, &order, true)?;
         engine_ratios.push(unloaded.server.value_at_quantile(0.5) as f64 / mid(&floor.server));
         toucher_ratios.push(mid(&unloaded.toucher) / mid(&floor.toucher));
-        loaded.add(engine_round(fabric, &source, &order, false)?);
+        loaded.add(engine_round(&carrier, &source, &order, false)?);
         ours.add(unloaded);
         floors.toucher.extend(floor.toucher);
         floors.server.extend(floor.server);
@@ -63,7 +61,7 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     ];
     let p99 = |row: &Row, base: &Row| row.p99_us / base.t_typical_us;
     let report = Report {
-        fabric,
+        fabric: carrier.only,
         engine_over_floor: table::median(&engine_ratios),
         toucher_over_floor: table::median(&toucher_ratios),
         p99_loaded_over_unloaded_p50: p99(&rows[7], &rows[1]),
@@ -108,8 +106,8 @@ impl Side {
     }
 }
 
-fn engine_round(fabric: FabricKind, source: &Source, order: &[usize], unloaded: bool) -> Result<Side, BenchError> {
-    let rig = Rig::new(fabric, source)?;
+fn engine_round(carrier: &Carrier, source: &Source, order: &[usize], unloaded: bool) -> Result<Side, BenchError> {
+    let rig = Rig::new(carrier, source)?;
     touch(rig.engine, &rig.guest, order, unloaded)
 }
 

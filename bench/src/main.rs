@@ -1,6 +1,8 @@
 //! `belay-bench`: measures belay side by side with floors that use nothing of it, in the same run, interleaved.
 
+mod carrier;
 mod checkpoint;
+mod envelope;
 mod error;
 mod fault;
 mod floor;
@@ -35,13 +37,16 @@ enum Command {
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
     Wire(Box<wire::WireArgs>),
+    Envelope(Box<envelope::Envelope>),
 }
 
 #[derive(Args)]
 struct Options {
-    /// What carries the pages
+    /// What carries the pages; verbs goes through the RDMA device, out and in again
     #[arg(long, value_enum, default_value = "local")]
     fabric: Fabric,
+    #[command(flatten)]
+    device: carrier::Device,
     /// Fewer rounds and less memory
     #[arg(long)]
     quick: bool,
@@ -54,6 +59,7 @@ struct Options {
 enum Fabric {
     Local,
     Tcp,
+    Verbs,
 }
 
 impl From<Fabric> for FabricKind {
@@ -61,25 +67,45 @@ impl From<Fabric> for FabricKind {
         match fabric {
             Fabric::Local => Self::Local,
             Fabric::Tcp => Self::Tcp,
+            Fabric::Verbs => Self::Verbs,
+        }
+    }
+}
+
+impl Fabric {
+    /// The wire of a floor that uses nothing of ours. None of ours could post to a device without becoming a second fabric:
+    /// there the bare lanes of `wire` stand for the floor, and perftest beside them.
+    fn floor(self) -> Option<floor::Wire> {
+        match self {
+            Self::Local => Some(floor::Wire::Memory),
+            Self::Tcp => Some(floor::Wire::Tcp),
+            Self::Verbs => None,
         }
     }
 }
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
-        Command::Fault(options) => {
-            fault::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
-        }
-        Command::Pull(options) => {
-            pull::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
-        }
+        Command::Fault(options) => match options.fabric.floor() {
+            Some(wire) => fault::run(wire, options.quick).and_then(|report| options.save(&report)),
+            None => options.through_device(wire::Test::Fault),
+        },
+        Command::Pull(options) => match options.fabric.floor() {
+            Some(wire) => pull::run(wire, options.quick).and_then(|report| options.save(&report)),
+            None => options.through_device(wire::Test::Pull),
+        },
         Command::Checkpoint(options) => {
-            checkpoint::run(options.fabric.into(), options.quick).and_then(|report| options.save(&report))
+            let (fabric, device) = (options.fabric.into(), options.device.clone());
+            checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
         }
         Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
             (Some(report), Some(path)) => save(path, &report),
             _ => Ok(()),
         }),
+        Command::Envelope(envelope) => {
+            println!("{}", envelope.text());
+            envelope.out_json.as_deref().map_or(Ok(()), |path| save(path, &envelope.report()))
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,6 +117,11 @@ fn main() -> ExitCode {
 }
 
 impl Options {
+    fn through_device(&self, test: wire::Test) -> Result<(), BenchError> {
+        let carrier = carrier::Carrier::within_this_host(FabricKind::Verbs, self.device.clone());
+        wire::within_this_host(test, &carrier, self.quick).and_then(|report| self.save(&report))
+    }
+
     fn save(&self, report: &impl serde::Serialize) -> Result<(), BenchError> {
         self.out_json.as_deref().map_or(Ok(()), |path| save(path, report))
     }

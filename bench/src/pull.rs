@@ -1,5 +1,6 @@
 //! `pull`: how fast the background pulls, beside a floor that copies or receives and shows the same bytes.
 
+use crate::carrier::Carrier;
 use crate::error::BenchError;
 use crate::floor;
 use crate::rig::{Rig, Source, soon};
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 #[derive(Debug, Serialize)]
 pub struct Report {
-    pub fabric: FabricKind,
+    pub fabric: Option<FabricKind>,
     pub bytes: usize,
     pub chunk_bytes: usize,
     pub rounds: usize,
@@ -23,13 +24,10 @@ pub struct Report {
     pub engine_over_floor: f64,
 }
 
-pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
+pub fn run(wire: floor::Wire, quick: bool) -> Result<Report, BenchError> {
     let (rounds, len) = if quick { (7, 64 << 20) } else { (9, 256 << 20) };
     let chunk = Tuning::default().chunk_bytes as usize;
-    let wire = match fabric {
-        FabricKind::Local => floor::Wire::Memory,
-        FabricKind::Tcp | FabricKind::Verbs => floor::Wire::Tcp,
-    };
+    let carrier = Carrier::beside(wire);
     let source = Source::new(len)?;
     let floor_source = floor::Source::new(len).map_err(BenchError::io("the floor's source"))?;
     let rate = |took: Duration| len as f64 / took.as_secs_f64();
@@ -37,13 +35,13 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
     for _ in 0..rounds {
         plain.push(rate(floor::plain(wire, &floor_source, chunk).map_err(BenchError::io("the plain copy"))?));
         let floor = rate(floor::sweep(wire, &floor_source, chunk).map_err(BenchError::io("the floor's sweep"))?);
-        let engine = rate(engine_round(fabric, &source)?);
+        let engine = rate(engine_round(&carrier, &source)?);
         floors.push(floor);
         ours.push(engine);
         ratios.push(engine / floor);
     }
     let report = Report {
-        fabric,
+        fabric: carrier.only,
         bytes: len,
         chunk_bytes: chunk,
         rounds,
@@ -67,13 +65,13 @@ pub fn run(fabric: FabricKind, quick: bool) -> Result<Report, BenchError> {
             floor::PAGE as f64 / rate * 1e9
         );
     }
-    let goal = if fabric == FabricKind::Local { 0.80 } else { 0.85 };
+    let goal = if wire == floor::Wire::Memory { 0.80 } else { 0.85 };
     println!("\n engine over floor             {:.2} (goal {goal:.2})", report.engine_over_floor);
     Ok(report)
 }
 
-fn engine_round(fabric: FabricKind, source: &Source) -> Result<Duration, BenchError> {
-    let rig = Rig::new(fabric, source)?;
+fn engine_round(carrier: &Carrier, source: &Source) -> Result<Duration, BenchError> {
+    let rig = Rig::new(carrier, source)?;
     let start = Instant::now();
     rig.engine.resume_background();
     rig.engine.wait_all_landed(soon())?;

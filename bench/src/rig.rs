@@ -1,5 +1,6 @@
 //! A source, a session over a real fabric and an engine, in one process.
 
+use crate::carrier::Carrier;
 use crate::error::BenchError;
 use belay_transport::fabric::{
     FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, ReadKey, initiator, owner,
@@ -9,9 +10,7 @@ use belay_transport::pull::{
     ClassRun, Engine, Install, LandingPlan, NoObserver, PageClass, PullPlan, RegionPlan, ShardParts, ShardRange, Tuning,
 };
 use belay_transport::region::{Extent, Mapping, RamFile};
-use belay_transport::session::{
-    Address, DestinationSession, Listener, Offer, Security, SessionConfig, SourceSession, connect,
-};
+use belay_transport::session::{Address, DestinationSession, Listener, Offer, Security, SourceSession, connect};
 use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd};
 use belay_transport::{Deadline, PageSize, RegionId};
 use std::path::PathBuf;
@@ -71,9 +70,10 @@ impl Drop for SocketPath {
 }
 
 impl Ends {
-    pub fn new(fabric: FabricKind) -> Result<Self, BenchError> {
-        let (address, path) = address(fabric);
-        let config = || SessionConfig::new(Security::LoopbackOnly);
+    pub fn new(carrier: &Carrier) -> Result<Self, BenchError> {
+        let (address, path) = address(carrier);
+        let config = carrier.session(Security::LoopbackOnly, &address)?;
+        let config = || config.clone();
         let listener = Listener::bind(&address, config())?;
         let (dialled, destination) = std::thread::scope(|scope| {
             let dialled = scope.spawn(|| connect(listener.address(), config(), &Offer::default(), soon()));
@@ -168,19 +168,19 @@ pub struct Rig {
 }
 
 impl Rig {
-    pub fn new(fabric: FabricKind, source: &Source) -> Result<Self, BenchError> {
-        let mut ends = Ends::new(fabric)?;
+    pub fn new(carrier: &Carrier, source: &Source) -> Result<Self, BenchError> {
+        let mut ends = Ends::new(carrier)?;
         let (guest, landing) = Landing::new(ends.initiator.as_mut(), source.mapping.len())?;
         let engine = pull(&mut ends, source, landing)?;
         Ok(Self { engine, guest, _ends: ends })
     }
 }
 
-fn address(fabric: FabricKind) -> (Address, SocketPath) {
+fn address(carrier: &Carrier) -> (Address, SocketPath) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    match fabric {
-        FabricKind::Tcp | FabricKind::Verbs => (Address::Tcp("127.0.0.1:0".into()), SocketPath(None)),
-        FabricKind::Local => {
+    match carrier.only {
+        None | Some(FabricKind::Tcp | FabricKind::Verbs) => (Address::Tcp("127.0.0.1:0".into()), SocketPath(None)),
+        Some(FabricKind::Local) => {
             let name = format!("belay-bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);
             (Address::Unix(path.clone()), SocketPath(Some(path)))

@@ -1,6 +1,7 @@
 //! A metronome guest that has moved, all of its pages with it, and is tethered: both hosts in one process, with the pieces the
 //! two roles are made of, and without the roles.
 
+use crate::carrier::Carrier;
 use crate::error::BenchError;
 use crate::rig::{self, Ends, Landing, Source, soon};
 use belay_checkpoint::dirty::DirtySet;
@@ -13,7 +14,7 @@ use belay_checkpoint::record::{Limits, largest_record};
 use belay_checkpoint::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReader, RingShape, RingWriter};
 use belay_checkpoint::staging::Slot;
 use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
-use belay_transport::fabric::{FabricKind, LaneKind};
+use belay_transport::fabric::LaneKind;
 use belay_transport::pull::{Engine, Install};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::OpenMode;
@@ -65,7 +66,7 @@ fn metronome(memory_bytes: u64, steps: u64) -> GuestSpec {
 impl Tethered {
     /// The guest dirties `steps` scattered pages and then watches its clock for `watch`, again and again.
     pub fn new(
-        fabric: FabricKind,
+        carrier: &Carrier,
         kind: TrackerKind,
         memory_bytes: u64,
         steps: u64,
@@ -97,7 +98,7 @@ impl Tethered {
         };
 
         // The destination: RAM, VMM, userfaultfd.
-        let mut ends = Ends::new(fabric)?;
+        let mut ends = Ends::new(carrier)?;
         let file = Arc::new(RamFile::memfd("bench-guest", memory_bytes as usize, PageSize::Small)?);
         file.preallocate(2, &|_| ())?;
         let alias = Arc::new(file.map().map_err(BenchError::io("mapping the guest"))?);

@@ -122,6 +122,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
+        numa: args.fabric.numa(),
     };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
     match destination::run(&config, &listener, &mut host, observer, &words) {
@@ -151,7 +152,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
-                DestinationError::Fabric(_) => Exit::NoFabric,
+                DestinationError::Fabric(error) => fabric::exit(error),
                 _ => Exit::NotMoved,
             };
             let advice = match &error {

@@ -36,10 +36,15 @@ pub fn reporter(role: &'static str, json: bool) -> Observer {
 fn advance(bar: &mut Option<ProgressBar>, kind: &Kind) {
     let (what, done, total) = match *kind {
         Kind::Allocating { done_bytes, total_bytes } => ("allocating", done_bytes >> 20, total_bytes >> 20),
+        Kind::Registering { done_bytes, total_bytes, .. } => ("registering", done_bytes >> 20, total_bytes >> 20),
         Kind::Pull { landed_frames, absent_frames, .. } if absent_frames > 0 => {
             ("pulling", landed_frames, landed_frames + absent_frames)
         }
-        Kind::Allocated { .. } | Kind::AllLanded { .. } | Kind::Failed { .. } | Kind::Ended { .. } => {
+        Kind::Allocated { .. }
+        | Kind::Registered { .. }
+        | Kind::AllLanded { .. }
+        | Kind::Failed { .. }
+        | Kind::Ended { .. } => {
             if let Some(bar) = bar.take() {
                 bar.finish_and_clear();
             }
@@ -128,6 +133,19 @@ fn sentence(kind: &Kind) -> Option<String> {
         }
         Kind::Fabric(details) => format!("RDMA through {details}"),
         Kind::Allocated { bytes: n, took_us } => format!("allocated {} in {}", bytes(*n), time(*took_us)),
+        Kind::Registered { bytes: n, regions, pinned_bytes, stale_bytes, took_us } => {
+            let anew = match stale_bytes {
+                0 => String::new(),
+                _ => format!(", {} of it anew: the guest had given it up", bytes(*stale_bytes)),
+            };
+            format!(
+                "registered {} with the device in {}: {regions} memory regions, {} pinned in all{anew}",
+                bytes(*n),
+                time(*took_us),
+                bytes(*pinned_bytes)
+            )
+        }
+        Kind::Placed { what, .. } => what.clone(),
         Kind::Prepared { took_us } => format!("prepared in {}; the guest has not been touched", time(*took_us)),
         Kind::Paused { .. } => "guest paused for the switch".to_owned(),
         Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes } => format!(
@@ -164,6 +182,7 @@ fn sentence(kind: &Kind) -> Option<String> {
         Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),
         Kind::Ended { outcome, exit_code } => format!("ended: {outcome} (exit code {exit_code})"),
         Kind::Allocating { .. }
+        | Kind::Registering { .. }
         | Kind::Pull { .. }
         | Kind::Committed { .. }
         | Kind::Folded { .. }

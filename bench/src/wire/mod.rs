@@ -22,18 +22,18 @@ mod report;
 mod server;
 mod usage;
 
+use crate::carrier::{Carrier, Device};
 use crate::error::BenchError;
 use crate::quantity;
+use crate::rig::BOUND;
 use belay_transport::fabric::FabricKind;
-use belay_transport::fabric::verbs::VerbsSettings;
 use belay_transport::pull::Tuning;
-use belay_transport::session::{Credentials, Security, SessionConfig, SessionError};
+use belay_transport::session::{Address, Credentials, Security, SessionConfig, SessionError};
 use clap::{Args, ValueEnum};
 use client::Client;
 use loops::{Amount, Waiting};
 use protocol::TRAILER_ROOM;
-pub use report::Report;
-use report::Test;
+pub use report::{Report, Test};
 use server::Server;
 use std::net::ToSocketAddrs;
 use std::path::PathBuf;
@@ -61,15 +61,8 @@ pub struct WireArgs {
     /// What carries the bytes: the client decides, the server offers all it has [default: the best that both have]
     #[arg(long, value_enum)]
     fabric: Option<WireFabric>,
-    /// RDMA device, as `ibv_devinfo -l` lists it
-    #[arg(short = 'd', long, value_name = "DEVICE")]
-    ib_dev: Option<String>,
-    /// Port of the device
-    #[arg(short = 'i', long, value_name = "PORT", value_parser = clap::value_parser!(u8).range(1..))]
-    ib_port: Option<u8>,
-    /// Index into the port's GID table
-    #[arg(short = 'x', long, value_name = "INDEX")]
-    gid_index: Option<u8>,
+    #[command(flatten)]
+    device: Device,
     /// You vouch that nobody on this network reads or forges packets: RDMA carries memory in clear. Without this no RDMA
     #[arg(long)]
     trusted_fabric: bool,
@@ -185,29 +178,17 @@ impl Options {
 
 impl WireArgs {
     /// What goes for both sides' sessions.
-    fn session(&self) -> Result<SessionConfig, BenchError> {
+    fn session(&self, address: &Address) -> Result<SessionConfig, BenchError> {
         let security = match (&self.cert, &self.key, &self.peer_cert) {
             (Some(cert), Some(key), Some(peer)) => Security::Tls(Credentials::load(cert, key, peer)?),
             _ if self.insecure => Security::Insecure,
             _ => Security::LoopbackOnly,
         };
-        let mut config = SessionConfig::new(security);
-        config.only = self.fabric.map(|fabric| match fabric {
+        let only = self.fabric.map(|fabric| match fabric {
             WireFabric::Tcp => FabricKind::Tcp,
             WireFabric::Verbs => FabricKind::Verbs,
         });
-        let wanted = self.ib_dev.is_some() || self.gid_index.is_some() || config.only == Some(FabricKind::Verbs);
-        if wanted && !self.trusted_fabric {
-            let why = "RDMA carries memory in clear, so it must be said that this network may (see README)".into();
-            return Err(BenchError::Options { what: "--trusted-fabric", why });
-        }
-        config.verbs = self.trusted_fabric.then(|| VerbsSettings {
-            device: self.ib_dev.clone(),
-            port: self.ib_port,
-            gid_index: self.gid_index,
-            trusted: true,
-        });
-        Ok(config)
+        Carrier { only, device: self.device.clone(), trusted: self.trusted_fabric }.session(security, address)
     }
 
     fn options(&self) -> Result<Options, BenchError> {
@@ -238,10 +219,18 @@ impl WireArgs {
 
 /// Serves, or measures: the report then.
 pub fn run(args: &WireArgs) -> Result<Option<Report>, BenchError> {
-    let config = args.session()?;
+    let config = |address: &String| args.session(&Address::Tcp(address.clone()));
     match (&args.listen, &args.to) {
-        (Some(address), _) => serve(args, address, config).map(|()| None),
-        (None, Some(address)) => measure(args, address, config).map(Some),
+        (Some(address), _) => serve(args, address, config(address)?).map(|()| None),
+        (None, Some(address)) => {
+            let options = args.options()?;
+            if !args.no_freq_warning {
+                warn_of_frequency();
+            }
+            let quiet = args.out_json.as_deref().is_some_and(|path| path.as_os_str() == "-");
+            let show = (!quiet).then_some(args.report_gbits);
+            measure(&args.tests, address, config(address)?, &options, show).map(Some)
+        }
         (None, None) => unreachable!("the command line asks for one of them"),
     }
 }
@@ -256,32 +245,59 @@ fn serve(args: &WireArgs, address: &str, config: SessionConfig) -> Result<(), Be
     server.run((args.clients > 0).then_some(args.clients), args.idle)
 }
 
-fn measure(args: &WireArgs, address: &str, config: SessionConfig) -> Result<Report, BenchError> {
-    let options = args.options()?;
-    if !args.no_freq_warning {
-        warn_of_frequency();
-    }
+/// `show`: print tables, in Gb/s or not.
+fn measure(
+    tests: &[Test],
+    address: &str,
+    config: SessionConfig,
+    options: &Options,
+    show: Option<bool>,
+) -> Result<Report, BenchError> {
     let mut client = Client::connect(address, config)?;
     let mut report =
         Report { belay_bench: env!("CARGO_PKG_VERSION"), server: client.server.to_string(), tests: Vec::new() };
-    let quiet = args.out_json.as_deref().is_some_and(|path| path.as_os_str() == "-");
-    for test in &args.tests {
+    for test in tests {
         let outcome = match test {
-            Test::ReadLat => raw::read_lat(&mut client, &options),
-            Test::ReadBw => raw::read_bw(&mut client, &options),
-            Test::WriteBw => raw::write_bw(&mut client, &options),
-            Test::CommitLat => raw::commit_lat(&mut client, &options),
-            Test::Fault => engine::fault(&mut client, &options),
-            Test::Pull => engine::pull(&mut client, &options),
-            Test::Cpu => engine::cpu(&mut client, &options),
+            Test::ReadLat => raw::read_lat(&mut client, options),
+            Test::ReadBw => raw::read_bw(&mut client, options),
+            Test::WriteBw => raw::write_bw(&mut client, options),
+            Test::CommitLat => raw::commit_lat(&mut client, options),
+            Test::Fault => engine::fault(&mut client, options),
+            Test::Pull => engine::pull(&mut client, options),
+            Test::Cpu => engine::cpu(&mut client, options),
         }?;
-        if !quiet {
-            report::print(&outcome, &report.server, args.report_gbits);
+        if let Some(gbits) = show {
+            report::print(&outcome, &report.server, gbits);
         }
         report.tests.push(outcome);
     }
     client.bye()?;
     Ok(report)
+}
+
+/// Both sides in this process: what a device costs without a network behind it.
+pub fn within_this_host(test: Test, carrier: &Carrier, quick: bool) -> Result<Report, BenchError> {
+    let loopback = Address::Tcp("127.0.0.1:0".into());
+    let config = || carrier.session(Security::LoopbackOnly, &loopback);
+    let mut server = Server::bind("127.0.0.1:0", config()?)?;
+    let (address, config) = (server.address()?.to_string(), config()?);
+    let options = Options {
+        sizes: Vec::new(),
+        iterations: None,
+        time: None,
+        window: 128,
+        waiting: Waiting::Polling,
+        memory: if quick { 32 << 20 } else { 128 << 20 },
+        ring: 16 << 20,
+        rounds: if quick { 5 } else { 15 },
+        tuning: Tuning::default(),
+    };
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| server.run(Some(1), BOUND));
+        let report = measure(&[test], &address, config, &options, Some(false));
+        serving.join().map_err(|_| BenchError::Thread("the server"))??;
+        report
+    })
 }
 
 /// As perftest warns: a clock that goes up and down makes latencies that mean little.

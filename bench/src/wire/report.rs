@@ -3,7 +3,7 @@
 use super::client::Met;
 use super::usage::Usage;
 use crate::table::{self, Bandwidth, Row};
-use belay_transport::fabric::FabricKind;
+use belay_transport::fabric::{FabricDetails, FabricKind};
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -43,6 +43,8 @@ pub struct Outcome {
     pub fabric: FabricKind,
     /// The control stream; and the lanes, unless they are RDMA's.
     pub encrypted: bool,
+    /// Device, address and depth, where the fabric has some to tell.
+    pub device: Option<FabricDetails>,
     pub latency: Vec<Row>,
     pub bandwidth: Vec<Bandwidth>,
     pub ratios: Vec<Ratio>,
@@ -55,6 +57,7 @@ impl Outcome {
             test,
             fabric: met.fabric(),
             encrypted: met.encrypted(),
+            device: met.initiator.details(),
             latency: Vec::new(),
             bandwidth: Vec::new(),
             ratios: Vec::new(),
@@ -110,7 +113,11 @@ pub fn print(outcome: &Outcome, server: &str, gbits: bool) {
     let tls = if outcome.encrypted { "TLS" } else { "no TLS" };
     let line = "-".repeat(150);
     println!("{line}\n {}: {}", name.get_name(), name.get_help().map(ToString::to_string).unwrap_or_default());
-    println!(" {server} over {:?}, {tls}\n{line}", outcome.fabric);
+    println!(" {server} over {}, {tls}", outcome.fabric);
+    if let Some(device) = &outcome.device {
+        println!(" {device}");
+    }
+    println!("{line}");
     match outcome.test {
         Test::ReadLat | Test::CommitLat => table::print_latency(&outcome.latency),
         _ if !outcome.latency.is_empty() => table::print(&outcome.latency),

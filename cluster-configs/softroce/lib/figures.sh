@@ -8,7 +8,7 @@ median() { # words
 }
 
 # Evaluates an expression of awk; succeeds when it is true.
-holds() { awk "BEGIN {exit !($1)}"; }
+holds() { awk "BEGIN {exit !($1)}" 2>/dev/null; }
 
-# Prints an expression's value with so many decimals.
-calculate() { awk "BEGIN {printf \"%.${2:-2}f\", $1}"; }
+# Prints an expression's value with so many decimals; of one that lacks a number, nothing.
+calculate() { awk "BEGIN {printf \"%.${2:-2}f\", $1}" 2>/dev/null || true; }

@@ -22,7 +22,8 @@ image_key() { # kernel
 prepare_image() { # kernel
   CACHE=$(cache_dir)
   mkdir -p "$CACHE" || die "the cache $CACHE cannot be made" "BELAY_LAB_CACHE names another place."
-  local made=$CACHE/image-$1-$(image_key "$1")
+  local made
+  made=$CACHE/image-$1-$(image_key "$1")
   if [ ! -e "$made/release" ]; then
     # Two labs may want the same image at once: one makes it and the other waits.
     (
@@ -58,6 +59,8 @@ make_image() { # kernel, into
   cp "$tree"/pkg/boot/vmlinuz-* "$2.new/vmlinuz"
   printf '%s\n' "$release" >"$2.new/release"
   mv "$2.new" "$2"
+  # Images of other locks and scripts, and trees of a lab that was killed, are of no use after a week.
+  find "$CACHE" -maxdepth 1 \( -name 'image-*' -o -name '.tree.*' \) -mtime +7 ! -path "$2" -exec rm -rf {} +
   note "image ready: kernel $release, initramfs of $(($(stat -c %s "$2/initramfs") >> 20)) MiB"
 }
 

@@ -1,27 +1,56 @@
 # shellcheck shell=bash
-# perftest: latency and bandwidth between the hosts. Function and ratios: emulated processors say nothing about a card's speed.
+# perftest: ib_read_lat, ib_read_bw, ib_write_bw between the hosts, and belay's lanes, faults and pulls beside them. Function and
+# ratios: emulated processors say nothing about a card's speed.
 
-ABOUT='ib_read_lat, ib_read_bw and ib_write_bw between the hosts, interleaved, same sizes; medians'
-NEEDS=()
+ABOUT="perftest's programs and belay-bench between the hosts, interleaved, same sizes; medians, and what belay adds"
+NEEDS=(belay bench)
 
-# Iterations by size, so that each measurement takes about as long.
+# Operations by size, so that each measurement takes about as long.
 PERFTEST_SIZES='4096:300 65536:100 1048576:12'
+# Memory that is read and pulled; a host's own is HOST_MEMORY_MIB.
+PERFTEST_MEMORY=24M
+PERFTEST_TOUCHES=400
+PERFTEST_PORT=7710
 declare -A MEASURED=()
+WIRE_SERVER=''
 
 run_suite() {
-  local rounds=3 round pair size count program
-  [ -z "$QUICK" ] || rounds=1
+  local rounds=5 round fabric
+  [ -z "$QUICK" ] || rounds=2
   MEASURED=()
+  need_keys
+  for fabric in $FABRICS; do serve_wire "$fabric" || return 0; done
   # Round by round and size by size, never one program's rounds together: the machine's other work then falls on all alike.
   for ((round = 1; round <= rounds; round++)); do
-    for pair in $PERFTEST_SIZES; do
-      size=${pair%:*} count=${pair#*:}
-      for program in ib_read_lat ib_read_bw ib_write_bw; do
-        measure "$program" "$size" "$count" || return 0
-      done
+    one_round || break
+  done
+  for fabric in $FABRICS; do end_wire "$fabric"; done
+  [ "$round" -gt "$rounds" ] || return 0
+  perftest_table "$rounds"
+  for fabric in $FABRICS; do perftest_bounds "$fabric"; done
+}
+
+one_round() {
+  local pair size count program fabric
+  for pair in $PERFTEST_SIZES; do
+    size=${pair%:*} count=${pair#*:}
+    for program in ib_read_lat ib_read_bw ib_write_bw; do
+      measure "$program" "$size" "$count" || return 1
+      for fabric in $FABRICS; do wire "$fabric" "$(test_beside "$program")" "$size" "$count" || return 1; done
     done
   done
-  perftest_table "$rounds"
+  for fabric in $FABRICS; do
+    measure ib_read_lat 4096 300 && wire_engine "$fabric" || return 1
+  done
+}
+
+# The test of `belay-bench wire` that does what a program of perftest does.
+test_beside() { # program
+  case $1 in
+    ib_read_lat) echo read-lat ;;
+    ib_read_bw) echo read-bw ;;
+    ib_write_bw) echo write-bw ;;
+  esac
 }
 
 # One run of a program of perftest, server on host a, client on host b; the client's figure is added to MEASURED.
@@ -42,30 +71,127 @@ measure() { # program, bytes, iterations
   MEASURED[$program.$size]+="$value "
 }
 
-# The figure of perftest's table: t_typical in µs, or the average bandwidth in MiB/s (it calls 2^20 bytes a MB).
-perftest_value() { # program
+# The figure of perftest's table: t_typical in µs, or the average bandwidth in MiB/s (it calls 2^20 bytes a MB). belay-bench prints
+# the same columns.
+perftest_value() { # program or test
   case $1 in
-    *_lat) awk '/^ *[0-9]+ +[0-9]+ / {value = $5} END {print value}' ;;
+    *[_-]lat) awk '/^ *[0-9]+ +[0-9]+ / {value = $5} END {print value}' ;;
     *) awk '/^ *[0-9]+ +[0-9]+ / {value = $4} END {print value}' ;;
   esac
 }
 
+# A server of belay-bench on host a for each fabric, for the whole suite.
+serve_wire() { # fabric
+  local port
+  port=$(wire_port "$1")
+  start_on a "wire-server-$1" "exec /lab/bin/belay-bench wire --listen $A_DATA:$port --clients 0 --idle 300s $(wire_options "$1")" \
+    '--cert /lab/keys/source.crt --key /lab/keys/source.key --peer-cert /lab/keys/destination.crt'
+  WIRE_SERVER=$ORDER SAID_IN=$OUT/a/$ORDER
+  WIRE_SERVERS[$1]=$ORDER
+  await_listener a "$WIRE_SERVER" "$port" 30 || { not_ok "belay-bench over $1 listens" "$(last_words "$SAID_IN")"; return 1; }
+}
+declare -A WIRE_SERVERS=()
+
+wire_port() { case $1 in tcp) echo $PERFTEST_PORT ;; verbs) echo $((PERFTEST_PORT + 1)) ;; esac; }
+
+wire_options() { # fabric
+  case $1 in
+    tcp) echo '--fabric tcp' ;;
+    verbs) echo '--fabric verbs --trusted-fabric -d rxe0 -x 1' ;;
+  esac
+}
+
+end_wire() { # fabric
+  signal_order a "${WIRE_SERVERS[$1]}" TERM
+  await a "${WIRE_SERVERS[$1]}" 20 || true
+}
+
+# One client on host b; its output is in SAID.
+wire_client() { # fabric, label, words
+  local fabric=$1 label=$2
+  shift 2
+  LABEL=wire-$label-$fabric on b 180 "exec timeout 170 /lab/bin/belay-bench wire --to $A_DATA:$(wire_port "$fabric") -F $*" \
+    "$(wire_options "$fabric") --memory $PERFTEST_MEMORY" \
+    '--cert /lab/keys/destination.crt --key /lab/keys/destination.key --peer-cert /lab/keys/source.crt'
+}
+
+wire() { # fabric, test, bytes, operations
+  local value name="belay-bench $2 over $1 at $3 bytes"
+  wire_client "$1" "$2" "$2 -s $3 -n $4" || { not_ok "$name" "client: $(last_words "$SAID_IN")"; return 1; }
+  value=$(perftest_value "$2" <<<"$SAID")
+  [ -n "$value" ] || { not_ok "$name" "no line of figures: $(last_words "$SAID_IN")"; return 1; }
+  MEASURED[$1.$2.$3]+="$value "
+}
+
+# Faults and pulls of the engine. Each round is divided by what perftest found right before it.
+wire_engine() { # fabric
+  local touching floor read rate best size
+  wire_client "$1" fault "fault --rounds 1 -n $PERFTEST_TOUCHES" || { not_ok "faults over $1" "client: $(last_words "$SAID_IN")"; return 1; }
+  touching=$(row_value 'engine, touching thread') floor=$(row_value 'uffd floor, touching thread')
+  read=${MEASURED[ib_read_lat.4096]% } read=${read##* }
+  MEASURED[$1.fault]+="$touching " MEASURED[$1.floor]+="$floor "
+  MEASURED[$1.fault.over]+="$(calculate "$touching / ($read + $floor)" 4) "
+  wire_client "$1" pull 'pull --rounds 1' || { not_ok "pull over $1" "client: $(last_words "$SAID_IN")"; return 1; }
+  rate=$(awk '$NF == "engine" {print $4}' <<<"$SAID")
+  best=0
+  for size in 4096 65536 1048576; do
+    read=${MEASURED[ib_read_bw.$size]% } read=${read##* }
+    ! holds "$read > $best" || best=$read
+  done
+  MEASURED[$1.pull]+="$rate "
+  MEASURED[$1.pull.over]+="$(calculate "$rate / $best" 4) "
+}
+
+# t_typical of a named row of belay-bench's table, in SAID.
+row_value() { # name
+  awk -v name="$1" 'index($0, " " name " ") == 1 {sub(name, ""); print $5}' <<<"$SAID"
+}
+
 perftest_table() { # rounds
-  local pair size program latency read write
-  remark "$(printf '%8s %18s %18s %18s' bytes 'ib_read_lat [us]' 'ib_read_bw [MiB/s]' 'ib_write_bw [MiB/s]')"
+  local pair size latency read write fabric
   for pair in $PERFTEST_SIZES; do
     size=${pair%:*}
-    latency=$(median "${MEASURED[ib_read_lat.$size]}") read=$(median "${MEASURED[ib_read_bw.$size]}") write=$(median "${MEASURED[ib_write_bw.$size]}")
-    remark "$(printf '%8d %18.1f %18.1f %18.1f' "$size" "$latency" "$read" "$write")"
+    perftest_row perftest "$size" ib_read_lat."$size" ib_read_bw."$size" ib_write_bw."$size"
+    latency=$LATENCY read=$READ write=$WRITE
+    for fabric in $FABRICS; do perftest_row "belay $fabric" "$size" "$fabric.read-lat.$size" "$fabric.read-bw.$size" "$fabric.write-bw.$size"; done
     figure 'ib_read_lat typical' "$latency" us
     figure 'ib_read_bw' "$read" MiB/s
     figure 'ib_write_bw' "$write" MiB/s
     figure rounds "$1" ''
     # A read that takes longer than a retry does, or moves less than a modem, is not the network working.
-    if awk -v l="$latency" -v r="$read" -v w="$write" 'BEGIN {exit !(l > 0 && l < 100000 && r > 0.1 && w > 0.1)}'; then
+    if holds "$latency > 0 && $latency < 1000000 && $read > 0.1 && $write > 0.1"; then
       ok "$size bytes read and written"
     else
       not_ok "$size bytes read and written" 'these figures are not those of a working link'
     fi
   done
+}
+
+# Prints a line of the table; leaves the medians in LATENCY, READ, WRITE.
+perftest_row() { # who, bytes, keys of latency, read and write
+  LATENCY=$(median "${MEASURED[$3]}") READ=$(median "${MEASURED[$4]}") WRITE=$(median "${MEASURED[$5]}")
+  remark "$(printf '%8d %-12s read %8.1f us   reads %8.1f MiB/s   writes %8.1f MiB/s' "$2" "$1" "$LATENCY" "$READ" "$WRITE")"
+}
+
+# The engine and the checkpoint lane against perftest. Over tcp the ratios are told and judged by nobody: another wire.
+perftest_bounds() { # fabric
+  local over write
+  over=$(median "${MEASURED[$1.fault.over]}")
+  figure 'touching thread' "$(median "${MEASURED[$1.fault]}")" us
+  figure 'userfaultfd floor' "$(median "${MEASURED[$1.floor]}")" us
+  figure 'over ib_read_lat + floor' "$over" ''
+  judge_bound "$1" "a demand fault over $1" "$over <= 1.3" 'the goal is 1.3'
+  over=$(median "${MEASURED[$1.pull.over]}")
+  figure pull "$(median "${MEASURED[$1.pull]}")" MiB/s
+  figure 'over ib_read_bw at its best size' "$over" ''
+  judge_bound "$1" "the background pull over $1" "$over >= 0.9" 'the goal is 0.9'
+  write=$(median "${MEASURED[$1.write-bw.65536]}")
+  over=$(calculate "$write / $(median "${MEASURED[ib_write_bw.65536]}")" 4)
+  figure 'writes of 64 KiB' "$write" MiB/s
+  figure 'over ib_write_bw' "$over" ''
+  judge_bound "$1" "checkpoint writes over $1" "$over >= 0.9" 'the goal is 0.9'
+}
+
+judge_bound() { # fabric, name, condition, why not
+  if [ "$1" != verbs ] || holds "$3"; then ok "$2"; else not_ok "$2" "$4"; fi
 }

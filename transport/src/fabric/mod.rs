@@ -131,6 +131,8 @@ pub struct Registering {
     pub regions: u64,
     /// Bytes the session has pinned so far, of every mapping.
     pub pinned_bytes: u64,
+    /// Of the total, bytes registered anew because the guest had given their frames up since.
+    pub stale_bytes: u64,
 }
 
 /// Is told how far a registration is. Must return quickly.

@@ -2791,12 +2791,14 @@ const _: () = {
     ["Offset of field: verbs_context::sz"][::core::mem::offset_of!(verbs_context, sz) - 312usize];
     ["Offset of field: verbs_context::context"][::core::mem::offset_of!(verbs_context, context) - 320usize];
 };
-pub const IBV_REREG_MR_ERR_INPUT: ibv_rereg_mr_err_code = -1;
-pub const IBV_REREG_MR_ERR_DONT_FORK_NEW: ibv_rereg_mr_err_code = -2;
-pub const IBV_REREG_MR_ERR_DO_FORK_OLD: ibv_rereg_mr_err_code = -3;
-pub const IBV_REREG_MR_ERR_CMD: ibv_rereg_mr_err_code = -4;
-pub const IBV_REREG_MR_ERR_CMD_AND_DO_FORK_NEW: ibv_rereg_mr_err_code = -5;
-pub type ibv_rereg_mr_err_code = ::core::ffi::c_int;
+pub mod ibv_rereg_mr_err_code {
+    pub type Type = ::core::ffi::c_int;
+    pub const IBV_REREG_MR_ERR_INPUT: Type = -1;
+    pub const IBV_REREG_MR_ERR_DONT_FORK_NEW: Type = -2;
+    pub const IBV_REREG_MR_ERR_DO_FORK_OLD: Type = -3;
+    pub const IBV_REREG_MR_ERR_CMD: Type = -4;
+    pub const IBV_REREG_MR_ERR_CMD_AND_DO_FORK_NEW: Type = -5;
+}
 #[repr(C)]
 #[repr(align(8))]
 #[derive(Debug, Copy, Clone)]

@@ -14,10 +14,11 @@ pub use rdma_sys::{
     ibv_odp_caps, ibv_odp_general_caps, ibv_odp_transport_cap_bits, ibv_pd, ibv_port_attr, ibv_port_cap_flags,
     ibv_port_cap_flags2, ibv_port_state, ibv_qp, ibv_qp_attr, ibv_qp_attr_mask, ibv_qp_cap, ibv_qp_create_flags,
     ibv_qp_create_send_ops_flags, ibv_qp_init_attr, ibv_qp_init_attr_ex, ibv_qp_init_attr_mask, ibv_qp_state,
-    ibv_qp_type, ibv_query_device_ex_input, ibv_rate, ibv_recv_wr, ibv_rereg_mr_flags, ibv_send_flags, ibv_send_wr,
-    ibv_sge, ibv_srq, ibv_srq_attr_mask, ibv_srq_type, ibv_transport_type, ibv_wc, ibv_wc_flags, ibv_wc_opcode,
-    ibv_wc_status, ibv_wr_opcode, rdma_addr, rdma_cm_event, rdma_cm_event_type, rdma_cm_id, rdma_conn_param,
-    rdma_event_channel, rdma_ib_addr, rdma_port_space, rdma_route, rdma_ud_param, verbs_context,
+    ibv_qp_type, ibv_query_device_ex_input, ibv_rate, ibv_recv_wr, ibv_rereg_mr_err_code, ibv_rereg_mr_flags,
+    ibv_send_flags, ibv_send_wr, ibv_sge, ibv_srq, ibv_srq_attr_mask, ibv_srq_type, ibv_transport_type, ibv_wc,
+    ibv_wc_flags, ibv_wc_opcode, ibv_wc_status, ibv_wr_opcode, rdma_addr, rdma_cm_event, rdma_cm_event_type,
+    rdma_cm_id, rdma_conn_param, rdma_event_channel, rdma_ib_addr, rdma_port_space, rdma_route, rdma_ud_param,
+    verbs_context,
 };
 
 /// Advice for [`crate::ibv_advise_mr`].

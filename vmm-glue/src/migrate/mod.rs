@@ -9,6 +9,7 @@ pub mod lease;
 pub mod observation;
 pub mod peer;
 pub mod protocol;
+mod registering;
 pub mod release;
 pub mod settings;
 pub mod source;

@@ -57,6 +57,17 @@ pub enum Kind {
     Allocating { done_bytes: u64, total_bytes: u64 },
     /// Destination RAM has been allocated.
     Allocated { bytes: u64, took_us: u64 },
+    /// Memory is being registered with an RDMA device: how far one mapping is, its memory regions, and what the session has pinned.
+    Registering { done_bytes: u64, total_bytes: u64, regions: u64, pinned_bytes: u64 },
+    /// Memory has been registered with an RDMA device. At the switch: what the guest has populated since, and what it had given
+    /// up and populated again (`stale_bytes`).
+    Registered { bytes: u64, regions: u64, pinned_bytes: u64, stale_bytes: u64, took_us: u64 },
+    /// Where the session's threads and buffers go, and why.
+    Placed {
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        node: Option<u32>,
+        what: String,
+    },
     /// Everything before the switch is done.
     Prepared { took_us: u64 },
     /// The guest is paused for the switch.
@@ -247,4 +258,36 @@ pub fn latency(what: &str, histogram: &Histogram<u64>) -> Option<Kind> {
         max_us: histogram.max() as f64 / 1e3,
         buckets,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_fabric_obtained_reads_back_from_its_event() {
+        let details = FabricDetails {
+            device: "rxe0".into(),
+            port: 1,
+            link: "RoCE v2".into(),
+            gid_index: Some(1),
+            gid: Some("::ffff:10.0.0.1".into()),
+            address: "10.0.0.1:40001".into(),
+            mtu_bytes: 4096,
+            read_depth: 16,
+        };
+        let iwarp = FabricDetails { gid_index: None, gid: None, ..details.clone() };
+        for details in [details, iwarp] {
+            let event = serde_json::to_value(Kind::Fabric(details.clone())).expect("plain data");
+            assert_eq!(
+                (&event["event"], &event["device"]),
+                (&"fabric".into(), &"rxe0".into()),
+                "fields beside the name"
+            );
+            match serde_json::from_value(event).expect("reads back") {
+                Kind::Fabric(again) => assert_eq!(again, details),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
 }

@@ -31,7 +31,6 @@ pub mod inventory;
 mod lane;
 #[cfg(test)]
 mod lane_tests;
-mod look;
 mod memory_region;
 mod owner;
 mod proof;
@@ -45,7 +44,6 @@ mod table;
 
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
-pub use look::{NoDevice, look};
 pub use owner::VerbsOwner;
 pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;

@@ -97,6 +97,7 @@ impl Destination<'_> {
         let states = Arc::new(PageStates::in_memory(&frames)?);
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
-        Ok(Engine::start(PullPlan { regions, install, tuning, start_paused: true }, parts, states, ears)?)
+        let plan = PullPlan { regions, install, tuning, start_paused: true };
+        Ok(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?)
     }
 }

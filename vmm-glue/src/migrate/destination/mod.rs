@@ -21,6 +21,7 @@ use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
+use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::pages::PagesError;
 use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
 use belay_transport::region::{Mapping, RamFile, RegionError};
@@ -45,6 +46,8 @@ pub struct DestinationConfig {
     pub state_dir: PathBuf,
     /// Cores of the engine's threads, given out in turn; anywhere without any.
     pub engine_cores: Vec<usize>,
+    /// Where this host's threads and buffers go, guest RAM among them. Cores named for the engine's threads go before it.
+    pub numa: NumaChoice,
     /// Hold the background pull once this share of frames has landed.
     pub hold_pull_at: Option<f64>,
     pub bounds: Bounds,
@@ -139,6 +142,8 @@ pub enum DestinationError {
     #[error(transparent)]
     Region(#[from] RegionError),
     #[error(transparent)]
+    Numa(#[from] NumaError),
+    #[error(transparent)]
     Uffd(#[from] UffdError),
     #[error(transparent)]
     Pages(#[from] PagesError),
@@ -227,6 +232,7 @@ pub fn run(
 /// A destination with a guest on its way.
 struct Destination<'a> {
     config: &'a DestinationConfig,
+    placement: Placement,
     proposal: Proposal,
     observer: &'a Observer,
     words: &'a Receiver<i32>,

@@ -5,11 +5,13 @@ use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLO
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::peer::{Inbox, Listened};
 use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
 use crate::migrate::{protocol, tethering};
 use belay_checkpoint::ownership::destination::State;
 use belay_transport::fabric::{LaneId, LaneKind, ReadKey, RingKeys};
+use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
@@ -121,6 +123,7 @@ pub(super) fn await_prepare(
 /// Allocates all of guest RAM, so that no frame is a hole when it is registered (P1).
 pub(super) fn allocate(
     geometry: &[RegionGeometry],
+    placement: &Placement,
     observer: &Observer,
     because: &ObservationId,
 ) -> Result<Vec<Ram>, DestinationError> {
@@ -130,6 +133,7 @@ pub(super) fn allocate(
         let bytes = region.bytes as usize;
         let file = Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?);
         let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
+        prefer(placement, &alias, observer, because);
         let told = AtomicU64::new(0);
         let progress = |done_bytes: u64| {
             // Told now and then; which of several threads tells does not matter.
@@ -185,17 +189,24 @@ impl<'a> Destination<'a> {
             Some(_) => Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, deadline)?),
             None => None,
         };
-        let ram = allocate(&session.hello.geometry, observer, &last)?;
         let mut initiator = fabric::initiator(&session)?;
+        let placement = place(config.numa, session.agreed.fabric, initiator.numa_node(), observer, &last)?;
+        let ram = allocate(&session.hello.geometry, &placement, observer, &last)?;
+        let registrations = Registrations::new(observer, &last);
+        initiator.observe_registration(registrations.ears());
+        let registering = Instant::now();
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let mut landing = Vec::new();
         for ram in &ram {
             landing.push(initiator.register_local(&ram.alias)?);
         }
         let reserved = match &proposal.tether {
-            Some(tether) => Some(tethering::reserve(&mut *initiator, tether, ring, offer)?),
+            Some(tether) => Some(placement.run_near(|| tethering::reserve(&mut *initiator, tether, ring, offer))?),
             None => None,
         };
+        if let Some(registered) = registrations.take(registering.elapsed()) {
+            observer.note(Some(&last), registered);
+        }
         let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
         let mut lane_pairs = Vec::new();
         let mut checkpoint_lanes = Vec::new();
@@ -257,6 +268,7 @@ impl<'a> Destination<'a> {
         control.send(&protocol::encode(&prepared), Deadline::after(bounds.handshake))?;
         Ok(Self {
             config,
+            placement,
             nonces: proposal.nonces.clone(),
             proposal,
             observer,

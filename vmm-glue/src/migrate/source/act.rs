@@ -132,8 +132,9 @@ impl Source<'_> {
         self.guest.save(&mut device_state)?;
         let mut map = Vec::new();
         let (mut peer_frames, mut zero_frames) = (0, 0);
+        let offering = Instant::now();
         for (block, &(_, key)) in self.guest.memory().iter().zip(&self.live.ram) {
-            // Again, now that the guest stands still: what was populated since is offered too.
+            // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
             let extents = block.file.occupancy()?;
             self.live.owner.extend_read(key, &extents)?;
             let classes = RegionClasses::from_occupancy(block.id, block.file.len() as u64, block.page_size, &extents);
@@ -141,8 +142,13 @@ impl Source<'_> {
             zero_frames += classes.frames(PageClass::Zero);
             map.push(classes);
         }
+        if let Some(registered) = self.live.registrations.take(offering.elapsed()) {
+            self.note(registered);
+        }
         if let (Some(reserved), Some(tether)) = (self.live.reserved.take(), &self.config.proposal.tether) {
-            self.live.folder = Some(self.start_folder(reserved, device_state.clone(), tether.lease.length)?);
+            let start = || self.start_folder(reserved, device_state.clone(), tether.lease.length);
+            let folder = self.live.placement.run_near(start)?;
+            self.live.folder = Some(folder);
         }
         let nonce = fresh_nonce()?;
         self.nonces.push(nonce);

@@ -14,6 +14,7 @@ use super::observation::{Kind, ObservationId, Observer};
 use super::peer::Inbox;
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
+use super::registering::Registrations;
 use super::settings::{Bounds, Proposal};
 use crate::guard::{DeathWatch, GuardError};
 use belay_checkpoint::fold::{Catch, CatchError, FoldTarget, Folder, Recovered};
@@ -23,6 +24,7 @@ use belay_checkpoint::ownership::Illegal;
 use belay_checkpoint::ownership::source::{Event, State, step};
 use belay_checkpoint::ring::{RingError, RingReader};
 use belay_transport::fabric::{FabricError, Owner, ReadKey};
+use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Mapping, RegionError};
 use belay_transport::session::{Address, Control, SessionConfig, SessionError};
 use belay_transport::{Deadline, RegionId};
@@ -45,6 +47,8 @@ pub struct SourceConfig {
     /// Where the release record is written.
     pub state_dir: PathBuf,
     pub bounds: Bounds,
+    /// Where this host's threads and buffers go.
+    pub numa: NumaChoice,
     /// The operator's standing word for `--output lease`: order the catch as soon as the destination is lost.
     pub catch_on_loss: bool,
 }
@@ -101,6 +105,8 @@ pub enum SourceError {
     PeerClosed(String),
     #[error(transparent)]
     Illegal(#[from] Illegal),
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     #[error("the operator cancelled")]
     Cancelled,
     #[error("this migration makes no sense: {0}")]
@@ -122,6 +128,8 @@ struct Live {
     inbox: Inbox<ToSource>,
     happenings: Receiver<Happening>,
     owner: Box<dyn Owner>,
+    registrations: Registrations,
+    placement: Placement,
     ram: Vec<(RegionId, ReadKey)>,
     ring: Arc<Mapping>,
     owner_region: Arc<Mapping>,

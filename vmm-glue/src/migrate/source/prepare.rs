@@ -7,6 +7,7 @@ use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::peer::{Inbox, Listened, listen_to};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::Proposal;
 use belay_checkpoint::fold::FoldTarget;
 use belay_checkpoint::guest::Guest;
@@ -42,6 +43,9 @@ pub(super) fn prepare(
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
+    let placement = place(config.numa, session.agreed.fabric, owner.numa_node(), observer, &connected)?;
+    let registrations = Registrations::new(observer, &connected);
+    owner.observe_registration(registrations.ears());
     // Occupancy first: whatever maps or registers RAM may fill its holes.
     let mut ram = Vec::new();
     for block in guest.memory() {
@@ -49,13 +53,17 @@ pub(super) fn prepare(
         ram.push((block.id, owner.export_read(&block.file, &block.alias, &extents)?));
     }
     let ring_file = RamFile::memfd("belay-ring", config.ring_bytes, PageSize::Small)?;
-    ring_file.preallocate(1, &|_| {})?;
     let owner_file = RamFile::memfd("belay-owner", OWNER_REGION_BYTES, PageSize::Small)?;
     let (ring, owner_region) =
         (ring_file.map().map_err(io("map the ring"))?, owner_file.map().map_err(io("map the owner region"))?);
     let (ring, owner_region) = (Arc::new(ring), Arc::new(owner_region));
+    prefer(&placement, &ring, observer, &connected);
+    ring_file.preallocate_through(&ring, 1, &|_| {})?;
     OwnerRegion::new(Arc::clone(&owner_region));
     let keys = owner.export_ring((&ring_file, &ring), (&owner_file, &owner_region))?;
+    if let Some(registered) = registrations.take(begun.elapsed()) {
+        observer.note(Some(&connected), registered);
+    }
     let nonce = fresh_nonce()?;
     // Reserved now, so that missing memory is found before the guest leaves and nothing of it is downtime.
     let reserved = match config.proposal.tether {
@@ -78,9 +86,11 @@ pub(super) fn prepare(
         Ok(tethered.map(|_| session.lanes.dial_guard(deadline)).transpose()?)
     };
     // A destination that has failed closes its lanes too; why it did is on the control stream.
-    let guard = dial().map_err(|error: SourceError| match inbox.messages().recv_timeout(LAST_WORDS) {
-        Ok(Listened::Message(ToSource::Failed { reason, .. })) => SourceError::PeerFailed(reason),
-        _ => error,
+    let guard = placement.run_near(&mut dial).map_err(|error: SourceError| {
+        match inbox.messages().recv_timeout(LAST_WORDS) {
+            Ok(Listened::Message(ToSource::Failed { reason, .. })) => SourceError::PeerFailed(reason),
+            _ => error,
+        }
     })?;
     let (happened, happenings) = bounded(64);
     let (secrets, prepared) = await_prepared(&inbox, bounds.prepare, words)?;
@@ -98,12 +108,22 @@ pub(super) fn prepare(
     if let Some(details) = owner.details() {
         observer.note(Some(&prepared), Kind::Fabric(details));
     }
+    // What the guest has populated or given up meanwhile, while it still runs: the same at the switch then finds little to do.
+    let again = Instant::now();
+    for (block, &(_, key)) in guest.memory().iter().zip(&ram) {
+        owner.extend_read(key, &block.file.occupancy()?)?;
+    }
+    if let Some(registered) = registrations.take(again.elapsed()) {
+        observer.note(Some(&prepared), registered);
+    }
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     let live = Live {
         control,
         inbox,
         happenings,
         owner,
+        registrations,
+        placement,
         ram,
         ring,
         owner_region,

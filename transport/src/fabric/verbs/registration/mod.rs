@@ -35,13 +35,12 @@ pub(super) use rights::Access;
 pub(super) use table::Chunk;
 use table::Table;
 
-use super::super::RegistrationObserver;
+use super::super::{Registering, RegistrationObserver};
 use crate::region::{Extent, Mapping};
 use crate::units::PageSize;
 use extents::{aligned, difference, intersection, normal, total, union, widened};
 use plan::Limits;
 use register::register_each;
-use stale::Way;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,6 +64,7 @@ pub(super) struct Region {
     pub lkey: u32,
     pub rkey: u32,
     /// Owns the `ibv_mr`, and keeps its protection domain and mapping.
+    #[expect(dead_code, reason = "it is there to be dropped")]
     pub handle: Box<dyn Send>,
 }
 
@@ -106,6 +106,13 @@ impl RegistrationOptions {
             on_demand: OnDemand::NONE,
             pinned_before: 0,
             progress: None,
+        }
+    }
+
+    /// Tells who listens.
+    fn tell(&self, progress: Registering) {
+        if let Some(told) = &self.progress {
+            told(progress);
         }
     }
 
@@ -177,8 +184,15 @@ pub(super) fn register(
     let pieces = plan::plan(&extents, &limits)?;
     if options.on_demand.is_wanted() && registered.unpin(registrar, options).is_ok() {
         registered.offer_unpinned(registrar, &pieces);
+        options.tell(Registering {
+            done_bytes: total(&pieces),
+            total_bytes: total(&pieces),
+            regions: registered.report.regions,
+            pinned_bytes: options.pinned_before,
+            stale_bytes: 0,
+        });
     } else {
-        registered.pin(registrar, &pieces, options)?;
+        registered.pin(registrar, &pieces, 0, options)?;
     }
     registered.report.took = begun.elapsed();
     Ok(registered)
@@ -233,7 +247,7 @@ impl Registered {
         covered: &[Extent],
         options: &RegistrationOptions,
     ) -> Result<Extension, RegistrationError> {
-        let missing = stale::missing(&self.mapping, covered, options.threads, Way::Best);
+        let missing = stale::missing(&self.mapping, covered, options.threads);
         let missing = aligned(
             &missing.map_err(RegistrationError::PageTable)?,
             options.page_size.bytes() as u64,
@@ -248,20 +262,27 @@ impl Registered {
             gone.clear();
         }
         self.table.remove(&gone);
-        self.pin(registrar, &pieces, options)?;
+        self.pin(registrar, &pieces, total(&stale), options)?;
         let (changed, regions) = (!gone.is_empty() || !pieces.is_empty(), pieces.len() as u64);
         Ok(Extension { changed, regions, new_bytes: total(&new), stale_bytes: total(&stale), took: Duration::ZERO })
     }
 
-    /// Pins `pieces` and lays them over the table.
+    /// Pins `pieces`, of which so many bytes are stale, and lays them over the table.
     fn pin(
         &mut self,
         registrar: &dyn Registrar,
         pieces: &[Extent],
+        stale_bytes: u64,
         options: &RegistrationOptions,
     ) -> Result<(), RegistrationError> {
         LockedMemory::now().check(total(pieces))?;
-        let made = register_each(registrar, &self.mapping, pieces, self.access, options)?;
+        let total_bytes = total(pieces);
+        let before = options.pinned_before + self.report.pinned_bytes;
+        let tell = |done_bytes, regions| {
+            let pinned_bytes = before + done_bytes;
+            options.tell(Registering { done_bytes, total_bytes, regions, pinned_bytes, stale_bytes });
+        };
+        let made = register_each(registrar, &self.mapping, pieces, self.access, (options.threads, &tell))?;
         let (chunks, regions): (Vec<_>, Vec<_>) = made.into_iter().unzip();
         self.table.overlay(&chunks);
         self.report.regions += regions.len() as u64;

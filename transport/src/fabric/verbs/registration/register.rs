@@ -1,11 +1,9 @@
 //! Makes memory regions: several at a time, with progress, all or none.
 
 use super::error::RegistrationError;
-use super::extents::total;
 use super::rights::Access;
 use super::table::Chunk;
-use super::{Region, Registrar, RegistrationOptions};
-use crate::fabric::Registering;
+use super::{Region, Registrar};
 use crate::region::{Extent, Mapping};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
@@ -13,16 +11,15 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// One memory region for each of `regions` (disjoint, in order), and the chunk it is.
+/// One memory region for each of `regions` (disjoint, in order), and the chunk it is. `tell` hears the bytes and regions done.
 pub(super) fn register_each(
     registrar: &dyn Registrar,
     mapping: &Arc<Mapping>,
     regions: &[Extent],
     access: Access,
-    options: &RegistrationOptions,
+    (threads, tell): (usize, &(dyn Fn(u64, u64) + Sync)),
 ) -> Result<Vec<(Chunk, Region)>, RegistrationError> {
     let next = AtomicUsize::new(0);
-    let total_bytes = total(regions);
     let made = Mutex::new(Made { regions: regions.iter().map(|_| None).collect(), bytes: 0, count: 0, failure: None });
     let work = || {
         while let Some((index, extent)) = take(&next, regions) {
@@ -33,11 +30,8 @@ pub(super) fn register_each(
                     made.regions[index] = Some(one);
                     made.bytes += extent.len;
                     made.count += 1;
-                    if let Some(progress) = &options.progress {
-                        // Under the lock, so that it is told in order.
-                        let (done_bytes, pinned_bytes) = (made.bytes, options.pinned_before + made.bytes);
-                        progress(Registering { done_bytes, total_bytes, regions: made.count, pinned_bytes });
-                    }
+                    // Under the lock, so that it is told in order.
+                    tell(made.bytes, made.count);
                 }
                 Err(error) => {
                     made.failure.get_or_insert(error);
@@ -48,7 +42,7 @@ pub(super) fn register_each(
         }
     };
     std::thread::scope(|scope| {
-        for index in 1..options.threads.min(regions.len()) {
+        for index in 1..threads.min(regions.len()) {
             let thread = std::thread::Builder::new().name(format!("belay-pin-{index}"));
             if thread.spawn_scoped(scope, work).is_err() {
                 // Those there are do it all.
