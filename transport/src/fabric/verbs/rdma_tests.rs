@@ -301,6 +301,7 @@ fn the_ring_cannot_be_read_and_guest_ram_cannot_be_written_whatever_the_table_sa
 fn after_revocation_a_stale_destinations_read_and_write_both_fail_before_guest_ram_is_given_back() {
     let Some(mut w) = world_of(64 << 20) else { return };
     let (mut fault, mut checkpoint) = (w.lane(FAULT), w.lane(CHECKPOINT));
+    w.local.write(0, &[0x77; 8]);
     checkpoint.commit(&w.write(0, 8), soon()).unwrap();
     // As a stale destination would: it has not heard of the revocation, and posts at once.
     let (mut read_in_ring, begun) = (0, Instant::now());
