@@ -377,7 +377,9 @@ pub enum RefusedReason {
     #[error("the session has been revoked")]
     Revoked,
     /// A device refuses without saying why.
-    #[error("its device refused the access (the key was revoked or its process has ended; else key, right or range are wrong)")]
+    #[error(
+        "its device refused the access (the key was revoked or its process has ended; else key, right or range are wrong)"
+    )]
     ByDevice,
 }
 

@@ -221,8 +221,7 @@ impl Host {
             (None, Some(address)) => Some(address),
             _ => self.address_of(&port, gid),
         };
-        let address =
-            address.ok_or_else(|| VerbsError::NoAddress { device: port.device.clone(), port: port.port })?;
+        let address = address.ok_or_else(|| VerbsError::NoAddress { device: port.device.clone(), port: port.port })?;
         Ok(Local { device: port.device, port: port.port, address, gid_index })
     }
 
@@ -438,7 +437,13 @@ mod tests {
         assert_eq!(fake.choose(&port(1), ""), ok("mlx5_0", 1, "192.168.7.1:0"));
         assert_eq!(fake.choose(&port(2), ""), ok("mlx5_0", 2, "192.168.8.1:0"));
         assert_eq!(fake.choose(&VerbsSettings::default(), "192.168.8.1"), ok("mlx5_0", 2, "192.168.8.1:0"));
-        fake.port("cxgb4_0", 1, "4: ACTIVE", "Ethernet", &[("0007:4300:0000:0000:0000:0000:0000:0000", "IB/RoCE v1", "")]);
+        fake.port(
+            "cxgb4_0",
+            1,
+            "4: ACTIVE",
+            "Ethernet",
+            &[("0007:4300:0000:0000:0000:0000:0000:0000", "IB/RoCE v1", "")],
+        );
         fake.write("cxgb4_0/node_type", "4: RNIC");
         fake.write("cxgb4_0/device/net/eth2/dev_port", "0");
         assert_eq!(fake.choose(&named("cxgb4_0"), ""), ok("cxgb4_0", 1, "10.1.1.1:0"));

@@ -72,8 +72,9 @@ impl EventChannel {
         let channel = NonNull::new(channel)
             .ok_or_else(|| VerbsError::last("rdma_create_event_channel", "opening the connection manager"))?;
         let channel = Self(channel);
-        rustix::io::ioctl_fionbio(&channel, true)
-            .map_err(|error| VerbsError::returned("ioctl", "making an event channel non-blocking", error.raw_os_error()))?;
+        rustix::io::ioctl_fionbio(&channel, true).map_err(|error| {
+            VerbsError::returned("ioctl", "making an event channel non-blocking", error.raw_os_error())
+        })?;
         Ok(Arc::new(channel))
     }
 

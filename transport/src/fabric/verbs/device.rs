@@ -4,8 +4,8 @@
 //! [`Context`] is found by binding an identifier to one of the device's addresses, and what the device says by itself
 //! (asynchronous events) is for everybody in the process: it is read by whoever wakes first and kept for all.
 
-use super::cm::{EventChannel, Id};
 use super::address::Local;
+use super::cm::{EventChannel, Id};
 use super::error::VerbsError;
 use belay_verbs_sys as ibv;
 use ibv::ibv_event_type as event_type;

@@ -10,8 +10,8 @@ use super::error::VerbsError;
 use super::queue_pair::Backing;
 use crate::fabric::FabricDetails;
 use belay_verbs_sys as ibv;
-use std::net::SocketAddr;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -152,8 +152,7 @@ impl Endpoint {
         let wanted = ibv::ibv_qp_attr_mask::IBV_QP_AV | ibv::ibv_qp_attr_mask::IBV_QP_PATH_MTU;
         let mask = wanted.0.cast_signed();
         // SAFETY: the queue pair is alive, both structures may be written.
-        let errno =
-            unsafe { ibv::ibv_query_qp(self.id.queue_pair(), &raw mut attributes, mask, &raw mut init) };
+        let errno = unsafe { ibv::ibv_query_qp(self.id.queue_pair(), &raw mut attributes, mask, &raw mut init) };
         if errno != 0 {
             return Err(VerbsError::returned("ibv_query_qp", "asking for the path of a connection", errno.abs()));
         }

@@ -37,7 +37,9 @@ pub enum VerbsError {
         "port {port} of the RDMA device {device} has no IP address: give its network interface one (rdma_cm finds a device by address)"
     )]
     NoAddress { device: String, port: u8 },
-    #[error("{address} was to be an address of {asked}, but rdma_cm finds {got} behind it: look at the interface's addresses")]
+    #[error(
+        "{address} was to be an address of {asked}, but rdma_cm finds {got} behind it: look at the interface's addresses"
+    )]
     OtherDevice { address: IpAddr, asked: String, got: String },
     #[error(
         "the connection got GID index {got} ({got_type}) where {asked} was asked for: rdma_cm takes the port's default RoCE version (cma_roce_mode, or configfs rdma_cm/*/default_roce_mode); change that or --gid-index"
@@ -50,19 +52,29 @@ pub enum VerbsError {
         #[source]
         source: io::Error,
     },
-    #[error("lane {lane:?}: the peer answered nothing to rdma_cm's {step} within {bound:?}: is its RDMA address reachable from here (rping), on UDP port 4791 for RoCE?")]
+    #[error(
+        "lane {lane:?}: the peer answered nothing to rdma_cm's {step} within {bound:?}: is its RDMA address reachable from here (rping), on UDP port 4791 for RoCE?"
+    )]
     NoAnswer { lane: LaneId, step: &'static str, bound: Duration },
-    #[error("lane {lane:?}: rdma_cm's {step} ended in {event} (status {status}): look at both hosts' addresses, routes and `rdma link`")]
+    #[error(
+        "lane {lane:?}: rdma_cm's {step} ended in {event} (status {status}): look at both hosts' addresses, routes and `rdma link`"
+    )]
     NotConnected { lane: LaneId, step: &'static str, event: String, status: i32 },
     #[error("lane {lane:?}: the owner refused the connection: {reason}")]
     LaneRefused { lane: LaneId, reason: RefusedLane },
-    #[error("lane {lane:?}: who accepted the connection does not know this session's key: somebody else listens at that address")]
+    #[error(
+        "lane {lane:?}: who accepted the connection does not know this session's key: somebody else listens at that address"
+    )]
     WrongProof { lane: LaneId },
     #[error("lane {lane:?} was asked for twice: a lane's queue pair connects once a session")]
     LaneTwice { lane: LaneId },
-    #[error("the peer's table of exports is not valid: {what}: the peer is faulty or another version, end the migration")]
+    #[error(
+        "the peer's table of exports is not valid: {what}: the peer is faulty or another version, end the migration"
+    )]
     BadTable { what: String },
-    #[error("the peer has not acknowledged the new table of exports within {bound:?}: it hangs, or the control network is too slow")]
+    #[error(
+        "the peer has not acknowledged the new table of exports within {bound:?}: it hangs, or the control network is too slow"
+    )]
     NotAcknowledged { bound: Duration },
     #[error(
         "lane {lane:?}: nothing came back from the peer in any of {tries} tries of {each:?} each (about {bound:?}; a device may take up to four times that): it is off, or the network between is cut or drops RDMA"
@@ -70,9 +82,13 @@ pub enum VerbsError {
     Unreachable { lane: LaneId, tries: u32, each: Duration, bound: Duration },
     #[error("lane {lane:?}: the peer's queue pair was not ready in any of its tries: it is overloaded or faulty")]
     ReceiverNotReady { lane: LaneId },
-    #[error("lane {lane:?}: this host's device refused local memory for operation {id} (vendor error {vendor:#x}): a defect of belay, please report it")]
+    #[error(
+        "lane {lane:?}: this host's device refused local memory for operation {id} (vendor error {vendor:#x}): a defect of belay, please report it"
+    )]
     LocalProtection { lane: LaneId, id: u64, vendor: u32 },
-    #[error("lane {lane:?}: operation {id} failed with status {status} ({name}, vendor error {vendor:#x}): see the driver's log (dmesg)")]
+    #[error(
+        "lane {lane:?}: operation {id} failed with status {status} ({name}, vendor error {vendor:#x}): see the driver's log (dmesg)"
+    )]
     Completion { lane: LaneId, id: u64, status: u32, name: &'static str, vendor: u32 },
     #[error("lane {lane:?}: its queue pair was flushed for a reason that nobody told: see the driver's log (dmesg)")]
     Flushed { lane: LaneId },
@@ -82,7 +98,9 @@ pub enum VerbsError {
     QueuePair { lane: LaneId },
     #[error("the RDMA device {device} was removed or has failed: see the driver's log (dmesg)")]
     DeviceLost { device: String },
-    #[error("port {port} of the RDMA device {device} went down and nothing came back on lane {lane:?} within {bound:?}: look at the cable and the switch")]
+    #[error(
+        "port {port} of the RDMA device {device} went down and nothing came back on lane {lane:?} within {bound:?}: look at the cable and the switch"
+    )]
     PortDown { lane: LaneId, device: String, port: u8, bound: Duration },
     #[error("a request to connect a queue pair was refused: {reason}")]
     RefusedRequest { reason: RefusedLane },
@@ -96,7 +114,9 @@ fn advice(call: &str, source: &io::Error) -> &'static str {
         ("ibv_reg_mr", Some(libc::ENOMEM | libc::EAGAIN)) => {
             " (locked memory: raise RLIMIT_MEMLOCK with `ulimit -l unlimited` or LimitMEMLOCK=infinity)"
         }
-        (_, Some(libc::ENOMEM)) => " (the device or the locked-memory limit is exhausted: `ulimit -l`, `rdma resource`)",
+        (_, Some(libc::ENOMEM)) => {
+            " (the device or the locked-memory limit is exhausted: `ulimit -l`, `rdma resource`)"
+        }
         ("rdma_create_event_channel", Some(libc::ENODEV | libc::ENOENT)) => " (load the module rdma_ucm)",
         (_, Some(libc::EACCES | libc::EPERM)) => " (give this user access to /dev/infiniband)",
         ("rdma_bind_addr", Some(libc::ENODEV | libc::EADDRNOTAVAIL)) => {
@@ -137,14 +157,7 @@ pub enum RefusedLane {
 }
 
 impl RefusedLane {
-    const ALL: [Self; 6] = [
-        Self::Malformed,
-        Self::WrongProof,
-        Self::Twice,
-        Self::NotServed,
-        Self::Revoked,
-        Self::Busy,
-    ];
+    const ALL: [Self; 6] = [Self::Malformed, Self::WrongProof, Self::Twice, Self::NotServed, Self::Revoked, Self::Busy];
 
     /// What a peer's byte says.
     pub(super) fn from_byte(byte: u8) -> Option<Self> {

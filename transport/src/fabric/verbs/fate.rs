@@ -1,8 +1,8 @@
 //! How a lane ends when its own queue does not say so: what the steward hears of the peer and of the device, told to the lane's thread.
 
 use super::device::AsyncEvent;
-use crate::fabric::FabricError;
 use super::error::VerbsError;
+use crate::fabric::FabricError;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};

@@ -89,8 +89,7 @@ impl VerbsInitiator {
 
     fn register(&mut self, mapping: &Arc<Mapping>) -> Result<Registered, FabricError> {
         let limits = self.context.limits();
-        let access =
-            if mapping.is_writable() { Access::landing(self.context.is_iwarp()) } else { Access::ORIGIN };
+        let access = if mapping.is_writable() { Access::landing(self.context.is_iwarp()) } else { Access::ORIGIN };
         let options = RegistrationOptions {
             pinned_before: self.pinned_bytes,
             progress: self.observer.clone(),
@@ -206,7 +205,8 @@ impl Initiator for VerbsInitiator {
         let limits = self.context.limits();
         // A completion queue as deep as the send queue cannot overrun.
         let depth = (window as u32 + 2).max(LEAST_DEPTH).min(limits.max_qp_wr).min(limits.max_cqe);
-        let connecting = Connecting { id, key: &self.key, local: &self.local, pd: &self.pd, offer: &open.offer, deadline };
+        let connecting =
+            Connecting { id, key: &self.key, local: &self.local, pd: &self.pd, offer: &open.offer, deadline };
         let (endpoint, channel) = connecting.connect(depth)?;
         if self.details.is_none() {
             self.details = Some(endpoint.details(&self.host, &self.local, endpoint.id().own_port())?);
@@ -267,12 +267,8 @@ impl Connecting<'_> {
         id.resolve_route(self.deadline)?;
         self.expect(&channel, "rdma_resolve_route", kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
         let mut endpoint = Endpoint::new(id, self.pd, &Use::Initiate { depth })?;
-        let subject = Subject {
-            challenge: self.offer.challenge,
-            lane: self.id,
-            nonce: random()?,
-            queue_pair: endpoint.number(),
-        };
+        let subject =
+            Subject { challenge: self.offer.challenge, lane: self.id, nonce: random()?, queue_pair: endpoint.number() };
         let limits = self.pd.context().limits();
         let request = subject.request(self.key);
         // The owner posts nothing, so it needs no resources here; some devices refuse a queue pair with none.
@@ -450,16 +446,9 @@ fn lanes_events(shared: &StewardShared) -> Vec<Arc<EventChannel>> {
     lanes.into_iter().map(|(channel, _)| channel).collect()
 }
 
-fn sleep(
-    shared: &StewardShared,
-    stream: Option<&ExportsStream>,
-    channels: &[Arc<EventChannel>],
-    events: &AsyncEvents,
-) {
-    let mut fds = vec![
-        PollFd::new(&*shared.wake, PollFlags::IN),
-        PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN),
-    ];
+fn sleep(shared: &StewardShared, stream: Option<&ExportsStream>, channels: &[Arc<EventChannel>], events: &AsyncEvents) {
+    let mut fds =
+        vec![PollFd::new(&*shared.wake, PollFlags::IN), PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
     fds.extend(channels.iter().map(|channel| PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)));
     fds.extend(stream.map(|stream| PollFd::from_borrowed_fd(stream.as_fd(), stream.interest())));
     // An interrupted poll looks like one that found nothing; the loop comes round again.

@@ -292,9 +292,10 @@ impl VerbsLane {
             }
             status::IBV_WC_WR_FLUSH_ERR => cause.unwrap_or_else(|| VerbsError::Flushed { lane }.into()),
             status::IBV_WC_FATAL_ERR => VerbsError::DeviceLost { device: self.device.clone() }.into(),
-            status::IBV_WC_SUCCESS => {
-                FabricError::Protocol { lane, what: format!("its device completed request {number}, which is not in flight") }
-            }
+            status::IBV_WC_SUCCESS => FabricError::Protocol {
+                lane,
+                what: format!("its device completed request {number}, which is not in flight"),
+            },
             _ => VerbsError::Completion { lane, id, status, name: status_name(status), vendor }.into(),
         }
     }

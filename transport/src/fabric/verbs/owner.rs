@@ -4,8 +4,8 @@
 //! old initiator; the ring's regions deregistered; the ring read for the last time; guest RAM deregistered in the background,
 //! because unpinning it takes seconds that a caught guest must not wait for.
 
-use super::admission::{Shared, Steward};
 use super::address::Host;
+use super::admission::{Shared, Steward};
 use super::cm::{EventChannel, Id};
 use super::device::{Context, Pd};
 use super::error::VerbsError;
@@ -192,7 +192,8 @@ impl Owner for VerbsOwner {
     ) -> Result<ReadKey, FabricError> {
         self.before_lanes("memory exported")?;
         // A mapping that nobody else touches, so that its page table tells of holes punched under the registration.
-        let own = file.map().map_err(|source| FabricError::Io { doing: "mapping exported memory".to_owned(), source })?;
+        let own =
+            file.map().map_err(|source| FabricError::Io { doing: "mapping exported memory".to_owned(), source })?;
         let options = self.options(file.page_size(), OnDemand::of(self.context.limits().rc_odp));
         let key = self.exports.add_read(mapping, extents)?;
         self.add(key.0, Right::Read, &Arc::new(own), extents, Access::EXPORTED, options)?;
@@ -204,8 +205,7 @@ impl Owner for VerbsOwner {
         let registrar = PdRegistrar(Arc::clone(&self.pd));
         let found = self.exported.iter_mut().find(|exported| exported.key == key.0 && exported.right == Right::Read);
         let exported = found.ok_or(FabricError::UnknownKey { what: "extending an export", key: key.0 })?;
-        let extension =
-            exported.registered.extend(&registrar, extents, &exported.options).map_err(VerbsError::from)?;
+        let extension = exported.registered.extend(&registrar, extents, &exported.options).map_err(VerbsError::from)?;
         if self.steward.is_none() || !extension.changed {
             return Ok(());
         }
@@ -237,7 +237,10 @@ impl Owner for VerbsOwner {
             return Err(FabricError::TooLate { what: "a lane opened: the session is revoked, which is" });
         }
         if id.index >= MAX_LANES_OF_A_KIND {
-            return Err(FabricError::Protocol { lane: id, what: format!("lanes are numbered below {MAX_LANES_OF_A_KIND}") });
+            return Err(FabricError::Protocol {
+                lane: id,
+                what: format!("lanes are numbered below {MAX_LANES_OF_A_KIND}"),
+            });
         }
         if self.steward.is_none() {
             self.begin(deadline)?;
@@ -265,8 +268,9 @@ impl Owner for VerbsOwner {
             last_read(ring);
         }
         let releasing = Releasing::start(rest);
-        self.releasing =
-            Some(releasing.map_err(|source| FabricError::Io { doing: "starting to unpin guest RAM".to_owned(), source })?);
+        self.releasing = Some(
+            releasing.map_err(|source| FabricError::Io { doing: "starting to unpin guest RAM".to_owned(), source })?,
+        );
         Ok(())
     }
 
@@ -286,4 +290,3 @@ impl Drop for VerbsOwner {
         drop(self.steward.take());
     }
 }
-

@@ -208,13 +208,15 @@ mod tests {
         let mut queue = Queue::new(4, 64, u32::MAX);
         queue.push(operation(7, 90, 0, 220));
         queue.push(operation(8, 0, 0, 10));
-        let requests: Vec<_> =
-            std::iter::from_fn(|| queue.next_request(&table, &locals)).map(|r| r.unwrap()).collect();
+        let requests: Vec<_> = std::iter::from_fn(|| queue.next_request(&table, &locals)).map(|r| r.unwrap()).collect();
         // Borders: there at 100, 200, 300 (that is 10, 110, 210 of it), here at 70, 140, 210.
         let lens: Vec<_> = requests.iter().map(|r| r.local.len).collect();
         assert_eq!(lens, [10, 60, 40, 30, 70, 10, 10]);
         assert!(requests.iter().all(|r| r.local.len == r.remote.len));
-        assert_eq!(requests.iter().map(|r| r.ends).collect::<Vec<_>>(), [false, false, false, false, false, true, true]);
+        assert_eq!(
+            requests.iter().map(|r| r.ends).collect::<Vec<_>>(),
+            [false, false, false, false, false, true, true]
+        );
         assert!(queue.complete_through(4));
         assert_eq!((queue.completed(), queue.id_of(5), queue.id_of(6)), (0, Some(7), Some(8)));
         assert!(!queue.complete_through(4), "completed before");

@@ -44,7 +44,9 @@ fn check(spans: &[Span]) -> Result<(), String> {
     for span in spans {
         let Span { offset, len, address, .. } = *span;
         if len == 0 || offset < end {
-            return Err(format!("the chunk at {offset}+{len} is empty or overlaps the one before it, which ends at {end}"));
+            return Err(format!(
+                "the chunk at {offset}+{len} is empty or overlaps the one before it, which ends at {end}"
+            ));
         }
         end = offset.checked_add(len).ok_or_else(|| format!("the chunk at {offset}+{len} is beyond 64 bits"))?;
         address.checked_add(len).ok_or_else(|| format!("the address {address:#x}+{len} is beyond 64 bits"))?;
@@ -84,7 +86,10 @@ impl RemoteTable {
     #[inline]
     pub(super) fn find(&self, key: u64, right: Right) -> Option<usize> {
         let at = (key & 0xff) as usize;
-        self.exports.get(at).filter(|export| export.key == key && export.writable == (right == Right::Write)).map(|_| at)
+        self.exports
+            .get(at)
+            .filter(|export| export.key == key && export.writable == (right == Right::Write))
+            .map(|_| at)
     }
 
     /// The spans of the export at a place that [`RemoteTable::find`] gave.
