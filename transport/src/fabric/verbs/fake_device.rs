@@ -294,7 +294,7 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv::ibv_cq, entries: std::ffi::c_int, wc:
         let mut one: ibv::ibv_wc = ibv::zeroed();
         (one.wr_id, one.status, one.vendor_err) = (number, status, 0x51);
         // SAFETY: the caller has room for `entries`.
-        unsafe { wc.add(count as usize).write(one) };
+        unsafe { wc.wrapping_add(count as usize).write(one) };
         count += 1;
     }
     count
