@@ -3,8 +3,9 @@
 use crate::error::BenchError;
 use crate::floor;
 use belay_transport::fabric::FabricKind;
-use belay_transport::fabric::verbs::{self, VerbsSettings};
-use belay_transport::session::{Address, Security, SessionConfig};
+use belay_transport::fabric::verbs::VerbsSettings;
+use belay_transport::fabric::verbs::inventory::Inventory;
+use belay_transport::session::{Address, NoVerbs, Security, SessionConfig};
 use clap::Args;
 
 /// Which RDMA device, in perftest's letters.
@@ -63,11 +64,11 @@ impl Carrier {
         config.check(address)?;
         if !matches!(self.only, None | Some(FabricKind::Verbs)) {
             config.verbs = None;
-        } else if let Err(why) = verbs::look(&settings) {
+        } else if let Err(why) = Inventory::of_this_host().choose(&settings, 0) {
             if self.device.named() || self.only.is_some() {
                 return Err(why.into());
             }
-            (config.verbs, config.no_device) = (None, Some(why.to_string()));
+            (config.verbs, config.no_verbs) = (None, Some(NoVerbs::Unusable { why: why.to_string() }));
         }
         Ok(config)
     }

@@ -247,7 +247,7 @@ impl Envelope {
     }
 
     /// PCIe bytes towards a card that reads `bytes` of memory, with the fetch of one work queue entry; and away from it.
-    fn from_memory_bytes(&self, bytes: f64) -> (f64, f64) {
+    fn bytes_of_reading(&self, bytes: f64) -> (f64, f64) {
         let towards = bytes + (bytes / f64::from(self.mps)).ceil() * COMPLETION_TLP + WQE + COMPLETION_TLP;
         let away = (bytes / f64::from(self.mrrs)).ceil() * WRITE_TLP + WRITE_TLP;
         (towards, away)
@@ -277,7 +277,7 @@ impl Envelope {
     fn reads(&self, bytes: f64, outstanding: u32) -> Vec<(&'static str, f64)> {
         let line = self.line_bytes_per_s();
         let slot = self.pcie.bytes_per_s();
-        let (towards, away) = self.from_memory_bytes(bytes);
+        let (towards, away) = self.bytes_of_reading(bytes);
         let depth = f64::from(outstanding.min(self.read_depth) * self.shards);
         vec![
             ("link", Self::pages(bytes, self.read_wire_bytes(bytes), line)),
@@ -312,7 +312,7 @@ impl Envelope {
     fn checkpoint(&self) -> Work {
         let (line, slot) = (self.line_bytes_per_s(), self.pcie.bytes_per_s());
         let share = PAGE / (PAGE + RECORD_BYTES);
-        let (towards, away) = self.from_memory_bytes(SEGMENT);
+        let (towards, away) = self.bytes_of_reading(SEGMENT);
         let pages = |piece: f64, supply: f64| Self::pages(SEGMENT, piece, supply) * share;
         work(
             "checkpoints",

@@ -46,7 +46,7 @@ pub enum BenchError {
     #[error("page {page} reads as {found}, the source has {expected}")]
     Wrong { page: usize, found: u64, expected: u64 },
     #[error("this host has no RDMA device to use (`belay check` says what it has)")]
-    Device(#[from] belay_transport::fabric::verbs::NoDevice),
+    Device(#[from] belay_transport::fabric::verbs::inventory::Trouble),
     #[error("page {page} that was written reads as {found:#x} at the server, {expected:#x} was written")]
     WrongAtServer { page: u64, found: u64, expected: u64 },
     #[error("what called is not a belay-bench of this version")]

@@ -3,7 +3,7 @@
 use crate::exit::Exit;
 use crate::options::FabricOptions;
 use crate::report;
-use belay_transport::fabric::verbs::{self, NoDevice};
+use belay_transport::fabric::verbs::inventory::{Inventory, Trouble};
 use belay_transport::fabric::{FabricError, FabricKind};
 use belay_transport::session::{Address, NoVerbs, Security, SessionConfig, SessionError};
 use belay_vmm_glue::migrate::observation::Observer;
@@ -11,40 +11,35 @@ use belay_vmm_glue::migrate::observation::Observer;
 /// Why nothing was started.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    #[error("this host has no RDMA device to use: {0}")]
-    Device(#[from] NoDevice),
+    #[error("RDMA cannot be used on this host: {0}")]
+    Rdma(#[from] Trouble),
     #[error(transparent)]
     Session(#[from] SessionError),
 }
 
 impl Refused {
     /// What the operator can do.
-    fn advice(&self) -> &'static str {
+    fn advice(&self) -> String {
         match self {
-            Self::Device(NoDevice::None) => {
-                "Is the driver loaded? `rdma link` lists devices; `sudo rdma link add rxe0 type rxe netdev eth0` makes one in software. --fabric tcp needs none."
+            Self::Rdma(trouble) => {
+                let mend = trouble.mend();
+                let commands = if mend.is_empty() { String::new() } else { format!("Try: {}. ", mend.join(", or: ")) };
+                format!("{commands}`belay check` lists what this host has; --fabric tcp needs no RDMA.")
             }
-            Self::Device(NoDevice::NoSuchDevice { .. }) => "Choose one of these with --ib-dev, or use --fabric tcp.",
-            Self::Device(NoDevice::NoSuchPort { .. } | NoDevice::Inactive { .. }) => {
-                "`ibv_devinfo` shows ports and states; on Ethernet `ip link set DEV up`, on InfiniBand a subnet manager makes a port active."
-            }
-            Self::Device(NoDevice::EmptyGid { .. }) => {
-                "`show_gids`, or the files in /sys/class/infiniband/DEV/ports/N/gids, tell what each index is; leave --gid-index out to have it chosen."
-            }
-            Self::Session(error) => no_session(error).unwrap_or("Nothing was started."),
+            Self::Session(error) => no_session(error).unwrap_or("Nothing was started.").to_owned(),
         }
     }
 
     fn exit(&self) -> Exit {
         match self {
-            Self::Device(_) => Exit::Missing,
+            Self::Rdma(_) => Exit::Missing,
             Self::Session(_) => Exit::Usage,
         }
     }
 
     /// Tells it, and gives the exit code.
     pub fn told(&self, observer: &Observer) -> Exit {
-        report::failed(observer, self, self.advice());
+        report::failed(observer, self, &self.advice());
         self.exit()
     }
 }
@@ -56,13 +51,21 @@ pub fn session(options: &FabricOptions, security: Security, address: &Address) -
     let only = options.only();
     let mut config = SessionConfig { only, verbs: Some(settings.clone()), ..SessionConfig::new(security) };
     config.check(address)?;
-    let wanted = only.is_none_or(|only| only == FabricKind::Verbs) && matches!(address, Address::Tcp(_));
+    if matches!(address, Address::Unix(_)) || only.is_some_and(|only| only != FabricKind::Verbs) {
+        config.verbs = None;
+        return Ok(config);
+    }
     let named = settings.device.is_some() || settings.port.is_some() || settings.gid_index.is_some();
-    match verbs::look(&settings) {
-        Ok(()) if wanted => {}
-        Err(why) if wanted && (named || only.is_some()) => return Err(why.into()),
-        Err(why) if wanted => (config.verbs, config.no_device) = (None, Some(why.to_string())),
-        Ok(()) | Err(_) => config.verbs = None,
+    let inventory = Inventory::of_this_host();
+    if let Err(trouble) = inventory.choose(&settings, 0) {
+        if named || only.is_some() {
+            return Err(trouble.into());
+        }
+        config.verbs = None;
+        config.no_verbs = Some(match inventory.devices.is_empty() {
+            true => NoVerbs::NoDevice,
+            false => NoVerbs::Unusable { why: trouble.to_string() },
+        });
     }
     Ok(config)
 }
@@ -85,10 +88,18 @@ pub fn no_session(error: &SessionError) -> Option<&'static str> {
     })
 }
 
+/// How a command ends whose fabric failed before the guest had left the source.
+pub fn exit(error: &FabricError) -> Exit {
+    match error {
+        FabricError::Unavailable { .. } | FabricError::Verbs(_) => Exit::NoFabric,
+        _ => Exit::NotMoved,
+    }
+}
+
 /// What to do where the fabric could not be set up. The guest has not left the source.
 pub fn advice(error: &FabricError) -> &'static str {
     match error {
-        FabricError::Unavailable { fabric: FabricKind::Verbs, .. } => {
+        FabricError::Unavailable { fabric: FabricKind::Verbs, .. } | FabricError::Verbs(_) => {
             "The guest runs on at the source. `belay check`, there and here, says what a host lacks; --fabric tcp needs no RDMA."
         }
         _ => "The guest runs on at the source. `belay check`, there and here, says what a host lacks.",

@@ -10,6 +10,7 @@ use belay_checkpoint::policy::PolicySpec;
 use belay_transport::PageSize;
 use belay_transport::fabric::FabricKind;
 use belay_transport::fabric::verbs::VerbsSettings;
+use belay_transport::numa::NumaChoice;
 use belay_transport::session::{Credentials, Security, SessionError};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -110,6 +111,9 @@ pub struct FabricOptions {
     /// Index into the port's GID table: chooses the address, and with it the RoCE version [default: the address's own]
     #[arg(short = 'x', long, value_name = "N")]
     pub gid_index: Option<u8>,
+    /// NUMA node whose cores and memory serve the session: auto (the RDMA device's own), off, or a number [default: auto]
+    #[arg(long, value_name = "NODE")]
+    pub numa_node: Option<NumaWish>,
 }
 
 /// Who may talk to us, and who we are.
@@ -190,6 +194,23 @@ impl std::fmt::Display for ReleaseChoice {
     }
 }
 
+/// A NUMA node, auto or off. In a file a node is text too: numa-node = "1".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NumaWish(pub NumaChoice);
+
+impl std::str::FromStr for NumaWish {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse().map(Self)
+    }
+}
+
+impl std::fmt::Display for NumaWish {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 macro_rules! text_serde {
     ($type:ty) => {
         impl<'de> Deserialize<'de> for $type {
@@ -206,6 +227,7 @@ macro_rules! text_serde {
 }
 text_serde!(PolicyChoice);
 text_serde!(ReleaseChoice);
+text_serde!(NumaWish);
 
 macro_rules! choice {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident),+ $(,)? }) => {
@@ -384,7 +406,7 @@ impl GuestOptions {
 impl FabricOptions {
     /// Fills what the command line left open from the file.
     pub fn or(mut self, file: Self) -> Self {
-        or_from!(self, file: fabric, ib_dev, ib_port, gid_index);
+        or_from!(self, file: fabric, ib_dev, ib_port, gid_index, numa_node);
         self.trusted_fabric |= file.trusted_fabric;
         self
     }
@@ -397,6 +419,11 @@ impl FabricOptions {
             FabricChoice::Tcp => Some(FabricKind::Tcp),
             FabricChoice::Verbs => Some(FabricKind::Verbs),
         }
+    }
+
+    /// Where threads and buffers go.
+    pub fn numa(&self) -> NumaChoice {
+        self.numa_node.map_or_else(NumaChoice::default, |wish| wish.0)
     }
 
     /// The RDMA device the operator described.
@@ -509,11 +536,12 @@ mod tests {
     #[test]
     fn the_command_line_wins_over_the_file_key_by_key() {
         let file: FabricOptions =
-            toml::from_str("fabric = \"verbs\"\nib-dev = \"mlx5_0\"\ngid-index = 3").expect("reads");
+            toml::from_str("fabric = \"verbs\"\nib-dev = \"mlx5_0\"\ngid-index = 3\nnuma-node = \"1\"").expect("reads");
         let line = FabricOptions { gid_index: Some(1), trusted_fabric: true, ..FabricOptions::default() };
         let both = line.or(file);
         assert_eq!((both.fabric, both.gid_index), (Some(FabricChoice::Verbs), Some(1)));
         assert_eq!((both.ib_dev.as_deref(), both.ib_port, both.trusted_fabric), (Some("mlx5_0"), None, true));
+        assert_eq!((both.numa(), FabricOptions::default().numa()), (NumaChoice::Node(1), NumaChoice::Auto));
         let settings = both.verbs();
         assert_eq!((settings.gid_index, settings.trusted), (Some(1), true));
     }

@@ -6,7 +6,6 @@ use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
 use crate::{fabric, report, signals};
 use belay_checkpoint::guest::GuestError;
-use belay_transport::numa::NumaChoice;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
@@ -123,7 +122,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
-        numa: NumaChoice::default(),
+        numa: args.fabric.numa(),
     };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
     match destination::run(&config, &listener, &mut host, observer, &words) {
@@ -153,7 +152,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
-                DestinationError::Fabric(_) => Exit::NoFabric,
+                DestinationError::Fabric(error) => fabric::exit(error),
                 _ => Exit::NotMoved,
             };
             let advice = match &error {

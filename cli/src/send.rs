@@ -11,7 +11,6 @@ use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::PageSize;
-use belay_transport::numa::NumaChoice;
 use belay_transport::session::Address;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
@@ -153,7 +152,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         proposal,
         state_dir: args.state_dir.clone().unwrap_or_else(holder::default_state_dir),
         bounds: Bounds::default(),
-        numa: NumaChoice::default(),
+        numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
     };
     let (mut guest, steps_of) = (held.guest.clone(), held.guest.clone());
@@ -181,7 +180,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
                         "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
                     ))
                 }
-                SourceError::Fabric(error) => (Exit::NoFabric, fabric::advice(error)),
+                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
                 SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
                 _ => (
                     Exit::NotMoved,

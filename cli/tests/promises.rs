@@ -342,9 +342,11 @@ fn p9_every_configuration_file_we_ship_is_understood() {
         files += 1;
         let path = entry.path().to_str().unwrap().to_owned();
         // An address beyond loopback without certificates is refused after the file was read: nothing is started.
-        let mut receive = place.belay(&["receive", "--json", "--listen", "0.0.0.0:0", "--config", &path]);
+        let receive = ["receive", "--json", "--listen", "0.0.0.0:0", "--fabric", "tcp", "--config", &path];
+        let mut receive = place.belay(&receive);
         assert_eq!(receive.end(), 4, "{path}: {}", receive.story());
-        let mut send = place.belay(&["send", "--json", "--to", "127.0.0.1:1", "--config", &path, "--output-to", "?"]);
+        let send = ["send", "--json", "--to", "127.0.0.1:1", "--fabric", "tcp", "--config", &path, "--output-to", "?"];
+        let mut send = place.belay(&send);
         assert_eq!(send.end(), 2, "{path}: {}", send.story());
         let what = send.events("failed").last().unwrap()["what"].clone();
         assert!(!what.as_str().unwrap().contains(&path), "{what}");
@@ -387,6 +389,16 @@ fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
         failing("demo --policy none", 2, "--kill-at never"),
         failing("demo --tls", 2, "--fabric tcp"),
         failing("demo --memory 900T", 2, "--memory"),
+        failing("send --to 127.0.0.1:1 --fabric verbs", 2, "--trusted-fabric on both hosts"),
+        failing("receive --listen 0.0.0.0:0 --insecure --fabric verbs --trusted-fabric", 2, "belay keygen"),
+        failing("receive --listen unix:/nowhere/x.sock --fabric verbs --trusted-fabric", 2, "HOST:PORT"),
+        failing("send --to 127.0.0.1:1 --fabric local", 2, "unix:/path"),
+        failing("send --to 127.0.0.1:1 --numa-node far", 2, "NUMA"),
+        failing("receive --listen 127.0.0.1:0 -i 0", 2, "1..=255"),
+        failing("receive --listen 127.0.0.1:0 -x nine", 2, "--gid-index"),
+        failing("receive --listen 127.0.0.1:0 --fabric verbs --trusted-fabric -d nosuch0", 3, "belay check"),
+        failing("receive --listen 127.0.0.1:0 -d nosuch0", 3, "RDMA cannot be used on this host"),
+        failing("demo --fabric verbs -d nosuch0", 3, "RDMA cannot be used on this host"),
         failing("frobnicate", 2, "frobnicate"),
         failing(&format!("send --to 127.0.0.1:1 --config {unknown}"), 2, "outputt"),
         failing(&format!("receive --listen 127.0.0.1:0 --config {bad}"), 2, "bad.toml"),

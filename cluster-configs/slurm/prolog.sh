@@ -45,18 +45,26 @@ case $code in
   *) drain "check ended with $code: $(printf '%s' "$answer" | tail -n 1 | cut -c 1-120)" ;;
 esac
 
-# The JSON has one key a line. A finding counts if guests cannot move without it (missing), or if it is RDMA's.
-broken=$(printf '%s\n' "$answer" | awk -F '": ' '
-  function value(text) { sub(/^"/, "", text); sub(/",?$/, "", text); gsub(/\\"/, "\"", text); return text }
-  /^ *"detail": / { detail = value(substr($0, index($0, ": ") + 2)) }
-  /^ *"name": / { name = value($2) }
-  /^ *"verdict": / {
-    verdict = value($2)
-    seen = seen || name ~ /^rdma/
-    if (verdict == "missing" || (verdict != "ok" && (name ~ /^rdma/ || name == "memlock")))
-      print name ": " detail
+# The JSON has one key a line. A node is fit if guests can move at all (nothing missing), libraries, connection manager and
+# locked memory are there, and some port has a GID (of BELAY_IB_DEV, where that is set). A second port without a cable is no fault.
+broken=$(printf '%s\n' "$answer" | awk -v device="${BELAY_IB_DEV:-}" '
+  function value(line) {
+    line = substr(line, index(line, ": ") + 2)
+    sub(/^"/, "", line); sub(/",?$/, "", line); gsub(/\\"/, "\"", line)
+    return line
   }
-  END { if (!seen) print "check said nothing of rdma" }
+  /^ *"detail": / { detail = value($0) }
+  /^ *"name": / { name = value($0) }
+  /^ *"verdict": / {
+    verdict = value($0)
+    if (verdict == "missing" || (verdict != "ok" && name ~ /^(rdma libraries|rdma connections|memlock)$/))
+      print name ": " detail
+    else if (name == "rdma gid" && verdict == "ok" && (device == "" || index(detail, device " ") == 1))
+      fit = 1
+    else if (verdict != "ok" && name ~ /^rdma / && why == "" && (device == "" || index(detail, device)))
+      why = name ": " detail
+  }
+  END { if (!fit) print (why != "" ? why : "no RDMA port that can be used " (device != "" ? "on " device : "was found")) }
 ' | head -n 1 | cut -c 1-200)
 [ -z "$broken" ] || drain "$broken"
 

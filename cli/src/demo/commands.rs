@@ -46,6 +46,9 @@ impl Demo {
     fn add_fabric(&self, command: &mut Command) {
         let fabric = &self.args.fabric;
         command.args(["--fabric", &self.fabric.to_string()]);
+        if let Some(node) = fabric.numa_node {
+            command.args(["--numa-node", &node.to_string()]);
+        }
         if !matches!(self.fabric, FabricChoice::Auto | FabricChoice::Verbs) {
             return;
         }

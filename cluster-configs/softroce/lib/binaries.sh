@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # belay's own programs, built on this machine and given to the hosts over the shared folder.
 
-readonly REPOSITORY=$(cd "$LAB/../.." && pwd)
+REPOSITORY=$(cd "$LAB/../.." && pwd)
+readonly REPOSITORY
 
 # Executables that cargo says it built, of a command's JSON messages on stdin.
 built_executables() { sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | sort -u; }

@@ -43,12 +43,14 @@ start_host() { # a or b
   HOST_PID[$host]=$!
   printf '%s\n' "$!" >"$WORK/$host.pid"
   # Opened for both ways, so that opening does not wait and a dead QEMU does not look like an end of file.
-  exec {AGENT_IN[$host]}<>"$WORK/$host.agent.in" {AGENT_OUT[$host]}<>"$WORK/$host.agent.out" {MONITOR_IN[$host]}<>"$WORK/$host.monitor.in"
+  local orders words monitor
+  exec {orders}<>"$WORK/$host.agent.in" {words}<>"$WORK/$host.agent.out" {monitor}<>"$WORK/$host.monitor.in"
+  AGENT_IN[$host]=$orders AGENT_OUT[$host]=$words MONITOR_IN[$host]=$monitor
   # Nobody reads what the monitor says; a FIFO that nobody empties would stop QEMU once it is full.
-  cat <"$WORK/$host.monitor.out" >"$OUT/$host/monitor.log" &
+  cat <"$WORK/$host.monitor.out" >"$OUT/$host/monitor.log" 2>&1 &
   MONITOR_CAT[$host]=$!
 }
-declare -A BOOTS=() MONITOR_CAT=()
+declare -A BOOTS=() MONITOR_CAT=() HALF_HEARD=()
 
 # Whether a host's QEMU runs.
 is_up() { [ -n "${HOST_PID[$1]-}" ] && kill -0 "${HOST_PID[$1]}" 2>/dev/null; }
@@ -93,12 +95,17 @@ await_ready() { # host
 # Takes one line that a host's agent says, if one comes within so many seconds, and writes it down as a file: functions in
 # subshells see it too.
 hear() { # host, seconds
-  local line
-  read -rt "$2" line <&"${AGENT_OUT[$1]}" || return 0
-  line=${line%$'\r'}
+  local line=''
+  if ! read -rt "$2" line <&"${AGENT_OUT[$1]}"; then
+    # The time may have been up in the middle of a line: the rest of it comes later.
+    HALF_HEARD[$1]+=$line
+    return 0
+  fi
+  line=${HALF_HEARD[$1]-}$line line=${line%$'\r'}
+  HALF_HEARD[$1]=''
   case $line in
     ready) : >"$WORK/$1.ready" ;;
-    'done '*) set -- "$1" ${line#done }; printf '%s\n' "$3" >"$WORK/done.$2" ;;
+    'done '*) line=${line#done }; printf '%s\n' "${line##* }" >"$WORK/done.${line% *}" ;;
     *) printf '%s\n' "$line" >>"$OUT/$1/agent.log" ;;
   esac
 }
@@ -114,7 +121,9 @@ power_off() { # host
   wait "$pid" 2>/dev/null || true
   [ -z "${MONITOR_CAT[$1]-}" ] || { kill "${MONITOR_CAT[$1]}" 2>/dev/null; wait "${MONITOR_CAT[$1]}" 2>/dev/null; } || true
   unset "HOST_PID[$1]"
-  exec {AGENT_IN[$1]}>&- {AGENT_OUT[$1]}>&- {MONITOR_IN[$1]}>&-
+  HALF_HEARD[$1]=''
+  local orders=${AGENT_IN[$1]} words=${AGENT_OUT[$1]} monitor=${MONITOR_IN[$1]}
+  exec {orders}>&- {words}>&- {monitor}>&-
   rm -f "$WORK/$1.ready" "$WORK/$1.pid"
   # A host's listening socket is made anew with it.
   [ "$1" != a ] || rm -f "$WORK/data"

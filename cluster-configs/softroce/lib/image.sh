@@ -22,7 +22,8 @@ image_key() { # kernel
 prepare_image() { # kernel
   CACHE=$(cache_dir)
   mkdir -p "$CACHE" || die "the cache $CACHE cannot be made" "BELAY_LAB_CACHE names another place."
-  local made=$CACHE/image-$1-$(image_key "$1")
+  local made
+  made=$CACHE/image-$1-$(image_key "$1")
   if [ ! -e "$made/release" ]; then
     # Two labs may want the same image at once: one makes it and the other waits.
     (

@@ -22,7 +22,8 @@ END
 # A terminal on a kept host's shell, until ctrl-].
 open_console() { # DIR/HOST
   local pty saved reader
-  [ -r "$1.console" ] && pty=$(<"$1.console") && [ -c "$pty" ] || die "no host is kept at $1" "\`lab --keep\` prints the words to use."
+  [ ! -r "$1.console" ] || pty=$(<"$1.console")
+  [ -c "${pty-}" ] || die "no host is kept at $1" "\`lab --keep\` prints the words to use."
   [ -t 0 ] || die "a console needs a terminal" "Run this from one."
   saved=$(stty -g)
   # shellcheck disable=SC2064 # as it is now
@@ -40,7 +41,7 @@ open_console() { # DIR/HOST
 }
 
 end_kept() { # DIR
-  local host pid
+  local host pid out
   case ${1##*/} in belay-lab.*) ;; *) die "$1 is not a folder of kept hosts" "\`lab --keep\` prints the words to use." ;; esac
   [ -d "$1" ] || die "no hosts are kept at $1: they may have been ended"
   for host in $HOSTS; do
@@ -49,7 +50,10 @@ end_kept() { # DIR
     # A number may have gone to another process since: only a QEMU of this folder is ended.
     if tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF -- "$1/$host.agent"; then kill -KILL "$pid"; fi
   done
-  [ ! -r "$1/out" ] || rm -rf "$(<"$1/out")/bin"
+  if [ -r "$1/out" ]; then
+    out=$(<"$1/out")
+    rm -rf "${out:?}/bin"
+  fi
   rm -rf "$1"
   note "ended"
 }

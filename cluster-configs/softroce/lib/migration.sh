@@ -18,7 +18,7 @@ need_keys() {
 # Leaves the orders' names in RECEIVE and SEND, and in STORY the folder where the verdict will be.
 start_migration() { # label, fabric, receive options, send options
   local label=$1 options
-  MIGRATIONS=$((MIGRATIONS + 1))
+  MIGRATIONS=$((MIGRATIONS + 1)) MIGRATION_FABRIC=$2
   printf -v STORY '%s/story-%02d-%s' "$OUT" "$MIGRATIONS" "$label"
   mkdir -p "$STORY"
   need_keys
@@ -95,6 +95,11 @@ judge_migration() { # the migration's name in the checks, further options of `be
   if [ "$code" != 0 ] && [ "$code" != 20 ]; then
     not_ok "$1: judged" "$(tail -qn 2 "$STORY/verdict.txt" | tr '\n' ' ')"
     return
+  fi
+  if grep -q "\"event\":\"connected\".*\"fabric\":\"$MIGRATION_FABRIC\"" "$OUT/a/$SEND.out"; then
+    ok "$1: carried by $MIGRATION_FABRIC"
+  else
+    not_ok "$1: carried by $MIGRATION_FABRIC" 'the two hosts agreed on something else'
   fi
   while IFS= read -r line; do
     claim=${line:7} claim=${claim%%: *}

@@ -6,7 +6,7 @@
 # All frames vanish on their way out of the named hosts; carrier and addresses stay, as when a switch in between fails.
 drop_frames() { # host...
   local host
-  for host in "$@"; do LABEL=cut on "$host" 20 "/usr/bin/tc qdisc replace dev eth0 root netem loss 100%" || return; done
+  for host in "$@"; do LABEL="cut" on "$host" 20 "/usr/bin/tc qdisc replace dev eth0 root netem loss 100%" || return; done
 }
 
 # The cable is pulled: both ends lose their carrier.
@@ -38,7 +38,7 @@ heal() {
   done
   for host in $HOSTS; do
     is_up "$host" || continue
-    LABEL=heal on "$host" 20 "/usr/bin/tc qdisc del dev eth0 root 2>/dev/null; true" || return
+    LABEL="heal" on "$host" 20 "/usr/bin/tc qdisc del dev eth0 root 2>/dev/null; true" || return
   done
 }
 

@@ -128,6 +128,6 @@ end_run() { # exit code
   [ -z "${OBSERVER_PID-}" ] || kill "$OBSERVER_PID" 2>/dev/null || true
   if [ -n "${KEPT-}" ]; then exit "$1"; fi
   stop_hosts
-  rm -rf "$WORK" "$OUT/bin"
+  rm -rf "$WORK" "${OUT:?}/bin"
   exit "$1"
 }

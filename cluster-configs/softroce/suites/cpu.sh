@@ -28,7 +28,7 @@ run_suite() {
 measure_pull() { # fabric, MiB
   local fabric=$1 size=$2 name="$1, $2 MiB" t0 t1 t2
   local -A at=()
-  start_migration cpu "$fabric" '--check --run-on 200ms' "--memory ${size}M --drive kvm --guest scanner --policy none --release 10s" &&
+  start_migration cpu "$fabric" '--check --run-on 200ms' "--memory ${size}M --drive kvm --guest scanner --policy none --release 6s" &&
     await_line a "$SEND" '"state":"serving"' 60 ||
     { not_ok "$name: started" "$(story_words)"; clear_migration; return 1; }
   sample_source && at[0]=$SAMPLE t0=$SAMPLED_AT

@@ -29,12 +29,12 @@ power_loss() { # fabric
   figure 'guest seed' "$seed" ''
   judge_migration "$name"
   clear_migration
-  need_hosts
 }
 
 # The same, left alone: every page lands, the source writes the release down, the guest is checked on host b.
 to_release() { # fabric
   local name="$1, to release"
+  need_hosts
   start_migration release "$1" '--check --run-on 500ms' "$GUEST" || { not_ok "$name: started" "$(story_words)"; clear_migration; return; }
   expect_exits "$name" 0 0 120
   figure 'total migration time' "$(calculate "$(event_number a "$SEND" released total_us) / 1e6" 1)" s
@@ -56,7 +56,5 @@ source_loss() { # fabric
   fi
   signal_order b "$RECEIVE" TERM
   expect_exits "$name" lost 11 30
-  stop_observer
   clear_migration
-  need_hosts
 }

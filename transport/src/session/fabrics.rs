@@ -13,8 +13,10 @@ use std::fmt;
 pub enum NoVerbs {
     /// It was told to use another fabric.
     NotWanted,
-    /// It has no device that could be used, and why.
-    NoDevice { why: String },
+    /// It has no RDMA device.
+    NoDevice,
+    /// It has one that cannot be used, and why.
+    Unusable { why: String },
     /// Its operator has not said that the network is trusted.
     NotTrusted,
     /// The session is plaintext beyond loopback: nothing could prove that an RDMA connection belongs to it.
@@ -25,7 +27,8 @@ impl fmt::Display for NoVerbs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotWanted => f.write_str("it was not asked for"),
-            Self::NoDevice { why } => f.write_str(why),
+            Self::NoDevice => f.write_str("this host has no RDMA device"),
+            Self::Unusable { why } => f.write_str(why),
             Self::NotTrusted => f.write_str(
                 "--trusted-fabric was not said, and RDMA carries guest memory in clear: whoever can read or send packets on that network could read and change the guest",
             ),
@@ -53,7 +56,8 @@ impl fmt::Display for WithoutVerbs {
         };
         match why {
             NoVerbs::NotWanted => write!(f, "{who} was told to use another fabric"),
-            NoVerbs::NoDevice { why } => write!(f, "{who} has no RDMA device that could be used ({why})"),
+            NoVerbs::NoDevice => write!(f, "{who} has no RDMA device"),
+            NoVerbs::Unusable { why } => write!(f, "{who} has RDMA that cannot be used ({why})"),
             NoVerbs::NotTrusted => write!(f, "--trusted-fabric was not said {here}"),
             NoVerbs::NoKey => write!(f, "{why}"),
         }
@@ -82,18 +86,18 @@ impl SessionConfig {
     /// What may run over `address`. `bindable`: whether the connection's protection gives a [`super::BindingKey`].
     pub(super) fn offers(&self, address: &Address, bindable: bool) -> Offered {
         let possible = address.fabrics();
-        let no_verbs = self.no_verbs(bindable).filter(|_| possible.contains(&FabricKind::Verbs));
+        let no_verbs = self.lacks_verbs(bindable).filter(|_| possible.contains(&FabricKind::Verbs));
         let wanted = |fabric: &FabricKind| self.only.is_none_or(|only| only == *fabric);
         let has = |fabric: &FabricKind| *fabric != FabricKind::Verbs || no_verbs.is_none();
         Offered { fabrics: possible.iter().copied().filter(wanted).filter(has).collect(), no_verbs }
     }
 
-    fn no_verbs(&self, bindable: bool) -> Option<NoVerbs> {
+    fn lacks_verbs(&self, bindable: bool) -> Option<NoVerbs> {
         if self.only.is_some_and(|only| only != FabricKind::Verbs) {
             return Some(NoVerbs::NotWanted);
         }
-        match (&self.verbs, &self.no_device) {
-            (None, Some(why)) => Some(NoVerbs::NoDevice { why: why.clone() }),
+        match (&self.verbs, &self.no_verbs) {
+            (None, Some(why)) => Some(why.clone()),
             (None, None) => Some(NoVerbs::NotWanted),
             (Some(verbs), _) if !verbs.trusted => Some(NoVerbs::NotTrusted),
             (Some(_), _) => (!bindable).then_some(NoVerbs::NoKey),
@@ -110,7 +114,7 @@ impl SessionConfig {
         if only != FabricKind::Verbs {
             return Ok(());
         }
-        match self.no_verbs(self.could_bind(address)?) {
+        match self.lacks_verbs(self.could_bind(address)?) {
             Some(why) => Err(SessionError::NoVerbs { why }),
             None => Ok(()),
         }
@@ -143,6 +147,10 @@ mod tests {
         SessionConfig { verbs, only, ..SessionConfig::new(Security::Insecure) }
     }
 
+    fn unusable(why: &str) -> Option<NoVerbs> {
+        Some(NoVerbs::Unusable { why: why.to_owned() })
+    }
+
     #[test]
     fn verbs_is_offered_first_where_device_trust_and_key_are_there_and_not_otherwise() {
         use FabricKind::{Tcp, Verbs};
@@ -156,8 +164,8 @@ mod tests {
         assert_eq!(offers(&config(true, Some(Verbs)), false), (vec![], Some(NoVerbs::NoKey)));
         assert_eq!(offers(&config(false, None), true), (vec![Tcp], Some(NoVerbs::NotTrusted)));
         assert_eq!(offers(&config(true, Some(Tcp)), true), (vec![Tcp], Some(NoVerbs::NotWanted)));
-        let without = SessionConfig { no_device: Some("no device".into()), ..SessionConfig::new(Security::Insecure) };
-        assert_eq!(offers(&without, true), (vec![Tcp], Some(NoVerbs::NoDevice { why: "no device".into() })));
+        let without = SessionConfig { no_verbs: Some(NoVerbs::NoDevice), ..SessionConfig::new(Security::Insecure) };
+        assert_eq!(offers(&without, true), (vec![Tcp], Some(NoVerbs::NoDevice)));
     }
 
     #[test]
@@ -176,7 +184,7 @@ mod tests {
         assert!(refused(config(true, verbs), &Address::Tcp("0.0.0.0:7".into())).contains("plaintext beyond loopback"));
         assert!(refused(config(true, verbs), &Address::Unix("/s".into())).contains("unix:/s"));
         assert!(refused(config(true, Some(FabricKind::Local)), &tcp()).contains("local"));
-        let no_device = SessionConfig { verbs: None, no_device: Some("port 1 is DOWN".into()), ..config(true, verbs) };
+        let no_device = SessionConfig { verbs: None, no_verbs: unusable("port 1 is DOWN"), ..config(true, verbs) };
         assert!(refused(no_device, &tcp()).contains("port 1 is DOWN"));
         // Without --fabric there is always something left.
         config(false, None).check(&Address::Tcp("0.0.0.0:7".into())).expect("tcp is left");
@@ -184,12 +192,12 @@ mod tests {
 
     #[test]
     fn a_reason_is_told_of_the_side_whose_it_is() {
-        let no_device = NoVerbs::NoDevice { why: "mlx5_0 port 1 is DOWN".into() };
+        let down = unusable("mlx5_0 port 1 is DOWN").expect("a reason");
         assert_eq!(
-            WithoutVerbs::Theirs(no_device.clone()).to_string(),
-            "the peer has no RDMA device that could be used (mlx5_0 port 1 is DOWN)"
+            WithoutVerbs::Theirs(down).to_string(),
+            "the peer has RDMA that cannot be used (mlx5_0 port 1 is DOWN)"
         );
-        assert!(WithoutVerbs::Ours(no_device).to_string().starts_with("this host has no"));
+        assert_eq!(WithoutVerbs::Ours(NoVerbs::NoDevice).to_string(), "this host has no RDMA device");
         assert_eq!(WithoutVerbs::Ours(NoVerbs::NotTrusted).to_string(), "--trusted-fabric was not said on this host");
         assert_eq!(named(&[2, 3, 9]), "tcp or verbs or an unknown one (code 9)");
         assert_eq!(named(&[]), "none");

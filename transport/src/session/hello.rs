@@ -120,7 +120,7 @@ fn codes(fabrics: &[FabricKind]) -> Vec<u8> {
 
 /// Checks what the peer says of `verbs`.
 fn bounded(no_verbs: Option<NoVerbs>) -> Result<Option<NoVerbs>, SessionError> {
-    if let Some(NoVerbs::NoDevice { why }) = &no_verbs {
+    if let Some(NoVerbs::Unusable { why }) = &no_verbs {
         limit("the reason", why.len(), MAX_TEXT_BYTES)?;
     }
     Ok(no_verbs)
@@ -364,7 +364,7 @@ mod tests {
     fn a_reason_longer_than_the_limit_is_refused_on_either_side() {
         let long = Offered {
             fabrics: vec![FabricKind::Tcp],
-            no_verbs: Some(NoVerbs::NoDevice { why: "x".repeat(MAX_TEXT_BYTES + 1) }),
+            no_verbs: Some(NoVerbs::Unusable { why: "x".repeat(MAX_TEXT_BYTES + 1) }),
         };
         assert!(matches!(encode_no_common_fabric(&long, PROTOCOL), Err(SessionError::TooLong { .. })));
         let reply = ReplyBody::NoCommonFabric { fabrics: vec![3], no_verbs: long.no_verbs };

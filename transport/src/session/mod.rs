@@ -80,8 +80,8 @@ pub struct SessionConfig {
     /// RDMA, if this host has a device for it: without it, TCP addresses have the fabric `tcp` alone. Offered only where the
     /// operator trusts the network and the session has a [`BindingKey`].
     pub verbs: Option<VerbsSettings>,
-    /// Why there is no `verbs`, where it would have been wanted: told to both operators.
-    pub no_device: Option<String>,
+    /// Why `verbs` is `None`, where it would have been wanted: told to both operators.
+    pub no_verbs: Option<NoVerbs>,
     /// The only fabric to be used; any that the address allows, best first, without one.
     pub only: Option<FabricKind>,
 }
@@ -98,7 +98,7 @@ impl SessionConfig {
             max_pending: 64,
             versions: PROTOCOL,
             verbs: None,
-            no_device: None,
+            no_verbs: None,
             only: None,
         }
     }

@@ -259,3 +259,35 @@ pub fn latency(what: &str, histogram: &Histogram<u64>) -> Option<Kind> {
         buckets,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_fabric_obtained_reads_back_from_its_event() {
+        let details = FabricDetails {
+            device: "rxe0".into(),
+            port: 1,
+            link: "RoCE v2".into(),
+            gid_index: Some(1),
+            gid: Some("::ffff:10.0.0.1".into()),
+            address: "10.0.0.1:40001".into(),
+            mtu_bytes: 4096,
+            read_depth: 16,
+        };
+        let iwarp = FabricDetails { gid_index: None, gid: None, ..details.clone() };
+        for details in [details, iwarp] {
+            let event = serde_json::to_value(Kind::Fabric(details.clone())).expect("plain data");
+            assert_eq!(
+                (&event["event"], &event["device"]),
+                (&"fabric".into(), &"rxe0".into()),
+                "fields beside the name"
+            );
+            match serde_json::from_value(event).expect("reads back") {
+                Kind::Fabric(again) => assert_eq!(again, details),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}

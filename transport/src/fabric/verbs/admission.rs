@@ -214,15 +214,17 @@ impl Shared {
         let data = &event.data;
         let number = if self.pd.context().is_iwarp() { 0 } else { data.queue_pair };
         let judged = proof::check_request(&self.key, &self.challenge, number, &data.private_data).and_then(|subject| {
-            let lane = subject.lane;
-            let taken = state.connections.iter().any(|connection| connection.lane == lane)
-                || state.waiting.iter().any(|waiting| waiting.subject.lane == lane);
+            let taken = state.connections.iter().any(|connection| connection.lane == subject.lane);
             match (state.revoked, taken) {
                 (true, _) => Err(RefusedLane::Revoked),
                 (_, true) => Err(RefusedLane::Twice),
                 _ => Ok(subject),
             }
         });
+        if let Ok(subject) = &judged {
+            // Whoever asks again has given up asking before; only the session's own peer can ask at all.
+            state.waiting.retain(|waiting| waiting.subject.lane != subject.lane);
+        }
         let terms = (data.responder_resources, data.initiator_depth);
         match judged {
             Err(reason) => self.refuse(state, &mut id, reason),
@@ -284,6 +286,8 @@ impl Shared {
     /// What rdma_cm says of a connection.
     fn connection_event(&self, state: &mut State, event: &CmEvent) {
         let Some(connection) = state.connections.iter_mut().find(|one| one.endpoint.id().token() == event.of) else {
+            // An asker that has given up.
+            state.waiting.retain(|waiting| waiting.id.token() != event.of);
             return;
         };
         let lane = connection.lane;

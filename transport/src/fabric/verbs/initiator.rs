@@ -35,26 +35,26 @@ const LEAST_DEPTH: u32 = 128;
 /// The destination's side.
 pub struct VerbsInitiator {
     acceptor: LaneAcceptor,
-    key: BindingKey,
+    pub(super) key: BindingKey,
     host: Host,
-    local: Local,
-    context: Arc<Context>,
-    pd: Arc<Pd>,
+    pub(super) local: Local,
+    pub(super) context: Arc<Context>,
+    pub(super) pd: Arc<Pd>,
     observer: Option<RegistrationObserver>,
     pinned_bytes: u64,
     mappings: Vec<Arc<Mapping>>,
     registered: Vec<Registered>,
     /// From the first lane on.
-    session: Option<Open>,
+    pub(super) session: Option<Open>,
     details: Option<FabricDetails>,
     opened: Vec<LaneId>,
 }
 
 /// What the first lane's opening has made.
-struct Open {
-    offer: Offer,
+pub(super) struct Open {
+    pub(super) offer: Offer,
     locals: Arc<Locals>,
-    table: Arc<SharedTable>,
+    pub(super) table: Arc<SharedTable>,
     steward: Arc<Steward>,
 }
 
@@ -242,17 +242,17 @@ impl Initiator for VerbsInitiator {
 }
 
 /// One lane on its way to the owner.
-struct Connecting<'a> {
-    id: LaneId,
-    key: &'a BindingKey,
-    local: &'a Local,
-    pd: &'a Arc<Pd>,
-    offer: &'a Offer,
-    deadline: Deadline,
+pub(super) struct Connecting<'a> {
+    pub id: LaneId,
+    pub key: &'a BindingKey,
+    pub local: &'a Local,
+    pub pd: &'a Arc<Pd>,
+    pub offer: &'a Offer,
+    pub deadline: Deadline,
 }
 
 impl Connecting<'_> {
-    fn connect(&self, depth: u32) -> Result<(Endpoint, Arc<EventChannel>), FabricError> {
+    pub(super) fn connect(&self, depth: u32) -> Result<(Endpoint, Arc<EventChannel>), FabricError> {
         let channel = EventChannel::new()?;
         let mut id = Id::new(&channel)?;
         let scope = match self.local.address {

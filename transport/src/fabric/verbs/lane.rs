@@ -164,13 +164,19 @@ impl VerbsLane {
         if outstanding + asked > self.window {
             return Err(FabricError::WindowFull { asked, outstanding, window: self.window });
         }
+        self.take_table();
+        Ok(())
+    }
+
+    /// Takes the owner's newest table.
+    #[inline]
+    fn take_table(&mut self) {
         // A lock that is held for a pointer's copy, and only when the table has changed.
         let version = self.table.version.load(Ordering::Acquire);
         if version != self.remotes_version {
             self.remotes = self.table.get();
             self.remotes_version = version;
         }
-        Ok(())
     }
 
     /// Where the export of `key` stands, if all of the range may be used with that right.
@@ -442,6 +448,7 @@ impl Lane for VerbsLane {
 
     fn commit(&mut self, trailer: &Write, deadline: Deadline) -> Result<(), FabricError> {
         self.usable()?;
+        self.take_table();
         let write = self.checked_write(trailer)?;
         self.queue.push(write);
         if let Some(local) = self.locals.read_back {

@@ -40,8 +40,9 @@ impl Registrar for PdRegistrar {
         // bytes is ever made (region::mapping).
         let mr = unsafe { ibv::ibv_reg_mr(self.0.as_ptr(), address.cast(), length, access.bits()) };
         let mr = NonNull::new(mr).ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: a region that was just made.
-        let (lkey, rkey) = unsafe { ((*mr.as_ptr()).lkey, (*mr.as_ptr()).rkey) };
+        // SAFETY: a region that was just made, which nobody else knows yet.
+        let made = unsafe { mr.as_ref() };
+        let (lkey, rkey) = (made.lkey, made.rkey);
         let handle = MemoryRegion { mr, _pd: Arc::clone(&self.0), _mapping: Arc::clone(mapping) };
         Ok(Region { lkey, rkey, handle: Box::new(handle) })
     }

@@ -23,23 +23,27 @@ mod device;
 mod endpoint;
 mod error;
 mod exports_stream;
+#[cfg(test)]
+mod fake_device;
 mod fate;
 mod initiator;
 pub mod inventory;
 mod lane;
-mod look;
+#[cfg(test)]
+mod lane_tests;
 mod memory_region;
 mod owner;
 mod proof;
 mod queue;
 mod queue_pair;
+#[cfg(test)]
+mod rdma_tests;
 mod registration;
 mod settings;
 mod table;
 
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
-pub use look::{NoDevice, look};
 pub use owner::VerbsOwner;
 pub use registration::{LockedMemory, MemlockTooLow, RegistrationError, RegistrationReport, TooManyRegions};
 pub use settings::VerbsSettings;

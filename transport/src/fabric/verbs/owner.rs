@@ -69,7 +69,7 @@ pub struct VerbsOwner {
     shared: Arc<Shared>,
     steward: Option<Steward>,
     listening: Option<Id>,
-    releasing: Option<Releasing>,
+    pub(super) releasing: Option<Releasing>,
     read_last: bool,
     pd: Arc<Pd>,
     context: Arc<Context>,

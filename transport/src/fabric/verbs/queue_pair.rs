@@ -126,10 +126,11 @@ impl QueuePair {
         let (requests, gather) = (self.requests.as_mut_ptr(), self.gather.as_mut_ptr());
         for at in 0..count {
             let next = if at + 1 < count { requests.wrapping_add(at + 1) } else { ptr::null_mut() };
+            let request = requests.wrapping_add(at);
             // SAFETY: `at` is below the array's length.
-            unsafe { (*requests.add(at)).next = next };
+            unsafe { (*request).next = next };
             // SAFETY: as above.
-            unsafe { (*requests.add(at)).sg_list = gather.wrapping_add(at) };
+            unsafe { (*request).sg_list = gather.wrapping_add(at) };
         }
         let mut bad = ptr::null_mut();
         // SAFETY: the queue pair is alive (backing); the chain is `count` requests, each with one gather entry; regions and mappings

@@ -4,7 +4,6 @@
 //! and refuses with ENOMEM where that would pass RLIMIT_MEMLOCK, unless the process has CAP_IPC_LOCK (ib_umem_get in
 //! drivers/infiniband/core/umem.c). Asked beforehand, because the refusal says neither what was needed nor what there was.
 
-use crate::region::Extent;
 use rustix::process::{Resource, getrlimit};
 use std::fmt;
 
@@ -72,11 +71,6 @@ impl LockedMemory {
 fn in_initial_user_namespace() -> bool {
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     map.split_whitespace().eq(["0", "0", "4294967295"])
-}
-
-/// Bytes that registering `regions` will add to what is pinned.
-pub(super) fn needed(regions: &[Extent]) -> u64 {
-    super::extents::total(regions)
 }
 
 impl fmt::Display for LockedMemory {

@@ -41,7 +41,6 @@ use crate::units::PageSize;
 use extents::{aligned, difference, intersection, normal, total, union, widened};
 use plan::Limits;
 use register::register_each;
-use stale::Way;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,6 +64,7 @@ pub(super) struct Region {
     pub lkey: u32,
     pub rkey: u32,
     /// Owns the `ibv_mr`, and keeps its protection domain and mapping.
+    #[expect(dead_code, reason = "it is there to be dropped")]
     pub handle: Box<dyn Send>,
 }
 
@@ -247,7 +247,7 @@ impl Registered {
         covered: &[Extent],
         options: &RegistrationOptions,
     ) -> Result<Extension, RegistrationError> {
-        let missing = stale::missing(&self.mapping, covered, options.threads, Way::Best);
+        let missing = stale::missing(&self.mapping, covered, options.threads);
         let missing = aligned(
             &missing.map_err(RegistrationError::PageTable)?,
             options.page_size.bytes() as u64,

@@ -40,25 +40,23 @@ const SWAPPED: u64 = 1 << 62;
 const _: () = assert!(size_of::<raw::pm_scan_arg>() == 96);
 const _: () = assert!(size_of::<raw::page_region>() == 24);
 
-/// How the kernel is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
-    /// PAGEMAP_SCAN, and word by word where the kernel does not know it.
-    Best,
-    /// /proc/self/pagemap, word by word.
-    Words,
-}
+/// A way of asking the kernel which parts are in no page table.
+type Look = fn(&OwnedFd, &Mapping, &[Extent]) -> Result<Vec<Extent>, Errno>;
 
 /// The parts of `within` (normal, page-aligned) that are in no page table of `mapping`.
-pub(super) fn missing(mapping: &Mapping, within: &[Extent], threads: usize, way: Way) -> io::Result<Vec<Extent>> {
+pub(super) fn missing(mapping: &Mapping, within: &[Extent], threads: usize) -> io::Result<Vec<Extent>> {
+    missing_by(best, mapping, within, threads)
+}
+
+fn missing_by(look: Look, mapping: &Mapping, within: &[Extent], threads: usize) -> io::Result<Vec<Extent>> {
     if within.is_empty() {
         return Ok(Vec::new());
     }
     let shares = shares(within, threads);
     let found = std::thread::scope(|scope| {
         let looking: Vec<_> =
-            shares[1..].iter().map(|share| scope.spawn(move || missing_in(mapping, share, way))).collect();
-        let first = missing_in(mapping, &shares[0], way);
+            shares[1..].iter().map(|share| scope.spawn(move || missing_in(look, mapping, share))).collect();
+        let first = missing_in(look, mapping, &shares[0]);
         let others = looking.into_iter().map(|thread| thread.join().expect("looking at page tables does not panic"));
         std::iter::once(first).chain(others).collect::<io::Result<Vec<_>>>()
     })?;
@@ -90,17 +88,18 @@ fn shares(within: &[Extent], threads: usize) -> Vec<Vec<Extent>> {
     shares
 }
 
-fn missing_in(mapping: &Mapping, within: &[Extent], way: Way) -> io::Result<Vec<Extent>> {
+fn missing_in(look: Look, mapping: &Mapping, within: &[Extent]) -> io::Result<Vec<Extent>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let pagemap = rustix::fs::open("/proc/self/pagemap", flags, Mode::empty())?;
-    if way == Way::Best {
-        match scanned(&pagemap, mapping, within) {
-            // The file's own words are as true, only slower.
-            Err(Errno::NOTTY | Errno::INVAL) => {}
-            other => return Ok(other?),
-        }
+    Ok(look(&pagemap, mapping, within)?)
+}
+
+/// By PAGEMAP_SCAN, and word by word where the kernel does not know it: as true, only slower.
+fn best(pagemap: &OwnedFd, mapping: &Mapping, within: &[Extent]) -> Result<Vec<Extent>, Errno> {
+    match scanned(pagemap, mapping, within) {
+        Err(Errno::NOTTY | Errno::INVAL) => read(pagemap, mapping, within),
+        other => other,
     }
-    Ok(read(&pagemap, mapping, within)?)
 }
 
 /// By PAGEMAP_SCAN over the whole span: unpopulated stretches between extents are skipped by the kernel a page table at a time.
@@ -208,7 +207,7 @@ mod tests {
     use crate::units::PageSize;
 
     const PAGE: u64 = PAGE_SIZE as u64;
-    const WAYS: [Way; 2] = [Way::Best, Way::Words];
+    const WAYS: [(&str, Look); 2] = [("at once", best), ("by words", read)];
 
     fn populate(mapping: &Mapping, extent: &Extent) {
         super::super::populate(mapping, extent).unwrap();
@@ -224,8 +223,8 @@ mod tests {
         }
         let all = [Extent { offset: 0, len: pages * PAGE }];
         populate(&pinned, &all[0]);
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), [], "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 2).unwrap(), [], "{name}");
         }
         let punched = [Extent { offset: 0, len: PAGE }, Extent { offset: 700 * PAGE, len: 9 * PAGE }];
         for extent in &punched {
@@ -234,17 +233,17 @@ mod tests {
             guest.write(extent.offset as usize, &vec![2; extent.len as usize]);
         }
         assert_eq!(file.occupancy().unwrap(), all);
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), punched, "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 2).unwrap(), punched, "{name}");
             let part = [Extent { offset: 702 * PAGE, len: PAGE }, Extent { offset: 1000 * PAGE, len: PAGE }];
-            assert_eq!(missing(&pinned, &part, 2, way).unwrap(), part[..1], "{way:?}: only what was asked about");
+            assert_eq!(missing_by(way, &pinned, &part, 2).unwrap(), part[..1], "{name}: only what was asked about");
         }
         // Populated again by whoever registers it anew.
         for extent in &punched {
             populate(&pinned, extent);
         }
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 2, way).unwrap(), [], "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 2).unwrap(), [], "{name}");
         }
     }
 
@@ -259,8 +258,8 @@ mod tests {
         guest.write(20 * PAGE_SIZE, &[2; 8 * PAGE_SIZE]);
         populate(&pinned, &Extent { offset: 23 * PAGE, len: PAGE });
         let expected = [Extent { offset: 20 * PAGE, len: 3 * PAGE }, Extent { offset: 24 * PAGE, len: 4 * PAGE }];
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), expected, "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 1).unwrap(), expected, "{name}");
         }
     }
 
@@ -282,8 +281,8 @@ mod tests {
             }
         }
         for threads in [1, 3] {
-            for way in WAYS {
-                assert!(missing(&pinned, &within, threads, way).unwrap() == expected, "{threads} threads, {way:?}");
+            for (name, way) in WAYS {
+                assert!(missing_by(way, &pinned, &within, threads).unwrap() == expected, "{threads} threads, {name}");
             }
         }
         assert!(expected.len() > 2 * RUNS);
@@ -308,14 +307,14 @@ mod tests {
         let (guest, pinned) = (file.map().unwrap(), file.map().unwrap());
         let all = [Extent { offset: 0, len: 4 * huge }];
         populate(&pinned, &all[0]);
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), [], "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 1).unwrap(), [], "{name}");
         }
         let punched = Extent { offset: 2 * huge, len: huge };
         file.punch(punched).unwrap();
         guest.write(2 * huge as usize, &[1]);
-        for way in WAYS {
-            assert_eq!(missing(&pinned, &all, 1, way).unwrap(), [punched], "{way:?}");
+        for (name, way) in WAYS {
+            assert_eq!(missing_by(way, &pinned, &all, 1).unwrap(), [punched], "{name}");
         }
     }
 }
