@@ -15,6 +15,7 @@ run_suite() {
         [ -n "$QUICK" ] || run_tests conformance verbs_tls::
         run_tests fabrics ''
         run_tests verbs ''
+        run_tests verbs_registration ''
         # The others there need no device and run with `cargo test`.
         run_tests belay_transport fabric::verbs::rdma_tests::
         ;;

@@ -154,7 +154,9 @@ impl Shard {
             if idle < self.spin_ns {
                 continue;
             }
-            if self.slots.demand_in_use() && idle < self.pace.awake_ns(self.shared.tuning.demand_awake.as_nanos() as u64) {
+            if self.slots.demand_in_use()
+                && idle < self.pace.awake_ns(self.shared.tuning.demand_awake.as_nanos() as u64)
+            {
                 // The answer is near. Whoever else wants this CPU has it: a software device's threads, or the peer's on one host.
                 std::thread::yield_now();
                 continue;
