@@ -13,6 +13,7 @@ run_suite() {
         run_tests conformance verbs
         run_tests fabrics ''
         run_tests belay_transport verbs
+        run_tests verbs_registration ''
         ;;
     esac
   done
