@@ -1,6 +1,7 @@
 //! `fault`, `pull`, `cpu`: the pull engine over the wire, beside what bounds it, by turns in the same run.
 
 use super::client::{Client, Met};
+use super::lean;
 use super::loops::{self, Amount, Waiting};
 use super::protocol::{BULK, FAULT, Wanted};
 use super::raw::{Reads, bandwidth, bare_reads};
@@ -58,9 +59,9 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
     let order = scattered(pages, touches);
     let floor_source = floor::Source::new(options.memory).map_err(BenchError::io("the floor's source"))?;
     let mut outcome = None;
-    let (mut floors, mut bare) = (floor::Faults::default(), Vec::new());
+    let (mut floors, mut leans, mut bare) = (floor::Faults::default(), floor::Faults::default(), Vec::new());
     let (mut ours, mut loaded) = (Side::new(), Side::new());
-    let (mut as_toucher, mut as_server) = (Vec::new(), Vec::new());
+    let (mut as_toucher, mut as_server, mut over_lean) = (Vec::new(), Vec::new(), Vec::new());
     let mut used = Usage::default();
     for _ in 0..options.rounds {
         let floor = floor::faults(floor::Wire::Memory, &floor_source, &order);
@@ -75,6 +76,11 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
         used.add(met.usage()?.since(&before));
         met.done()?;
 
+        let Round { met, guest, landing, fault, bulk, .. } = Round::new(client, options.memory, PAGE)?;
+        let one_lean = lean::faults(fault, met.ram, &landing, &guest, &order)?;
+        drop((bulk, landing));
+        met.done()?;
+
         let round = Round::new(client, options.memory, PAGE)?;
         let (engine, guest, met) = round.engine(options)?;
         loaded.add(touch(engine, &guest, &order, false)?);
@@ -82,17 +88,22 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
 
         let p50 = unloaded.server.value_at_quantile(0.5) as f64;
         as_server.push(p50 / (mid(&one_bare) + mid(&floor.server)));
+        over_lean.push(mid(&unloaded.toucher) / mid(&one_lean.toucher));
         as_toucher.push(mid(&unloaded.toucher) / (mid(&one_bare) + mid(&floor.toucher)));
         ours.add(unloaded);
         bare.extend(one_bare);
         floors.toucher.extend(floor.toucher);
         floors.server.extend(floor.server);
+        leans.toucher.extend(one_lean.toucher);
+        leans.server.extend(one_lean.server);
     }
     let mut outcome = outcome.ok_or_else(no_rounds)?;
     outcome.latency = vec![
         Row::of_samples("bare READ, polling", PAGE, &bare),
         Row::of_samples("uffd floor, serving thread", PAGE, &floors.server),
         Row::of_samples("uffd floor, touching thread", PAGE, &floors.toucher),
+        Row::of_samples("lean loop, serving thread", PAGE, &leans.server),
+        Row::of_samples("lean loop, touching thread", PAGE, &leans.toucher),
         Row::of_histogram("engine, serving thread", PAGE, &ours.server),
         Row::of_histogram("  queue (event read to posted)", PAGE, &ours.queue),
         Row::of_histogram("  wire (posted to completed)", PAGE, &ours.wire),
@@ -110,6 +121,7 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
             FAULT_GOAL,
         ),
         Ratio::plain("engine_over_read_and_uffd", "serving thread over bare READ + uffd floor", &as_server),
+        Ratio::plain("fault_over_lean_loop", "touching thread over the lean loop's", &over_lean),
         Ratio::plain("p99_loaded_over_unloaded_p50", "99% under pull over the median without", &[over_pull]),
     ];
     outcome.source.push(SourceUse::new(PAGE, (touches * options.rounds) as u64, used));

@@ -15,6 +15,7 @@
 
 mod client;
 mod engine;
+mod lean;
 mod loops;
 mod protocol;
 mod raw;
@@ -103,6 +104,9 @@ pub struct WireArgs {
     /// Background reads the engine keeps in flight
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     chunks: Option<u16>,
+    /// Longest time the engine looks for a completion before it sleeps
+    #[arg(long, value_name = "TIME", value_parser = quantity::time)]
+    spin: Option<Duration>,
     /// Also write the report as JSON; - for stdout
     #[arg(long, alias = "out_json", value_name = "FILE")]
     pub out_json: Option<PathBuf>,
@@ -203,6 +207,7 @@ impl WireArgs {
             tuning.busy_chunk_bytes = tuning.busy_chunk_bytes.min(tuning.chunk_bytes);
         }
         tuning.bulk_chunks = self.chunks.map_or(tuning.bulk_chunks, usize::from);
+        tuning.spin = self.spin.unwrap_or(tuning.spin);
         Ok(Options {
             sizes: self.size.iter().copied().map(usize).collect(),
             iterations: self.iters,

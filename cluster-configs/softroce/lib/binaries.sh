@@ -25,7 +25,7 @@ need_binaries() {
     case $what in
       belay) cargo_here build --release --locked -p belay --bin belay --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
       bench) cargo_here build --release --locked -p belay-bench --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
-      transport-tests) cargo_here test --release --locked -p belay-transport --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
+      transport-tests) cargo_here test --release --locked -p belay-transport ${FEATURES:+--features "$FEATURES"} --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
     esac
     while read -r file; do share_binary "$file" "$(shared_name "$file")"; done < <(built_executables <"$WORK/built")
     : >"$WORK/built.$what"

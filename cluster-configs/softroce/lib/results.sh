@@ -82,6 +82,6 @@ end_suite() { # seconds, arguments as text
 results_json() {
   printf '{"lab":1,"belay":%s,"kernel":%s,"qemu":%s,"machine":%s,"fabric":%s,"seed":%s,"seconds":%s,"passed":%d,"failed":%d,"skipped":%d,"suites":[%s]}\n' \
     "$(json_string "$BELAY_VERSION")" "$(json_string "${KERNEL_RELEASE-}")" "$(json_string "$QEMU_VERSION")" \
-    "$(json_string "$(uname -r), $(nproc) cores")" "$(json_string "$FABRIC")" "$SEED" "$(lab_seconds)" \
+    "$(json_string "$(uname -r), $(nproc) cores")" "$(json_string "${FABRICS-$FABRIC}")" "$SEED" "$(lab_seconds)" \
     "$PASSED" "$FAILED" "$SKIPPED" "$(join ${SUITES_JSON[@]+"${SUITES_JSON[@]}"})"
 }

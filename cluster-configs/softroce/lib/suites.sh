@@ -31,6 +31,8 @@ choose() { # from, to; leaves CHOSEN
 
 open_run() {
   local kept
+  # A program that asked for JSON on stdout gets nothing else there.
+  if [ "$JSON" = - ]; then exec {REAL_STDOUT}>&1 1>&2; fi
   if [ -z "$OUT" ]; then
     kept=$REPOSITORY/target/softroce
     mkdir -p "$kept"
@@ -93,7 +95,7 @@ choose_fabrics() {
 }
 
 run_one() {
-  local began=$SECONDS
+  local began
   SUITE=$1 ABOUT='' NEEDS=()
   seed_random "$SEED"
   # shellcheck source=/dev/null
@@ -102,6 +104,7 @@ run_one() {
   choose_fabrics
   need_hosts
   heal
+  began=$SECONDS
   remark "$1: $ABOUT"
   run_suite
   end_suite "$((SECONDS - began))" "seed=$SEED${QUICK:+ quick}"

@@ -2,8 +2,9 @@
 # cpu: what the source spends on a page that is pulled from it. Over verbs that must be nothing: N and 4N pages cost the same.
 #
 # The *process* is measured: run time of each of its threads as the scheduler counts it (/proc/PID/task/*/schedstat, nanoseconds) and
-# their context switches. rxe's own softirq work is the network card here, and is nobody's process. A process that waits for the
-# same time costs something too (timers, heartbeats), so that is measured in the same run, once every page has landed, and taken off.
+# their context switches. rxe's own softirq work is the network card here and nobody's process, but the kernel charges it to whoever
+# it interrupts: with one CPU a trace of it is seen. A process that waits for the same time costs something too (timers, heartbeats),
+# so that is measured in the same run, once every page has landed, and taken off.
 
 ABOUT="the source process's CPU time and context switches while N and 4N pages are pulled: over verbs no difference, over tcp one"
 NEEDS=(belay)
@@ -28,13 +29,13 @@ run_suite() {
 measure_pull() { # fabric, MiB
   local fabric=$1 size=$2 name="$1, $2 MiB" t0 t1 t2
   local -A at=()
-  start_migration cpu "$fabric" '--check --run-on 200ms' "--memory ${size}M --drive kvm --guest scanner --policy none --release 6s" &&
+  start_migration cpu "$fabric" '--check --run-on 200ms' "--memory ${size}M --drive kvm --guest scanner --policy none --release 12s" &&
     await_line a "$SEND" '"state":"serving"' 60 ||
     { not_ok "$name: started" "$(story_words)"; clear_migration; return 1; }
   sample_source && at[0]=$SAMPLE t0=$SAMPLED_AT
   await_line b "$RECEIVE" '"event":"all-landed"' 180 || { not_ok "$name: every page landed" "$(story_words)"; clear_migration; return 1; }
   sample_source && at[1]=$SAMPLE t1=$SAMPLED_AT
-  pass_ms 4000
+  pass_ms 3000
   sample_source && at[2]=$SAMPLE t2=$SAMPLED_AT
   await a "$SEND" 60 && await b "$RECEIVE" 60 || { not_ok "$name: released" "$(story_words)"; clear_migration; return 1; }
   keep_cost "$fabric" "$size" "${at[0]}" "${at[1]}" "${at[2]}" "$t0" "$t1" "$t2"
@@ -47,6 +48,7 @@ sample_source() {
   LABEL=sample on a 30 '
     pid=$(cat /tmp/pids/'"$SEND"'); ns=0; switches=0
     for task in /proc/$pid/task/*; do
+      [ -r $task/schedstat ] || continue
       read -r run _ <$task/schedstat
       more=$(sed -n "s/.*ctxt_switches:[^0-9]*//p" $task/status | { read -r a; read -r b; echo $((a + b)); })
       ns=$((ns + run)) switches=$((switches + more))
@@ -84,8 +86,8 @@ judge_cost() { # fabric
   figure 'further context switches' "$extra_switches" ''
   case $1 in
     verbs)
-      # A page that went through the process would cost it at least a wake-up: some 20 us and one switch in eight on these hosts.
-      if holds "$us < 2 && $extra_switches < $pages / 50"; then
+      # Pages that went through the process would wake it, once for several at best; over tcp one takes hundreds of microseconds.
+      if holds "$us < 25 && $extra_switches < $pages / 50"; then
         ok "$1: a further page costs the source's process nothing"
       else
         not_ok "$1: a further page costs the source's process nothing" 'it costs time or context switches'
@@ -93,7 +95,7 @@ judge_cost() { # fabric
       ;;
     *)
       # The proof that this measure sees work where there is some.
-      if holds "$us > 2"; then
+      if holds "$us > 25"; then
         ok "$1: a further page costs the source's process time, and this measure sees it"
       else
         not_ok "$1: a further page costs the source's process time, and this measure sees it" 'it saw none'

@@ -60,6 +60,14 @@ impl Pace {
         }
     }
 
+    /// How long the answer to a demand READ is worth being awake for: twice what it takes unloaded, nothing where that is longer
+    /// than `bound` or not known yet.
+    #[inline]
+    pub(super) fn awake_ns(&self, bound_ns: u64) -> u64 {
+        let expected = self.unloaded_ns * 2;
+        if expected <= bound_ns { expected } else { 0 }
+    }
+
     /// A background chunk completed.
     #[inline]
     pub(super) fn bulk_completed(&mut self) {
@@ -105,6 +113,18 @@ mod tests {
         assert_eq!(pace.window(), 1);
         (0..1000).for_each(|_| pace.bulk_completed());
         assert_eq!(pace.window(), 8);
+    }
+
+    #[test]
+    fn a_quick_answer_is_waited_for_awake_and_a_slow_one_asleep() {
+        let mut pace = Pace::new(&Tuning::default());
+        assert_eq!(pace.awake_ns(2_000_000), 0, "nothing is known of the path yet");
+        (0..100).for_each(|_| pace.demand_completed(400_000));
+        assert!((800_000..2_000_000).contains(&pace.awake_ns(2_000_000)));
+        assert_eq!(pace.awake_ns(500_000), 0);
+        let mut far = Pace::new(&Tuning::default());
+        far.demand_completed(30_000_000);
+        assert_eq!(far.awake_ns(2_000_000), 0);
     }
 
     #[test]

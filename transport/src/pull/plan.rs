@@ -78,6 +78,9 @@ pub struct Tuning {
     pub demand_timeout: Duration,
     /// Most time spent spinning before sleeping in poll(2).
     pub spin: Duration,
+    /// On a path that answers a demand READ within this, the shard stays awake for the answer (it yields the CPU after `spin`):
+    /// going to sleep and being woken would cost the fault as much again. Slower paths are slept for.
+    pub demand_awake: Duration,
     /// Once so many frames have landed, only faults are served (for demonstrations and tests of what happens in mid-pull).
     pub hold_at_landed: Option<u64>,
 }
@@ -91,6 +94,7 @@ impl Default for Tuning {
             busy_chunk_bytes: 64 << 10,
             demand_timeout: Duration::from_secs(5),
             spin: Duration::from_micros(50),
+            demand_awake: Duration::from_millis(2),
             hold_at_landed: None,
         }
     }

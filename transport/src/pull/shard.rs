@@ -150,11 +150,18 @@ impl Shard {
             }
             self.notice_end();
             let now = self.shared.now_ns();
-            if now - *idle_since.get_or_insert(now) >= self.spin_ns {
-                self.check_timeouts()?;
-                self.sleep(now)?;
-                idle_since = None;
+            let idle = now - *idle_since.get_or_insert(now);
+            if idle < self.spin_ns {
+                continue;
             }
+            if self.slots.demand_in_use() && idle < self.pace.awake_ns(self.shared.tuning.demand_awake.as_nanos() as u64) {
+                // The answer is near. Whoever else wants this CPU has it: a software device's threads, or the peer's on one host.
+                std::thread::yield_now();
+                continue;
+            }
+            self.check_timeouts()?;
+            self.sleep(now)?;
+            idle_since = None;
         }
         Ok(())
     }

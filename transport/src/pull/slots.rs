@@ -68,6 +68,11 @@ impl Slots {
         }
     }
 
+    /// Whether a demand slot is in use.
+    pub(super) fn demand_in_use(&self) -> bool {
+        self.free_demand.len() < self.demand
+    }
+
     /// Bulk slots in use.
     pub(super) fn bulk_in_use(&self) -> usize {
         self.table.len() - self.demand - self.free_bulk.len()

@@ -44,6 +44,8 @@ pub struct VerbsInitiator {
     pinned_bytes: u64,
     mappings: Vec<Arc<Mapping>>,
     registered: Vec<Registered>,
+    /// Taken and not spoken on yet: a first lane that was not opened in time leaves it for the next.
+    stream: Option<ExportsStream>,
     /// From the first lane on.
     pub(super) session: Option<Open>,
     details: Option<FabricDetails>,
@@ -81,6 +83,7 @@ impl VerbsInitiator {
             pinned_bytes: 0,
             mappings: Vec::new(),
             registered: Vec::new(),
+            stream: None,
             session: None,
             details: None,
             opened: Vec::new(),
@@ -104,8 +107,11 @@ impl VerbsInitiator {
 
     /// Receives the owner's offer and starts the steward.
     fn begin(&mut self, deadline: Deadline) -> Result<Open, FabricError> {
-        let mut stream = ExportsStream::new(self.acceptor.take(EXPORTS, deadline)?);
-        let offer = receive_offer(&mut stream, deadline)?;
+        if self.stream.is_none() {
+            self.stream = Some(ExportsStream::new(self.acceptor.take(EXPORTS, deadline)?));
+        }
+        let offer = receive_offer(self.stream.as_mut().expect("taken above"), deadline)?;
+        let mut stream = self.stream.take().expect("taken above");
         let table = Arc::new(SharedTable::new(RemoteTable::checked(offer.exports.clone())?, offer.version));
         stream.queue(&FromInitiator::Acknowledged { version: offer.version })?;
         let read_back = self.read_back()?;
