@@ -110,3 +110,22 @@ fn events(path: &Path) -> Result<Vec<Observation>, JudgeError> {
     }
     Ok(events)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVENT: &str = r#"{"id":"source-1-1","at_us":5,"event":"all-landed","took_us":1,"bytes":2,"faults":3}"#;
+
+    #[test]
+    fn a_line_that_power_loss_cut_short_is_passed_over_and_any_other_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events");
+        std::fs::write(&path, format!("{EVENT}\n{EVENT}\n{}", &EVENT[..40])).unwrap();
+        assert_eq!(events(&path).unwrap().len(), 2);
+        std::fs::write(&path, format!("{EVENT}\n{}\n{EVENT}\n", &EVENT[..40])).unwrap();
+        assert!(matches!(events(&path), Err(JudgeError::NotAnEvent { line: 2, .. })));
+        std::fs::write(&path, format!("{EVENT}\nnot finished with a newline\n")).unwrap();
+        assert!(matches!(events(&path), Err(JudgeError::NotAnEvent { line: 2, .. })), "a whole line that is no event");
+    }
+}
