@@ -10,7 +10,7 @@ use belay_transport::pull::Engine;
 use belay_transport::region::Mapping;
 use hdrhistogram::Histogram;
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A touch that took less met a page that was there already.
 const NO_FAULT_NS: u64 = 1_500;
@@ -38,7 +38,8 @@ pub fn run(wire: floor::Wire, quick: bool) -> Result<Report, BenchError> {
     let (mut floors, mut ours, mut loaded) = (floor::Faults::default(), Side::new(), Side::new());
     let (mut engine_ratios, mut toucher_ratios) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
-        let floor = floor::faults(wire, &floor_source, &order).map_err(BenchError::io("the floor's fault loop"))?;
+        let floor = floor::faults(wire, &floor_source, &order, Duration::ZERO)
+            .map_err(BenchError::io("the floor's fault loop"))?;
         let unloaded = engine_round(&carrier, &source, &order, true)?;
         engine_ratios.push(unloaded.server.value_at_quantile(0.5) as f64 / mid(&floor.server));
         toucher_ratios.push(mid(&unloaded.toucher) / mid(&floor.toucher));

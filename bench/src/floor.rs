@@ -136,8 +136,9 @@ fn ioctl<T>(fd: &OwnedFd, request: u32, argument: &mut T) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), u64::from(request), std::ptr::from_mut(argument)) }).map(|_| ())
 }
 
-/// Touches the pages of `order` one after the other while the leanest loop serves them.
-pub fn faults(wire: Wire, Source(source): &Source, order: &[usize]) -> io::Result<Faults> {
+/// Touches the pages of `order` one after the other while the leanest loop serves them. `wait`: before a page is shown the loop
+/// stays awake for so long, as if a wire had been waited for.
+pub fn faults(wire: Wire, Source(source): &Source, order: &[usize], wait: Duration) -> io::Result<Faults> {
     let memory = Memory::new(source.len)?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -151,7 +152,7 @@ pub fn faults(wire: Wire, Source(source): &Source, order: &[usize]) -> io::Resul
                 Some(ours)
             }
         };
-        let server = scope.spawn(|| serve(&memory, source, &stop, peer));
+        let server = scope.spawn(|| serve(&memory, source, &stop, peer, wait));
         let mut toucher = Vec::with_capacity(order.len());
         for page in order {
             let at = memory.guest.page(page * PAGE, 8).cast::<u64>();
@@ -166,7 +167,13 @@ pub fn faults(wire: Wire, Source(source): &Source, order: &[usize]) -> io::Resul
     })
 }
 
-fn serve(memory: &Memory, source: &Map, stop: &AtomicBool, mut peer: Option<TcpStream>) -> io::Result<Vec<u64>> {
+fn serve(
+    memory: &Memory,
+    source: &Map,
+    stop: &AtomicBool,
+    mut peer: Option<TcpStream>,
+    wait: Duration,
+) -> io::Result<Vec<u64>> {
     let mut times = Vec::with_capacity(1 << 16);
     let (mut message, mut page) = ([0_u64; 4], vec![0_u8; PAGE]);
     let mut empty = 0_u32;
@@ -192,6 +199,9 @@ fn serve(memory: &Memory, source: &Map, stop: &AtomicBool, mut peer: Option<TcpS
                 peer.read_exact(&mut page)?;
                 copy(page.as_ptr(), memory.alias.page(offset, PAGE), PAGE);
             }
+        }
+        while start.elapsed() < wait {
+            std::hint::spin_loop();
         }
         memory.show(offset, PAGE)?;
         times.push(start.elapsed().as_nanos() as u64);

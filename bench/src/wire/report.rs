@@ -137,11 +137,11 @@ pub fn print(outcome: &Outcome, server: &str, gbits: bool) {
     for used in &outcome.source {
         let (process, bytes) = (used.usage.process, used.bytes);
         println!(
-            " source: {} operations of {bytes} bytes, {:.0} us of its CPU ({:.1} ns each), {} context switches of its own will, \
-             {} forced",
+            " source: {} operations of {bytes} bytes, {:.0} us of its CPU, {:.0} without the thread that is asked; {} context \
+             switches of its own will, {} forced",
             used.operations,
             process.cpu_ns as f64 / 1e3,
-            process.cpu_ns as f64 / used.operations.max(1) as f64,
+            used.usage.others.cpu_ns as f64 / 1e3,
             process.voluntary_switches,
             process.involuntary_switches
         );

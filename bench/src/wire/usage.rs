@@ -48,6 +48,8 @@ pub struct Thread {
 pub struct Usage {
     /// With the threads that have ended.
     pub process: Used,
+    /// All threads that are there but the one that looked: who only answers questions between two looks is not counted.
+    pub others: Used,
     pub threads: Vec<Thread>,
 }
 
@@ -74,7 +76,10 @@ impl Usage {
             threads.extend(thread(&path).ok());
         }
         threads.sort_by_key(|thread| thread.id);
-        Ok(Self { process, threads })
+        let looking = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+        let others = threads.iter().filter(|thread| thread.id != looking);
+        let others = others.fold(Used::default(), |sum, thread: &Thread| sum.plus(thread.used));
+        Ok(Self { process, others, threads })
     }
 
     /// What was used between `earlier` and this look; of threads, those that are there now.
@@ -83,12 +88,14 @@ impl Usage {
             let before = earlier.threads.iter().find(|thread| thread.id == now.id).map(|thread| thread.used);
             Thread { used: now.used.since(before.unwrap_or_default()), ..now.clone() }
         });
-        Self { process: self.process.since(earlier.process), threads: threads.collect() }
+        let (process, others) = (self.process.since(earlier.process), self.others.since(earlier.others));
+        Self { process, others, threads: threads.collect() }
     }
 
     /// Adds another stretch; threads go by name, because every session has new ones.
     pub fn add(&mut self, other: Self) {
         self.process = self.process.plus(other.process);
+        self.others = self.others.plus(other.others);
         for thread in other.threads {
             match self.threads.iter_mut().find(|have| have.name == thread.name) {
                 Some(have) => have.used = have.used.plus(thread.used),
@@ -140,8 +147,11 @@ mod tests {
     #[test]
     fn stretches_of_different_sessions_add_up_by_the_threads_names() {
         let used = |cpu_ns| Used { cpu_ns, voluntary_switches: 1, involuntary_switches: 0 };
-        let of =
-            |id, ns| Usage { process: used(ns + 5), threads: vec![Thread { id, name: "lane".into(), used: used(ns) }] };
+        let of = |id, ns| Usage {
+            process: used(ns + 5),
+            others: used(ns),
+            threads: vec![Thread { id, name: "lane".into(), used: used(ns) }],
+        };
         let mut sum = of(1, 10);
         sum.add(of(2, 20));
         assert_eq!((sum.process.cpu_ns, sum.threads.len(), sum.threads[0].used.cpu_ns), (40, 1, 30));
