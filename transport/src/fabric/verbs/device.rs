@@ -8,7 +8,6 @@ use super::address::Local;
 use super::cm::{EventChannel, Id};
 use super::error::VerbsError;
 use belay_verbs_sys as ibv;
-use ibv::ibv_event_type as event_type;
 use std::collections::VecDeque;
 use std::ffi::CStr;
 use std::io;
@@ -237,6 +236,19 @@ struct Log {
 
 static ALL: Mutex<Vec<Weak<AsyncEvents>>> = Mutex::new(Vec::new());
 
+/// Numbers of asynchronous events. With the feature `rdma-sys` they are an enumeration that knows no number of a later kernel.
+#[allow(clippy::unnecessary_cast)]
+mod event {
+    use belay_verbs_sys::ibv_event_type as kind;
+    pub(super) const CQ_ERR: u32 = kind::IBV_EVENT_CQ_ERR as u32;
+    pub(super) const QP_FATAL: u32 = kind::IBV_EVENT_QP_FATAL as u32;
+    pub(super) const QP_REQ_ERR: u32 = kind::IBV_EVENT_QP_REQ_ERR as u32;
+    pub(super) const QP_ACCESS_ERR: u32 = kind::IBV_EVENT_QP_ACCESS_ERR as u32;
+    pub(super) const DEVICE_FATAL: u32 = kind::IBV_EVENT_DEVICE_FATAL as u32;
+    pub(super) const PORT_ERR: u32 = kind::IBV_EVENT_PORT_ERR as u32;
+    pub(super) const PORT_ACTIVE: u32 = kind::IBV_EVENT_PORT_ACTIVE as u32;
+}
+
 impl AsyncEvents {
     /// The one of that context.
     fn of(verbs: NonNull<ibv::ibv_context>) -> Result<Arc<Self>, VerbsError> {
@@ -287,36 +299,32 @@ impl AsyncEvents {
 
     /// One event: `None` when there is none, `Some(None)` for one that nobody here cares for.
     fn read(&self) -> Option<Option<AsyncEvent>> {
-        let mut event: ibv::ibv_async_event = ibv::zeroed();
-        // SAFETY: the context is open while anybody holds this; `event` may be written.
-        if unsafe { ibv::ibv_get_async_event(self.verbs.as_ptr(), &raw mut event) } != 0 {
+        let mut happened: ibv::ibv_async_event = ibv::zeroed();
+        // SAFETY: the context is open while anybody holds this; `happened` may be written.
+        if unsafe { ibv::ibv_get_async_event(self.verbs.as_ptr(), &raw mut happened) } != 0 {
             return None;
         }
         // SAFETY: the call filled it.
-        let number = unsafe { ibv::async_event_number(&raw const event) };
+        let number = unsafe { ibv::async_event_number(&raw const happened) };
         let told = match number {
-            event_type::IBV_EVENT_CQ_ERR => {
+            event::CQ_ERR => {
                 // SAFETY: this event carries a completion queue.
-                Some(AsyncEvent::CompletionQueue(unsafe { event.element.cq } as usize))
+                Some(AsyncEvent::CompletionQueue(unsafe { happened.element.cq } as usize))
             }
-            event_type::IBV_EVENT_QP_FATAL | event_type::IBV_EVENT_QP_REQ_ERR | event_type::IBV_EVENT_QP_ACCESS_ERR => {
+            event::QP_FATAL | event::QP_REQ_ERR | event::QP_ACCESS_ERR => {
                 // SAFETY: these events carry a queue pair.
-                Some(AsyncEvent::QueuePair(unsafe { event.element.qp } as usize))
+                Some(AsyncEvent::QueuePair(unsafe { happened.element.qp } as usize))
             }
-            event_type::IBV_EVENT_DEVICE_FATAL => Some(AsyncEvent::Device),
-            event_type::IBV_EVENT_PORT_ERR | event_type::IBV_EVENT_PORT_ACTIVE => {
+            event::DEVICE_FATAL => Some(AsyncEvent::Device),
+            event::PORT_ERR | event::PORT_ACTIVE => {
                 // SAFETY: these events carry a port's number.
-                let port = u8::try_from(unsafe { event.element.port_num }).unwrap_or(0);
-                Some(if number == event_type::IBV_EVENT_PORT_ERR {
-                    AsyncEvent::PortDown(port)
-                } else {
-                    AsyncEvent::PortUp(port)
-                })
+                let port = u8::try_from(unsafe { happened.element.port_num }).unwrap_or(0);
+                Some(if number == event::PORT_ERR { AsyncEvent::PortDown(port) } else { AsyncEvent::PortUp(port) })
             }
             _ => None,
         };
         // SAFETY: filled by ibv_get_async_event and acknowledged once, before its queue can be waited for by a destroyer.
-        unsafe { ibv::ibv_ack_async_event(&raw mut event) };
+        unsafe { ibv::ibv_ack_async_event(&raw mut happened) };
         Some(told)
     }
 }
