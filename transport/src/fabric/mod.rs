@@ -202,7 +202,8 @@ pub trait Lane: Send {
 
     /// Writes `trailer` after everything posted before it and returns once it is a *commit*:
     /// `local`: trailer stored, sequentially consistent fence, owner epoch read again and unchanged;
-    /// `tcp`: the owner's thread has acknowledged it after placing it.
+    /// `tcp`: the owner's thread has acknowledged it after placing it;
+    /// `verbs`: the trailer's WRITE has completed, on iWARP a READ of it behind it too.
     /// Completions that were not polled yet are consumed and dropped, those of reads too (their bytes are in place).
     /// [`FabricError::Revoked`] when the owner has taken the session back and the fabric lets the initiator see that (on
     /// `tcp` it sees the connection end); a deadline that passes breaks the lane, because whether the trailer was placed
@@ -283,7 +284,8 @@ pub trait Owner: Send {
     /// at which nothing can commit any more: whatever has committed is in it. Idempotent: a second call reads nothing.
     /// `tcp`: sockets shut and their threads joined; the ring then stands still. `local`: owner epoch bumped, fence; a stale writer
     /// may still scribble while `last_read` runs, so it judges from private copies; then the file is truncated to nothing, and the
-    /// owner's own mapping of it raises SIGBUS too. Without a ring nothing is read.
+    /// owner's own mapping of it raises SIGBUS too. `verbs`: queue pairs destroyed and the ring deregistered before it is read; guest
+    /// RAM is deregistered afterwards, in the background. Without a ring nothing is read.
     fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError>;
 
     /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
