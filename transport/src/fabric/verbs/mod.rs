@@ -42,6 +42,7 @@ mod registration;
 mod settings;
 mod table;
 
+pub(crate) use address::undecided;
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
 pub use owner::VerbsOwner;

@@ -66,7 +66,7 @@ fn world_of(ram_bytes: usize) -> Option<World> {
         let accepted = listener.accept(soon()).expect("accept").accept(b"", soon()).expect("reply");
         (dialled.join().expect("no panic").expect("connect"), accepted)
     });
-    let address = |control: &crate::session::Control| crate::fabric::own_address(control);
+    let address = |control: &crate::session::Control| crate::session::own_ip(control);
     let mut owner = VerbsOwner::new(source.lanes.clone(), address(&source.control)).expect("owner");
     let mut initiator =
         VerbsInitiator::new(destination.lanes.clone(), address(&destination.control)).expect("initiator");
