@@ -4,6 +4,7 @@ use crate::exit::Exit;
 use crate::holder::{self, Held, ThisHost};
 use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
+use crate::soak::points::StopAt;
 use crate::{fabric, report, signals};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
@@ -44,6 +45,9 @@ pub struct ReceiveArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -90,6 +94,7 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
             }
         }
     }
+    args.stop_at.iter().for_each(StopAt::arm);
     let exit = receive(&args, &observer);
     report::ended(&observer, exit)
 }

@@ -277,6 +277,9 @@ impl EpochObserver for Ears {
 
     fn failed(&self, error: &Arc<TetherError>) {
         let why = explain(&**error);
+        // Told here, while it is known which epoch it was that could not commit.
+        let state = "tether-failed".to_owned();
+        self.observer.note(Some(&self.because), Kind::State { state, why: why.clone() });
         // A full channel has told the main loop already that something is wrong.
         let _ = self.happened.try_send(match &**error {
             error if is_revoked(error) => Happening::SourceRevoked(why),

@@ -9,6 +9,7 @@ use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
+use belay_transport::stop_point::reached;
 use crossbeam_channel::select;
 use std::time::{Duration, Instant};
 
@@ -104,6 +105,7 @@ impl Destination<'_> {
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
+                reached("release-heard");
                 self.last = because;
                 Some(Event::ReleaseAcknowledged)
             }

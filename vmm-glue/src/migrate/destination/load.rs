@@ -8,6 +8,7 @@ use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::guest::TrackerKind;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
 use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, pull};
 use crossbeam_channel::{Sender, select};
 use std::sync::Arc;
@@ -45,6 +46,7 @@ impl Destination<'_> {
             recv(self.words) -> _ => return Err(DestinationError::Interrupted),
         };
         self.last = because;
+        reached("switch-heard");
         let begun = Instant::now();
         let engine = Arc::new(self.start_engine(&map)?);
         self.engine = Some(Arc::clone(&engine));
@@ -53,11 +55,14 @@ impl Destination<'_> {
         if let Some(tethering) = &mut self.tethering {
             tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
         }
+        reached("state-loading");
         guest.load(&device_state)?;
         guest.set_incarnation(nonce)?;
         self.nonces.push(nonce);
         let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
+        reached("state-loaded");
         self.tell(&ToSource::Loaded { because })?;
+        reached("loaded-told");
         self.go_due = Some(Deadline::after(self.config.bounds.switch));
         Ok(())
     }

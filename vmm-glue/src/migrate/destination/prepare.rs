@@ -15,6 +15,7 @@ use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::stop_point::reached;
 use belay_transport::uffd::UffdError;
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
 use crossbeam_channel::{Receiver, bounded, select};
@@ -183,6 +184,7 @@ impl<'a> Destination<'a> {
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        reached("prepare-heard");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
         let mut warden = match proposal.tether {
@@ -262,6 +264,7 @@ impl<'a> Destination<'a> {
         if let Some(details) = initiator.details() {
             observer.note(Some(&last), Kind::Fabric(details));
         }
+        reached("prepared");
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
         let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
         let prepared = ToSource::Prepared { secrets, because: last.clone() };

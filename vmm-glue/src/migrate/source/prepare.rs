@@ -15,6 +15,7 @@ use belay_checkpoint::ring::{OWNER_REGION_BYTES, OwnerRegion, RingReader};
 use belay_transport::fabric::{LaneId, LaneKind};
 use belay_transport::region::RamFile;
 use belay_transport::session::{Offer, RegionGeometry};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PageSize, fabric, session};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use std::os::fd::OwnedFd;
@@ -40,6 +41,7 @@ pub(super) fn prepare(
         .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
     let connected = connected(config.address.to_string(), &session.agreed, session.lanes.is_encrypted());
     let connected = observer.note(None, connected);
+    reached("source-connected");
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
@@ -100,6 +102,7 @@ pub(super) fn prepare(
     };
     let lane_watch = match owner.broken() {
         Some(fd) => {
+            let happened = happened.clone();
             let watch = LaneWatch::start(fd, move || drop(happened.try_send(Happening::LaneBroken)));
             Some(watch.map_err(io("start the lane watch"))?)
         }
@@ -116,11 +119,13 @@ pub(super) fn prepare(
     if let Some(registered) = registrations.take(again.elapsed()) {
         observer.note(Some(&prepared), registered);
     }
+    reached("source-prepared");
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     let live = Live {
         control,
         inbox,
         happenings,
+        _happened: happened,
         owner,
         registrations,
         placement,
