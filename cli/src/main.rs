@@ -7,7 +7,10 @@ mod fabric;
 mod holder;
 mod judge;
 mod keygen;
+mod logs;
+mod metrics;
 mod observe;
+mod operate;
 mod options;
 mod quantity;
 mod receive;
@@ -16,6 +19,7 @@ mod send;
 mod signals;
 mod vmm;
 
+use belay_vmm_glue::migrate::operator::Ask;
 use clap::{Parser, Subcommand};
 use exit::Exit;
 use std::process::ExitCode;
@@ -48,6 +52,18 @@ enum Command {
     Send(send::SendArgs),
     /// Wait for a guest, pull its memory, send checkpoints back
     Receive(receive::ReceiveArgs),
+    /// List the migrations that run on this host
+    List(operate::ListArgs),
+    /// Say how a migration stands: state, pages left, checkpoint age, output delay, last error and what led to it
+    Status(operate::StatusArgs),
+    /// Have a destination ask its source to let go of the guest
+    Release(operate::OrderArgs),
+    /// Take the guest back to the source, from the newest committed checkpoint
+    Catch(operate::OrderArgs),
+    /// Call a migration off while the guest has not left
+    Cancel(operate::OrderArgs),
+    /// Give a guest to a destination that is cut off from a source that is gone for good
+    Promote(operate::PromoteArgs),
     /// Make the certificates two hosts need to trust each other
     Keygen(keygen::KeygenArgs),
     /// Say what this host can do, and for each thing missing the command that mends it
@@ -73,6 +89,12 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(args),
         Command::Receive(args) => receive::run(args),
+        Command::List(args) => operate::list(&args),
+        Command::Status(args) => operate::status(&args),
+        Command::Release(args) => operate::order(&args, Ask::Release),
+        Command::Catch(args) => operate::order(&args, Ask::Catch),
+        Command::Cancel(args) => operate::order(&args, Ask::Cancel),
+        Command::Promote(args) => operate::promote(&args),
         Command::Keygen(args) => keygen::run(args),
         Command::Check(args) => check::run(args),
         Command::Observe(args) => observe::run(args),
