@@ -8,6 +8,7 @@ mod holder;
 mod judge;
 mod keygen;
 mod logs;
+mod manual;
 mod metrics;
 mod observe;
 mod operate;
@@ -68,6 +69,10 @@ enum Command {
     Keygen(keygen::KeygenArgs),
     /// Say what this host can do, and for each thing missing the command that mends it
     Check(check::CheckArgs),
+    /// Print completions for a shell
+    Completions(manual::CompletionsArgs),
+    /// Print the manual page of belay, or write those of all commands
+    Man(manual::ManArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
@@ -97,6 +102,8 @@ fn main() -> ExitCode {
         Command::Promote(args) => operate::promote(&args),
         Command::Keygen(args) => keygen::run(args),
         Command::Check(args) => check::run(args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
         Command::Judge(args) => judge::run(&args),
         Command::Vmm(args) => vmm::run(args),

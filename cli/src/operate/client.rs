@@ -55,25 +55,34 @@ fn among(there: &[String]) -> String {
 /// The processes of one run directory.
 pub struct Processes {
     path: PathBuf,
-    place: Option<Place>,
+    /// The directory itself, then those in it.
+    places: Vec<Place>,
 }
 
 impl Processes {
     /// Those whose sockets lie at `path`. A directory that is not there holds none.
     pub fn at(path: PathBuf) -> Result<Self, PlaceError> {
-        Ok(Self { place: Place::at(&path)?, path })
+        let place = Place::at(&path)?;
+        let inner = place.as_ref().map(Place::inner).unwrap_or_default();
+        Ok(Self { places: place.into_iter().chain(inner).collect(), path })
     }
 
+    /// Where they were looked for.
     pub fn path(&self) -> &std::path::Path {
         &self.path
     }
 
     /// The ids of those that live. What dead ones left is taken away, where that is possible.
     pub fn ids(&self) -> Result<Vec<String>, AskError> {
-        let Some(place) = &self.place else { return Ok(Vec::new()) };
-        // A directory that only root may write to is read all the same.
-        let _ = place.sweep();
-        Ok(place.ids()?)
+        let mut ids = Vec::new();
+        for place in &self.places {
+            // A directory that only root may write to is read all the same.
+            let _ = place.sweep();
+            ids.extend(place.ids()?);
+        }
+        ids.sort();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// What each says of itself.
@@ -139,7 +148,8 @@ impl Processes {
     fn ask(&self, id: &str, ask: Wanted, bound: Duration) -> Result<Line, AskError> {
         let silent = |source| AskError::Silent { id: id.to_owned(), source };
         let no_such = || AskError::NoSuch { id: id.to_owned(), there: Vec::new() };
-        let place = self.place.as_ref().ok_or_else(no_such)?;
+        let has_it = |place: &&Place| place.socket(id).symlink_metadata().is_ok();
+        let place = self.places.iter().find(has_it).ok_or_else(no_such)?;
         let stream = place::dial(&place.socket(id), ANSWER_BOUND).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => no_such(),
             _ => silent(source),

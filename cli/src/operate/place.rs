@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 const LONGEST_ID: usize = 64;
 /// Sockets looked at in one directory.
 const MOST_SOCKETS: usize = 1024;
+/// Directories in it that are looked into.
+const MOST_INNER: usize = 256;
 /// How long the directory's lock is waited for; whoever has it does a few system calls under it.
 const LOCK_BOUND: Duration = Duration::from_secs(5);
 
@@ -64,10 +66,15 @@ impl Place {
     pub fn make(path: &Path) -> Result<Self, PlaceError> {
         let doing = |doing| move |source| PlaceError::Io { doing, path: path.to_owned(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(doing("make"))?;
-        Self::at(path)?.ok_or_else(|| doing("find")(io::ErrorKind::NotFound.into()))
+        let place = Self::at(path)?.ok_or_else(|| doing("find")(io::ErrorKind::NotFound.into()))?;
+        let owner = fs::metadata(path).map_err(doing("look at"))?.uid();
+        match owner == rustix::process::geteuid().as_raw() || owner == 0 {
+            true => Ok(place),
+            false => Err(PlaceError::Unsafe { path: path.to_owned(), owner, mode: 0o700 }),
+        }
     }
 
-    /// The place at `path`, if it is there.
+    /// The place at `path`, if it is there: to be looked into. Root looks into any user's, if nobody else may write there.
     pub fn at(path: &Path) -> Result<Option<Self>, PlaceError> {
         let facts = match fs::symlink_metadata(path) {
             Ok(facts) => facts,
@@ -77,7 +84,8 @@ impl Place {
         // A link may lead anywhere; only what it leads to counts, and that is asked for below.
         let facts = if facts.is_symlink() { fs::metadata(path).unwrap_or(facts) } else { facts };
         let (owner, mode) = (facts.uid(), facts.mode() & 0o777);
-        let ours = owner == rustix::process::geteuid().as_raw() || owner == 0;
+        let own = rustix::process::geteuid();
+        let ours = owner == own.as_raw() || owner == 0 || own.is_root();
         if !facts.is_dir() || !ours || mode & 0o022 != 0 {
             return Err(PlaceError::Unsafe { path: path.to_owned(), owner, mode });
         }
@@ -86,6 +94,13 @@ impl Place {
 
     pub fn path(&self) -> &Path {
         &self.0
+    }
+
+    /// Directories in it that are places too: those of services that run as users of their own.
+    pub fn inner(&self) -> Vec<Self> {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let inner = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).take(MOST_INNER);
+        inner.filter_map(|entry| Self::at(&entry.path()).ok().flatten()).collect()
     }
 
     /// Where the socket of `id` is.
