@@ -181,6 +181,11 @@ impl Tethering {
         })
     }
 
+    /// When the lease ends, in ns of CLOCK_BOOTTIME; 0 before the first grant.
+    pub fn lease_ends_at_ns(&self) -> u64 {
+        self.heartbeat.lease_ends_at_ns()
+    }
+
     /// Whether the lease has run out, by the destination's own clock.
     pub fn lease_has_ended(&self) -> bool {
         self.tether.is_some() && self.heartbeat.status().granted > 0 && !self.heartbeat.lease().valid()

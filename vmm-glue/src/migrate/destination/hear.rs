@@ -53,7 +53,8 @@ impl Destination<'_> {
                     self.tick()
                 }
             },
-            recv(self.words) -> _ => self.interrupted(),
+            recv(self.words.signals) -> _ => self.interrupted(),
+            recv(self.words.orders) -> order => self.order(order.ok()?),
             default(TICK) => self.tick(),
         }
     }
@@ -111,6 +112,7 @@ impl Destination<'_> {
             }
             ToDestination::ReleaseRefused { because } => {
                 self.last = because;
+                self.release_refused();
                 Some(Event::ReleaseRefused)
             }
             ToDestination::Fate { fate, because } => {
@@ -164,6 +166,8 @@ impl Destination<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        let lease_ends = self.tethering.as_ref().map(|tethering| tethering.lease_ends_at_ns());
+        self.words.board.turned(lease_ends.filter(|&ends| ends > 0));
         if self.leaving.is_some_and(|due| due.expired()) {
             self.outcome = Some(Outcome::Fenced);
             return None;

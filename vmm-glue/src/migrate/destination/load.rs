@@ -1,5 +1,6 @@
 //! The switch as the destination has it: faults are served, writes tracked, state loaded.
 
+use super::order::before_the_switch;
 use super::{Destination, DestinationError, Happening};
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::Listened;
@@ -31,8 +32,9 @@ impl Destination<'_> {
     /// Waits for the switch, as long as the source likes: the guest runs there. Then loads, with faults served already.
     pub(super) fn await_switch(&mut self) -> Result<(), DestinationError> {
         let messages = self.inbox.messages().clone();
-        let (map, device_state, nonce, because) = select! {
-            recv(messages) -> heard => match heard {
+        let (map, device_state, nonce, because) = loop {
+            select! {
+            recv(messages) -> heard => break match heard {
                 Ok(Listened::Message(ToDestination::Switch { map, device_state, nonce, because })) => {
                     (map, device_state, nonce, because)
                 }
@@ -43,12 +45,15 @@ impl Destination<'_> {
                 Ok(Listened::Closed(why)) => return Err(DestinationError::PeerClosed(why)),
                 Err(_) => return Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
             },
-            recv(self.words) -> _ => return Err(DestinationError::Interrupted),
+            recv(self.words.signals) -> _ => return Err(DestinationError::Interrupted),
+            recv(self.words.orders) -> order => before_the_switch(order)?,
+            }
         };
         self.last = because;
         reached("switch-heard");
         let begun = Instant::now();
         let engine = Arc::new(self.start_engine(&map)?);
+        self.words.board.pulls_with(&engine);
         self.engine = Some(Arc::clone(&engine));
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.

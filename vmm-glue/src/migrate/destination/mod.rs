@@ -6,10 +6,12 @@
 mod act;
 mod hear;
 mod load;
+mod order;
 mod prepare;
 mod warden;
 
 use super::observation::{Kind, ObservationId, Observer};
+use super::operator::{Pending, Words};
 use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
@@ -173,6 +175,8 @@ pub enum DestinationError {
     TimedOut { waiting_for: &'static str, bound: Duration },
     #[error("ended by a signal")]
     Interrupted,
+    #[error("the operator cancelled the migration")]
+    Cancelled,
 }
 
 fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> DestinationError {
@@ -197,7 +201,7 @@ pub fn run(
     listener: &Listener,
     host: &mut dyn Host,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Ended, DestinationError> {
     let Some((session, proposal)) = await_source(listener, config.bounds, observer, words)? else {
         return Ok(Ended {
@@ -235,7 +239,8 @@ struct Destination<'a> {
     placement: Placement,
     proposal: Proposal,
     observer: &'a Observer,
-    words: &'a Receiver<i32>,
+    words: &'a Words,
+    pending: Pending,
     control: Arc<Control>,
     inbox: Arc<Inbox<ToDestination>>,
     happenings: Receiver<Happening>,
@@ -306,7 +311,8 @@ impl Destination<'_> {
                 Ok(step) => step,
                 // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
-                    self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
+                    let state = self.state.name().to_lowercase();
+                    self.observer.note_provoked(Some(&self.last), &state, illegal.to_string());
                     continue;
                 }
             };
@@ -314,6 +320,8 @@ impl Destination<'_> {
             self.state = next;
             if entered {
                 self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
+                let why = if self.why.is_empty() { event.name() } else { &self.why };
+                self.words.board.entered(next.name(), self.owner_epoch().map(|epoch| epoch.0), why);
             }
             for action in actions {
                 events.extend(self.carry_out(action));
@@ -328,10 +336,12 @@ impl Destination<'_> {
                 State::Preparing { .. } | State::Tethered { .. } | State::Fenced(_) => None,
             };
         }
+        self.settle_orders();
     }
 
     /// The role is over: what was started is ended, what is left is handed on.
     fn end(mut self) -> Ended {
+        self.settle_orders();
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted);
         if outcome == Outcome::Owner {
             let _ = self.tell(&ToSource::Farewell);
@@ -342,6 +352,7 @@ impl Destination<'_> {
         }
         if let Some(engine) = self.engine.take() {
             self.report_latencies(&engine);
+            self.words.board.pull_over(&engine);
             if let Ok(engine) = Arc::try_unwrap(engine).map_err(|_| ()) {
                 // Threads that do not end in time end on their own; their lanes are closed by the session's end.
                 let _ = engine.stop(Deadline::after(self.config.bounds.stop));

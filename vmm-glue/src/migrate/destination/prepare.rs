@@ -1,8 +1,10 @@
 //! Everything before the downtime: a source, RAM, lanes, VMM, guard.
 
+use super::order::{NO_GUEST_YET, before_the_switch};
 use super::warden::Warden;
 use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::operator::{Ask, Ended, Pending, Words};
 use crate::migrate::peer::{Inbox, Listened};
 use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
 use crate::migrate::registering::{Registrations, place, prefer};
@@ -18,7 +20,7 @@ use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeo
 use belay_transport::stop_point::reached;
 use belay_transport::uffd::UffdError;
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
-use crossbeam_channel::{Receiver, bounded, select};
+use crossbeam_channel::{bounded, select};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -28,12 +30,17 @@ pub(super) fn await_source(
     listener: &Listener,
     bounds: Bounds,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
-    let turned_away = |why: String| observer.note(None, Kind::State { state: "turned-away".to_owned(), why });
+    let turned_away = |why: String| drop(observer.note_provoked(None, "turned-away", why));
     loop {
-        if words.try_recv().is_ok() {
-            return Ok(None);
+        match words.wait(Some(Duration::ZERO), |ask| match ask {
+            Ask::Cancel => Ok("it listens no more".to_owned()),
+            _ => Err(NO_GUEST_YET.to_owned()),
+        }) {
+            Ended::Time => {}
+            Ended::Signal => return Ok(None),
+            Ended::Order => return Err(DestinationError::Cancelled),
         }
         let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
         for rejection in listener.take_rejections() {
@@ -42,7 +49,7 @@ pub(super) fn await_source(
         match incoming {
             Ok(incoming) => match agree(incoming, bounds) {
                 Ok(agreed) => return Ok(Some(agreed)),
-                Err(error) => drop(turned_away(protocol::explain(&error))),
+                Err(error) => turned_away(protocol::explain(&error)),
             },
             Err(SessionError::TimedOut { .. }) => {}
             Err(error) => return Err(DestinationError::Connect(error)),
@@ -102,22 +109,26 @@ pub(super) type Prepare = (Vec<(RegionId, ReadKey)>, RingKeys, RingOffer, Observ
 pub(super) fn await_prepare(
     inbox: &Inbox<ToDestination>,
     bound: Duration,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Prepare, DestinationError> {
-    select! {
-        recv(inbox.messages()) -> heard => match heard {
-            Ok(Listened::Message(ToDestination::Prepare { ram, ring, ring_geometry, because })) => {
-                Ok((ram, ring, ring_geometry, because))
-            }
-            Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
-            Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepare" }.into())
-            }
-            Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
-            Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
-        },
-        recv(words) -> _ => Err(DestinationError::Interrupted),
-        default(bound) => Err(DestinationError::TimedOut { waiting_for: "Prepare", bound }),
+    let deadline = Deadline::after(bound);
+    loop {
+        select! {
+            recv(inbox.messages()) -> heard => return match heard {
+                Ok(Listened::Message(ToDestination::Prepare { ram, ring, ring_geometry, because })) => {
+                    Ok((ram, ring, ring_geometry, because))
+                }
+                Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
+                Ok(Listened::Message(other)) => {
+                    Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepare" }.into())
+                }
+                Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
+                Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
+            },
+            recv(words.signals) -> _ => return Err(DestinationError::Interrupted),
+            recv(words.orders) -> order => before_the_switch(order)?,
+            default(deadline.left()) => return Err(DestinationError::TimedOut { waiting_for: "Prepare", bound }),
+        }
     }
 }
 
@@ -178,13 +189,15 @@ impl<'a> Destination<'a> {
         proposal: Proposal,
         host: &mut dyn Host,
         observer: &'a Observer,
-        words: &'a Receiver<i32>,
+        words: &'a Words,
     ) -> Result<Self, DestinationError> {
         let bounds = config.bounds;
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
         reached("prepare-heard");
+        words.board.session(offer.nonce);
+        words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
         let mut warden = match proposal.tether {
@@ -233,6 +246,7 @@ impl<'a> Destination<'a> {
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
+        words.board.emits_through(&output);
         let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
         let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
         if built.pid != std::process::id() {
@@ -276,6 +290,7 @@ impl<'a> Destination<'a> {
             proposal,
             observer,
             words,
+            pending: Pending::default(),
             control,
             inbox,
             happenings,

@@ -46,8 +46,12 @@ impl Source<'_> {
                 }
             },
             // A signal takes back a switch that has not happened, and a guest that has left.
-            recv(self.words) -> word => match word {
+            recv(self.words.signals) -> signal => match signal {
                 Ok(_) => self.ordered(),
+                Err(_) => self.tick(),
+            },
+            recv(self.words.orders) -> order => match order {
+                Ok(order) => self.order(order),
                 Err(_) => self.tick(),
             },
             default(TICK) => self.tick(),
@@ -137,6 +141,7 @@ impl Source<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        self.show();
         if self.answer_due.is_some_and(|due| due.expired())
             && matches!(self.state, State::Switching { .. } | State::Released { .. })
         {
