@@ -14,6 +14,7 @@ mod receive;
 mod report;
 mod send;
 mod signals;
+mod takeover;
 mod vmm;
 
 use clap::{Parser, Subcommand};
