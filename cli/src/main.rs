@@ -19,6 +19,7 @@ mod report;
 mod send;
 mod signals;
 mod soak;
+mod takeover;
 mod vmm;
 
 use belay_vmm_glue::migrate::operator::Ask;

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Output that may be held before vCPUs park (P7). Below what a record may carry.
-const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
+pub(super) const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
 
 /// Why no tether could be made.
 #[derive(Debug, thiserror::Error)]
