@@ -21,7 +21,7 @@ use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeo
 use belay_transport::stop_point::reached;
 use belay_transport::uffd::UffdError;
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
-use crossbeam_channel::{bounded, select};
+use crossbeam_channel::bounded;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
