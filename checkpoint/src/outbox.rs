@@ -17,6 +17,7 @@ pub use resend::{Resend, ResendError};
 use crate::guest::{Epoch, Packet, PacketSink};
 use belay_transport::Deadline;
 use hdrhistogram::Histogram;
+use belay_transport::stop_point::reached;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt;
@@ -419,7 +420,9 @@ impl Shared {
         let mut retry = FIRST_RETRY;
         while let Some(packet) = self.next_to_send() {
             // The lock is not held here; `sending` says that the first packet is on its way.
+            reached("output-cleared");
             let result = out.send(&packet);
+            reached("output-shown");
             let mut state = self.lock();
             state.sending = false;
             let had_room = state.has_room(self.bounds);

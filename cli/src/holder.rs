@@ -6,15 +6,15 @@ use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
-use belay_transport::region::{RamFile, RegionError};
+use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{Deadline, PageSize, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
-use belay_vmm_glue::kvm::apart::{FaultSource, RemoteGuest, VmmFaults};
+use belay_vmm_glue::kvm::apart::{Estate, FaultSource, Keeper, RemoteGuest, VmmFaults};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::kvm::registration::{features, register};
 use belay_vmm_glue::kvm::{DEFAULT_RING_ENTRIES, HostGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
-use belay_vmm_glue::migrate::destination::{Built, Host, Ram, shard_ranges};
+use belay_vmm_glue::migrate::destination::{Built, Host, Ram, VMM_SLOT, shard_ranges};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
@@ -124,13 +124,20 @@ impl Driver {
     }
 }
 
-/// How long a VMM whose page server has died keeps the guest's memory.
-pub const LINGER: Duration = Duration::from_secs(600);
+/// How long a VMM whose page server has died keeps the guest's memory, unless it is told otherwise.
+pub const LINGER: Duration = Duration::from_secs(3600);
+
+/// Where another page server can come in to a VMM of its own, and for how long it is waited for.
+#[derive(Debug, Clone)]
+pub struct Doors {
+    pub directory: PathBuf,
+    pub linger: Duration,
+}
 
 /// A VMM, its guest paused and empty; beside it the guest's other face where it runs in a process of its own.
 fn build(
     driver: &Driver,
-    place: VmmPlace,
+    (place, doors): (VmmPlace, Option<&Doors>),
     spec: &GuestSpec,
     tracker: Option<TrackerKind>,
     ram: &Ram,
@@ -155,9 +162,12 @@ fn build(
             let mut command = Command::new(program);
             // Its own group: a SIGINT from the terminal is for whoever holds the guest, who then decides.
             command.arg("vmm").process_group(0);
+            if let Some(Doors { directory, linger }) = doors {
+                command.arg("--doors").arg(directory).arg("--linger").arg(Span(*linger).to_string());
+            }
             let guest = RemoteGuest::spawn(command, spec, &options, file, alias, sink)?;
-            let (pid, faults) = (guest.pid().unwrap_or(own), guest.faults());
-            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(faults), pid }
+            let (pid, hands) = (guest.pid().unwrap_or(own), (guest.faults(), guest.keeper()));
+            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(hands), pid }
         }
         (Driver::Threads(_), VmmPlace::InProcess) => {
             let guest = HostGuest::new(spec, file, alias, sink)?;
@@ -174,7 +184,8 @@ fn build(
 /// What [`build`] built.
 struct Vmm {
     guest: SharedGuest,
-    remote: Option<FaultSource>,
+    /// By which a VMM of its own is asked for its faults, and to keep things.
+    remote: Option<(FaultSource, Keeper)>,
     pid: u32,
 }
 
@@ -198,7 +209,8 @@ impl Held {
         let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, page_size)?);
         let alias = Arc::new(file.map().map_err(HolderError::Map)?);
         let place = place.unwrap_or(VmmPlace::InProcess);
-        let Vmm { mut guest, pid, .. } = build(driver, place, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        let Vmm { mut guest, pid, .. } =
+            build(driver, (place, None), spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
         if pid != std::process::id() {
             observer.note(None, Kind::VmmStarted { pid });
         }
@@ -294,14 +306,23 @@ impl Held {
 pub struct ThisHost {
     drive: Option<Drive>,
     place: VmmPlace,
+    doors: Doors,
+    /// A VMM that a dead page server left.
+    estate: Option<Estate>,
     /// The guest, once it was built.
     pub built: Option<SharedGuest>,
 }
 
 impl ThisHost {
     /// A host that drives guests as asked.
-    pub fn new(drive: Option<Drive>, place: Option<VmmPlace>) -> Self {
-        Self { drive, place: place.unwrap_or(VmmPlace::InProcess), built: None }
+    pub fn new(drive: Option<Drive>, place: Option<VmmPlace>, doors: Doors) -> Self {
+        Self { drive, place: place.unwrap_or(VmmPlace::InProcess), doors, estate: None, built: None }
+    }
+
+    /// Goes on with the VMM of `estate`.
+    pub fn adopt_from(&mut self, estate: Estate) {
+        self.place = VmmPlace::Apart;
+        self.estate = Some(estate);
     }
 }
 
@@ -313,14 +334,14 @@ impl Host for ThisHost {
         shards: u16,
         tracker: Option<TrackerKind>,
         sink: Arc<dyn PacketSink>,
-        _life: Option<&LifePage>,
+        life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
         let VmmSpec::Kvm(spec) = spec;
         let [region] = ram else {
             return Err(GuestError::Unsupported(format!("{} regions of RAM; this VMM has one", ram.len())));
         };
         let driver = Driver::choose(self.drive);
-        let Vmm { guest, remote, pid } = build(&driver, self.place, spec, tracker, region, sink)?;
+        let Vmm { guest, remote, pid } = build(&driver, (self.place, Some(&self.doors)), spec, tracker, region, sink)?;
         let parts = shard_ranges(ram, shards);
         let page_size = region.file.page_size();
         let bytes: Vec<_> = parts
@@ -340,11 +361,11 @@ impl Host for ThisHost {
         };
         let address = guest.memory()[0].vmm_address;
         let protect = tracker == Some(TrackerKind::UffdWp);
-        let uffds = match remote {
-            Some(remote) => {
+        let uffds = match &remote {
+            Some((faults, _)) => {
                 let features = features(page_size, protect);
                 let one = |part: &std::ops::Range<u64>| {
-                    remote.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
+                    faults.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
                 };
                 bytes.iter().map(one).collect()
             }
@@ -355,11 +376,34 @@ impl Host for ThisHost {
         }?;
         self.built = Some(guest.clone());
         let shards = uffds.into_iter().zip(parts).collect();
-        Ok(Built { guest: Box::new(guest), shards, pid, gives_sign: false })
+        let keeper = remote.map(|(_, keeper)| keeper);
+        let gives_sign = match (&keeper, life) {
+            (Some(keeper), Some(life)) => keeper.give_sign(life.fd(), VMM_SLOT).map(|()| true)?,
+            _ => false,
+        };
+        Ok(Built { guest: Box::new(guest), shards, pid, gives_sign, keeper })
+    }
+
+    fn adopt(
+        &mut self,
+        alias: Arc<Mapping>,
+        sink: Arc<dyn PacketSink>,
+    ) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+        let estate = self.estate.take();
+        let estate = estate.ok_or_else(|| GuestError::Unsupported("there is no VMM to take over".into()))?;
+        let guest = RemoteGuest::take_over(estate, alias, sink)?;
+        let keeper = guest.keeper();
+        let guest = SharedGuest::new(Box::new(guest));
+        self.built = Some(guest.clone());
+        Ok((Box::new(guest), keeper))
     }
 
     fn output(&mut self, address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
         output(address, "destination")
+    }
+
+    fn vmm_is_apart(&self) -> bool {
+        self.place == VmmPlace::Apart
     }
 
     fn guard_command(&self) -> Result<GuardCommand, GuardError> {

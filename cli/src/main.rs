@@ -18,6 +18,8 @@ mod receive;
 mod report;
 mod send;
 mod signals;
+mod soak;
+mod takeover;
 mod vmm;
 
 use belay_vmm_glue::migrate::operator::Ask;
@@ -77,6 +79,8 @@ enum Command {
     Observe(observe::ObserveArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
     Judge(judge::JudgeArgs),
+    /// Break seeded migrations in known places and judge what becomes of each
+    Soak(soak::SoakArgs),
     /// The VMM in a process of its own (started by send and receive with --vmm apart)
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -106,6 +110,7 @@ fn main() -> ExitCode {
         Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
         Command::Judge(args) => judge::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };

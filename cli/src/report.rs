@@ -144,6 +144,9 @@ pub fn sentence(kind: &Kind) -> Option<String> {
             format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)
         }
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
+        Kind::TookOver { pid, landed_frames, missing_frames, held_packets } => format!(
+            "took over VMM {pid}: {landed_frames} pages are here, {missing_frames} missing, {held_packets} packets held; the guest is stopped"
+        ),
         Kind::Connected { peer, fabric, tls, protocol, without_verbs } => {
             let how = match (&**fabric, *tls) {
                 ("verbs", true) => "control by TLS 1.3, memory in clear",

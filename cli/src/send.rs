@@ -7,6 +7,7 @@ use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
+use crate::soak::points::StopAt;
 use crate::{fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
@@ -55,6 +56,9 @@ pub struct SendArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
     /// Under --output lease: order the catch as soon as the destination is lost. You then vouch that it shows no more output
     #[arg(long)]
     catch_on_loss: bool,
@@ -96,6 +100,7 @@ pub fn run(mut args: SendArgs) -> Exit {
             }
         }
     }
+    args.stop_at.iter().for_each(StopAt::arm);
     let logs = match logs::start(args.console.log.as_deref(), args.console.log_format) {
         Ok(logs) => logs,
         Err(exit) => return exit,
@@ -221,7 +226,12 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
                     "The guest was not touched. `belay check`, there and here, says what a host lacks.",
                 ),
             };
-            return fail(&error, advice, exit);
+            fail(&error, advice, exit);
+            // The guest runs here as it did. Where it was said how long it shall, it does; else it has nobody to run for.
+            return match args.run_on {
+                Some(_) => held.run_on(args.run_on, args.check, &output, &words, observer, exit),
+                None => exit,
+            };
         }
     };
     report::failed_text(observer, &why, advice);

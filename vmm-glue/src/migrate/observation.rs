@@ -45,6 +45,8 @@ pub enum Kind {
     GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
+    /// This page server goes on with the VMM that a dead one left, which is process `pid`. The guest is stopped.
+    TookOver { pid: u32, landed_frames: u64, missing_frames: u64, held_packets: u64 },
     /// The two hosts have agreed on a session.
     Connected {
         peer: String,

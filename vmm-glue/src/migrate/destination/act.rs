@@ -7,6 +7,7 @@ use crate::migrate::protocol::ToSource;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
+use belay_transport::stop_point::reached;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,8 +15,14 @@ impl Destination<'_> {
     /// Does one thing; what came of it, if that is an event.
     pub(super) fn carry_out(&mut self, action: Action) -> Option<Event> {
         match action {
-            Action::ResumeGuest => self.resume_guest(),
-            Action::SendResumed => self.send(&ToSource::Resumed { because: self.last.clone() }),
+            Action::ResumeGuest => {
+                reached("go-heard");
+                self.resume_guest()
+            }
+            Action::SendResumed => {
+                reached("tether-started");
+                self.send(&ToSource::Resumed { because: self.last.clone() })
+            }
             Action::SendSwitchFailed => {
                 let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
                 None
@@ -79,7 +86,9 @@ impl Destination<'_> {
             Action::AskRelease => {
                 let because =
                     self.note(Kind::State { state: "release-asked".to_owned(), why: "every page is here".to_owned() });
-                self.send(&ToSource::ReleaseAsked { all_landed: true, because })
+                let asked = self.send(&ToSource::ReleaseAsked { all_landed: true, because });
+                reached("release-asked");
+                asked
             }
             Action::DiscardGuest => {
                 self.stop_guest();
@@ -122,6 +131,7 @@ impl Destination<'_> {
                     engine.resume_background();
                 }
                 self.note(Kind::Resumed { nonce });
+                reached("resumed");
                 Some(Event::GuestResumed)
             }
             Err(error) => {

@@ -2,13 +2,14 @@
 
 use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::Listened;
+use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
+use belay_transport::stop_point::reached;
 use crossbeam_channel::select;
 use std::time::{Duration, Instant};
 
@@ -102,9 +103,12 @@ impl Destination<'_> {
             ToDestination::Go { owner_epoch, because } => {
                 self.go_due = None;
                 self.last = because;
+                // Before the guest runs here: from then on a page server that dies leaves something.
+                self.lay_down_will(owner_epoch, false);
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
+                reached("release-heard");
                 self.last = because;
                 Some(Event::ReleaseAcknowledged)
             }
@@ -120,7 +124,7 @@ impl Destination<'_> {
             }
             ToDestination::Failed { reason, because } => {
                 self.last = because;
-                self.why = format!("the source failed: {reason}");
+                self.why = format!("the source failed: {}", harmless(&reason));
                 Some(match self.state {
                     State::Preparing { .. } => Event::PrepareFailed,
                     _ => Event::ConnectionClosed,

@@ -5,10 +5,13 @@
 
 mod act;
 mod hear;
+mod heard;
 mod load;
 mod order;
 mod prepare;
+mod takeover;
 mod warden;
+mod will;
 
 use super::observation::{Kind, ObservationId, Observer};
 use super::operator::{Pending, Words};
@@ -16,9 +19,10 @@ use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
-use super::switch_map::SwitchMapError;
+use super::switch_map::{RegionClasses, SwitchMapError};
 use super::tethering::{Tethering, TetheringError};
 use crate::guard::{GuardCommand, GuardError, LifePage};
+use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::destination::{Event, State, step};
@@ -37,7 +41,9 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+pub use takeover::{Inherited, take_over};
 use warden::Warden;
+pub use will::{Will, WillError};
 
 /// What a destination needs to know before any guest comes.
 #[derive(Debug, Clone)]
@@ -73,6 +79,8 @@ pub struct Built {
     pub pid: u32,
     /// Whether it gives a sign of life of its own.
     pub gives_sign: bool,
+    /// By which things are laid down for the page server after this one, where the VMM is a process of its own.
+    pub keeper: Option<Keeper>,
 }
 
 /// The VMM's, where it is a process of its own.
@@ -92,8 +100,16 @@ pub trait Host {
         life: Option<&LifePage>,
     ) -> Result<Built, GuestError>;
 
+    /// Goes on with the VMM that a dead page server left, in which `alias` is a mapping of guest RAM. What had not left is in `sink` when this
+    /// returns.
+    fn adopt(&mut self, alias: Arc<Mapping>, sink: Arc<dyn PacketSink>)
+    -> Result<(Box<dyn Guest>, Keeper), GuestError>;
+
     /// The way out for output.
     fn output(&mut self, address: Option<&str>) -> std::io::Result<Box<dyn Emitter>>;
+
+    /// Whether [`Host::build`] starts the VMM in a process of its own.
+    fn vmm_is_apart(&self) -> bool;
 
     /// How the guard process is started.
     fn guard_command(&self) -> Result<GuardCommand, GuardError>;
@@ -159,6 +175,10 @@ pub enum DestinationError {
     Guard(#[from] GuardError),
     #[error(transparent)]
     Tethering(#[from] TetheringError),
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    #[error(transparent)]
+    Will(#[from] WillError),
     #[error("cannot {doing}")]
     Io {
         doing: &'static str,
@@ -251,6 +271,9 @@ struct Destination<'a> {
     guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
     warden: Option<Warden>,
+    keeper: Option<Keeper>,
+    /// What the next page server must know beside what this one was told at first; there once the switch has come.
+    map: Vec<RegionClasses>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
     /// Taken when the engine starts.

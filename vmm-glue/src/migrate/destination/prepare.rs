@@ -1,12 +1,13 @@
 //! Everything before the downtime: a source, RAM, lanes, VMM, guard.
 
-use super::order::{NO_GUEST_YET, before_the_switch};
-use super::warden::Warden;
-use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
+use super::order::NO_GUEST_YET;
+use super::warden::{self, Warden};
+use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, heard, io};
+use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::operator::{Ask, Ended, Pending, Words};
-use crate::migrate::peer::{Inbox, Listened};
-use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::peer::Inbox;
+use crate::migrate::protocol::{PROTOCOL_VERSION, RingOffer, ToDestination, ToSource};
 use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
@@ -17,6 +18,7 @@ use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::stop_point::reached;
 use belay_transport::uffd::UffdError;
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
 use crossbeam_channel::{bounded, select};
@@ -110,24 +112,9 @@ pub(super) fn await_prepare(
     bound: Duration,
     words: &Words,
 ) -> Result<Prepare, DestinationError> {
-    let deadline = Deadline::after(bound);
-    loop {
-        select! {
-            recv(inbox.messages()) -> heard => return match heard {
-                Ok(Listened::Message(ToDestination::Prepare { ram, ring, ring_geometry, because })) => {
-                    Ok((ram, ring, ring_geometry, because))
-                }
-                Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
-                Ok(Listened::Message(other)) => {
-                    Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepare" }.into())
-                }
-                Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
-                Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
-            },
-            recv(words.signals) -> _ => return Err(DestinationError::Interrupted),
-            recv(words.orders) -> order => before_the_switch(order)?,
-            default(deadline.left()) => return Err(DestinationError::TimedOut { waiting_for: "Prepare", bound }),
-        }
+    match heard::next(inbox, "Prepare", Some(bound), words)? {
+        ToDestination::Prepare { ram, ring, ring_geometry, because } => Ok((ram, ring, ring_geometry, because)),
+        other => Err(heard::unexpected(&other, "Prepare")),
     }
 }
 
@@ -194,12 +181,16 @@ impl<'a> Destination<'a> {
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        reached("prepare-heard");
         words.board.session(offer.nonce);
         words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
-        let mut warden = match proposal.tether {
-            Some(_) => Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, deadline)?),
+        let mut warden = match &proposal.tether {
+            Some(tether) => {
+                let arms = warden::arms(tether, host.vmm_is_apart());
+                Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, arms, deadline)?)
+            }
             None => None,
         };
         let mut initiator = fabric::initiator(&session)?;
@@ -240,13 +231,20 @@ impl<'a> Destination<'a> {
         };
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
         let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
-        let output = tethering::outbox(tethering.as_ref(), emitter).map_err(io("start the outbox"))?;
+        let ledger = Ledger::new()?;
+        let output = tethering::outbox(tethering.as_ref(), ledger.keep(emitter)).map_err(io("start the outbox"))?;
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
         words.board.emits_through(&output);
         let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
         let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
+        if let Some(keeper) = &built.keeper {
+            keeper.keep(Kept::Ledger, ledger.fd())?;
+            if let Some(warden) = &warden {
+                keeper.keep(Kept::Guard, warden.guard.hand_over())?;
+            }
+        }
         if built.pid != std::process::id() {
             observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
         }
@@ -276,6 +274,7 @@ impl<'a> Destination<'a> {
         if let Some(details) = initiator.details() {
             observer.note(Some(&last), Kind::Fabric(details));
         }
+        reached("prepared");
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
         let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
         let prepared = ToSource::Prepared { secrets, because: last.clone() };
@@ -297,6 +296,8 @@ impl<'a> Destination<'a> {
             guest: Some(built.guest),
             output,
             warden,
+            keeper: built.keeper,
+            map: Vec::new(),
             ram,
             vmm_pid: built.pid,
             parts,

@@ -3,7 +3,7 @@
 use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::Listened;
+use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol::ToSource;
 use belay_checkpoint::ownership::source::{Event, State};
 use crossbeam_channel::select;
@@ -126,7 +126,7 @@ impl Source<'_> {
                 // Before the guest went this takes the switch back; after it, the destination has fenced itself.
                 let switching = matches!(self.state, State::Switching { .. });
                 let event = if switching { Event::SwitchFailed } else { Event::ConnectionClosed };
-                Some(self.lost(event, &format!("the destination failed: {reason}")))
+                Some(self.lost(event, &format!("the destination failed: {}", harmless(&reason))))
             }
             ToSource::Farewell => {
                 self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);

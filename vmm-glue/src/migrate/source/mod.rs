@@ -30,7 +30,7 @@ use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Mapping, RegionError};
 use belay_transport::session::{Address, Control, SessionConfig, SessionError};
 use belay_transport::{Deadline, RegionId};
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 pub(super) use prepare::lanes;
 use prepare::prepare;
 use std::collections::VecDeque;
@@ -131,6 +131,8 @@ struct Live {
     control: Arc<Control>,
     inbox: Inbox<ToSource>,
     happenings: Receiver<Happening>,
+    /// Kept so that waiting for happenings goes on waiting when everybody who could tell of one has gone.
+    _happened: Sender<Happening>,
     owner: Box<dyn Owner>,
     registrations: Registrations,
     placement: Placement,

@@ -16,6 +16,7 @@ use belay_checkpoint::ring::{OWNER_REGION_BYTES, OwnerRegion, RingReader};
 use belay_transport::fabric::{LaneId, LaneKind};
 use belay_transport::region::RamFile;
 use belay_transport::session::{Offer, RegionGeometry};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PageSize, fabric, session};
 use crossbeam_channel::{Sender, bounded, select};
 use std::os::fd::OwnedFd;
@@ -41,6 +42,7 @@ pub(super) fn prepare(
         .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
     let connected = connected(config.address.to_string(), &session.agreed, session.lanes.is_encrypted());
     let connected = observer.note(None, connected);
+    reached("source-connected");
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
@@ -102,6 +104,7 @@ pub(super) fn prepare(
     };
     let lane_watch = match owner.broken() {
         Some(fd) => {
+            let happened = happened.clone();
             let watch = LaneWatch::start(fd, move || drop(happened.try_send(Happening::LaneBroken)));
             Some(watch.map_err(io("start the lane watch"))?)
         }
@@ -118,11 +121,13 @@ pub(super) fn prepare(
     if let Some(registered) = registrations.take(again.elapsed()) {
         observer.note(Some(&prepared), registered);
     }
+    reached("source-prepared");
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     let live = Live {
         control,
         inbox,
         happenings,
+        _happened: happened,
         owner,
         registrations,
         placement,
@@ -169,7 +174,7 @@ pub(super) fn await_prepared(
                 Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
                 Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
                 Ok(Listened::Message(other)) => {
-                    Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into())
+                    Err(ProtocolError::Unexpected { got: other.kind().to_owned(), wanted: "Prepared" }.into())
                 }
                 Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
                 Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
