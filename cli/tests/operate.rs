@@ -186,7 +186,7 @@ mod seeing {
         let (code, said, _) = told(&belay(&place, &["list"]));
         assert_eq!((code, said.starts_with("no migration runs here")), (0, true), "{said}");
         let (code, _, complaint) = told(&belay(&place, &["status", "vm9"]));
-        assert_eq!(code, 7, "{complaint}");
+        assert_eq!(code, 30, "{complaint}");
         assert!(complaint.contains("`vm9`; none runs"), "{complaint}");
         let run = place.text("run");
         let mut first =
@@ -196,11 +196,11 @@ mod seeing {
         [&mut first, &mut second].map(|process| process.wait_for_event("listening"));
         for command in [&["status", "vm9"][..], &["release", "vm9"], &["promote", "vm9"]] {
             let (code, _, complaint) = told(&belay(&place, command));
-            assert_eq!(code, 7, "{complaint}");
+            assert_eq!(code, 30, "{complaint}");
             assert!(complaint.contains("vm1, vm2"), "{complaint}");
         }
         let (code, _, complaint) = told(&belay(&place, &["catch", "vm"]));
-        assert!(code == 7 && complaint.contains("may mean any of: vm1, vm2"), "{complaint}");
+        assert!(code == 30 && complaint.contains("may mean any of: vm1, vm2"), "{complaint}");
         let mut third =
             place.belay(&["receive", "--json", "--listen", "127.0.0.1:0", "--run-dir", &run, "--name", "vm1"]);
         assert_eq!(third.end(), 2, "a name is one process's: {}", third.story());
@@ -296,14 +296,14 @@ mod ordering {
         let mut pair = Pair::start("tcp", &["--hold-pull-at", "50", "--run-on", "100ms"], &["--release", "never"]);
         pair.wait_status("there", "a tether in mid-pull", |now| now["state"] == "tethered");
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert_eq!(code, 8, "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
         assert!(complaint.contains("pages have not landed here"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["release", "here"]));
-        assert!(code == 8 && complaint.contains("at the destination"), "{complaint}");
+        assert!(code == 31 && complaint.contains("at the destination"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["cancel", "here"]));
-        assert!(code == 8 && complaint.contains("the guest has left this host"), "{complaint}");
+        assert!(code == 31 && complaint.contains("the guest has left this host"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
-        assert!(code == 8 && complaint.contains("the source is heard"), "{complaint}");
+        assert!(code == 31 && complaint.contains("the source is heard"), "{complaint}");
         // It went on all the same.
         assert_eq!(pair.status("there")["state"], "tethered");
         pair.source.signal(libc::SIGTERM);
@@ -327,7 +327,7 @@ mod ordering {
             let tethered = |now: &Value| now["checkpoints"]["folded_epoch"].as_u64() > Some(2);
             pair.wait_status("here", "checkpoints to catch from", tethered);
             let (code, _, complaint) = told(&pair.belay(&["catch", "there"]));
-            assert!(code == 8 && complaint.contains("at the source"), "{complaint}");
+            assert!(code == 31 && complaint.contains("at the source"), "{complaint}");
             let (code, said, complaint) = told(&pair.belay(&["catch", "here", "--json"]));
             assert_eq!(code, 0, "{complaint} {}", pair.source.story());
             let answers: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
@@ -345,9 +345,9 @@ mod ordering {
         let mut pair = Pair::start("tcp", &[], &["--run-before", "60s", "--run-on", "200ms"]);
         pair.wait_status("here", "a guest that fills its memory", |now| now["state"] == "filling");
         let (code, _, complaint) = told(&pair.belay(&["catch", "here"]));
-        assert!(code == 8 && complaint.contains("has not been moved yet"), "{complaint}");
+        assert!(code == 31 && complaint.contains("has not been moved yet"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert!(code == 8 && complaint.contains("no guest runs here yet"), "{complaint}");
+        assert!(code == 31 && complaint.contains("no guest runs here yet"), "{complaint}");
         let (code, said, complaint) = told(&pair.belay(&["cancel", "here"]));
         assert_eq!(code, 0, "{complaint}");
         assert!(said.contains("runs on here"), "{said}");
@@ -376,13 +376,13 @@ mod ordering {
         assert!(error["story"].as_array().is_some_and(|story| story.len() > 1), "{error:#}");
         assert_eq!(fenced["pages"]["left"], 0);
         let (code, _, complaint) = told(&pair.belay(&["promote", "there"]));
-        assert_eq!(code, 8, "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
         assert!(
             complaint.contains("a past that never was") && complaint.contains("--i-know-the-source-is-gone"),
             "{complaint}"
         );
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert!(code == 8 && complaint.contains("belay promote"), "{complaint}");
+        assert!(code == 31 && complaint.contains("belay promote"), "{complaint}");
         assert_eq!(pair.status("there")["state"], "fenced");
         let (code, said, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
         assert_eq!(code, 0, "{complaint} {}", pair.destination.story());
@@ -402,7 +402,7 @@ mod ordering {
         pair.source.crash();
         let fenced = pair.wait_status("there", "a fence", |now| now["state"] == "fenced");
         let (code, _, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
-        assert_eq!(code, 8, "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
         let missing = pair.status("there")["pages"]["left"].as_u64().unwrap();
         assert!(complaint.contains(&format!("{missing} pages have not landed here")), "{complaint} {fenced:#}");
         assert_eq!(pair.status("there")["state"], "fenced");
@@ -421,7 +421,7 @@ mod ordering {
         assert_eq!(owner["pages"]["left"], 0, "{owner:#}");
         for ask in ["release", "cancel"] {
             let (code, _, complaint) = told(&pair.belay(&[ask, "there"]));
-            assert!(code == 8 && complaint.contains("the migration is over"), "{complaint}");
+            assert!(code == 31 && complaint.contains("the migration is over"), "{complaint}");
         }
         assert_eq!(pair.source.end(), 0);
         pair.destination.signal(libc::SIGTERM);
