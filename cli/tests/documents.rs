@@ -64,7 +64,8 @@ fn every_test_that_a_document_names_is_there() {
     for (path, text) in documents() {
         for (name, more) in text.split('`').skip(1).step_by(2).filter_map(test_name) {
             named += 1;
-            let there = if more { functions.iter().any(|there| there.starts_with(name)) } else { functions.contains(name) };
+            let there =
+                if more { functions.iter().any(|there| there.starts_with(name)) } else { functions.contains(name) };
             assert!(there, "{} names {name}, which is no function here", path.display());
         }
     }

@@ -186,7 +186,7 @@ mod seeing {
         let (code, said, _) = told(&belay(&place, &["list"]));
         assert_eq!((code, said.starts_with("no migration runs here")), (0, true), "{said}");
         let (code, _, complaint) = told(&belay(&place, &["status", "vm9"]));
-        assert_eq!(code, 7, "{complaint}");
+        assert_eq!(code, 30, "{complaint}");
         assert!(complaint.contains("`vm9`; none runs"), "{complaint}");
         let run = place.text("run");
         let mut first =
@@ -196,11 +196,11 @@ mod seeing {
         [&mut first, &mut second].map(|process| process.wait_for_event("listening"));
         for command in [&["status", "vm9"][..], &["release", "vm9"], &["promote", "vm9"]] {
             let (code, _, complaint) = told(&belay(&place, command));
-            assert_eq!(code, 7, "{complaint}");
+            assert_eq!(code, 30, "{complaint}");
             assert!(complaint.contains("vm1, vm2"), "{complaint}");
         }
         let (code, _, complaint) = told(&belay(&place, &["catch", "vm"]));
-        assert!(code == 7 && complaint.contains("may mean any of: vm1, vm2"), "{complaint}");
+        assert!(code == 30 && complaint.contains("may mean any of: vm1, vm2"), "{complaint}");
         let mut third =
             place.belay(&["receive", "--json", "--listen", "127.0.0.1:0", "--run-dir", &run, "--name", "vm1"]);
         assert_eq!(third.end(), 2, "a name is one process's: {}", third.story());
@@ -296,18 +296,18 @@ mod ordering {
         let mut pair = Pair::start("tcp", &["--hold-pull-at", "50", "--run-on", "100ms"], &["--release", "never"]);
         pair.wait_status("there", "a tether in mid-pull", |now| now["state"] == "tethered");
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert_eq!(code, 8, "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
         assert!(complaint.contains("pages have not landed here"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["release", "here"]));
-        assert!(code == 8 && complaint.contains("at the destination"), "{complaint}");
+        assert!(code == 31 && complaint.contains("at the destination"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["cancel", "here"]));
-        assert!(code == 8 && complaint.contains("the guest has left this host"), "{complaint}");
+        assert!(code == 31 && complaint.contains("the guest has left this host"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
-        assert!(code == 8 && complaint.contains("the source is heard"), "{complaint}");
+        assert!(code == 31 && complaint.contains("the source is heard"), "{complaint}");
         // It went on all the same.
         assert_eq!(pair.status("there")["state"], "tethered");
         pair.source.signal(libc::SIGTERM);
-        assert_eq!((pair.source.end(), pair.destination.end()), (130, 13), "{}", pair.destination.story());
+        assert_eq!((pair.source.end(), pair.destination.end()), (10, 13), "{}", pair.destination.story());
 
         let mut pair = Pair::start("tcp", &["--run-on", "100ms"], &["--release", "never"]);
         pair.destination.wait_for_event("all-landed");
@@ -327,7 +327,7 @@ mod ordering {
             let tethered = |now: &Value| now["checkpoints"]["folded_epoch"].as_u64() > Some(2);
             pair.wait_status("here", "checkpoints to catch from", tethered);
             let (code, _, complaint) = told(&pair.belay(&["catch", "there"]));
-            assert!(code == 8 && complaint.contains("at the source"), "{complaint}");
+            assert!(code == 31 && complaint.contains("at the source"), "{complaint}");
             let (code, said, complaint) = told(&pair.belay(&["catch", "here", "--json"]));
             assert_eq!(code, 0, "{complaint} {}", pair.source.story());
             let answers: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
@@ -345,9 +345,9 @@ mod ordering {
         let mut pair = Pair::start("tcp", &[], &["--run-before", "60s", "--run-on", "200ms"]);
         pair.wait_status("here", "a guest that fills its memory", |now| now["state"] == "filling");
         let (code, _, complaint) = told(&pair.belay(&["catch", "here"]));
-        assert!(code == 8 && complaint.contains("has not been moved yet"), "{complaint}");
+        assert!(code == 31 && complaint.contains("has not been moved yet"), "{complaint}");
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert!(code == 8 && complaint.contains("no guest runs here yet"), "{complaint}");
+        assert!(code == 31 && complaint.contains("no guest runs here yet"), "{complaint}");
         let (code, said, complaint) = told(&pair.belay(&["cancel", "here"]));
         assert_eq!(code, 0, "{complaint}");
         assert!(said.contains("runs on here"), "{said}");
@@ -368,17 +368,21 @@ mod ordering {
         pair.destination.wait_for_event("all-landed");
         pair.source.crash();
         pair.destination.wait_for_state("fenced");
-        let fenced = pair.wait_status("there", "a fence", |now| now["state"] == "fenced" && now["last_error"].is_object());
+        let fenced =
+            pair.wait_status("there", "a fence", |now| now["state"] == "fenced" && now["last_error"].is_object());
         let error = &fenced["last_error"];
         assert!(error["what"].as_str().is_some_and(|what| what.starts_with("cut off from the source")), "{error:#}");
         assert!(error["advice"].as_str().is_some_and(|advice| advice.contains("belay status")), "{error:#}");
         assert!(error["story"].as_array().is_some_and(|story| story.len() > 1), "{error:#}");
         assert_eq!(fenced["pages"]["left"], 0);
         let (code, _, complaint) = told(&pair.belay(&["promote", "there"]));
-        assert_eq!(code, 8, "{complaint}");
-        assert!(complaint.contains("a past that never was") && complaint.contains("--i-know-the-source-is-gone"), "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
+        assert!(
+            complaint.contains("a past that never was") && complaint.contains("--i-know-the-source-is-gone"),
+            "{complaint}"
+        );
         let (code, _, complaint) = told(&pair.belay(&["release", "there"]));
-        assert!(code == 8 && complaint.contains("belay promote"), "{complaint}");
+        assert!(code == 31 && complaint.contains("belay promote"), "{complaint}");
         assert_eq!(pair.status("there")["state"], "fenced");
         let (code, said, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
         assert_eq!(code, 0, "{complaint} {}", pair.destination.story());
@@ -392,11 +396,13 @@ mod ordering {
     #[test]
     fn p1_a_promotion_with_pages_missing_is_refused_with_their_number() {
         let mut pair = Pair::start("tcp", &["--hold-pull-at", "50"], &["--release", "never"]);
-        pair.wait_status("there", "half of it", |now| now["state"] == "tethered" && now["pages"]["left"].as_u64() < Some(5000));
+        pair.wait_status("there", "half of it", |now| {
+            now["state"] == "tethered" && now["pages"]["left"].as_u64() < Some(5000)
+        });
         pair.source.crash();
         let fenced = pair.wait_status("there", "a fence", |now| now["state"] == "fenced");
         let (code, _, complaint) = told(&pair.belay(&["promote", "there", "--i-know-the-source-is-gone"]));
-        assert_eq!(code, 8, "{complaint}");
+        assert_eq!(code, 31, "{complaint}");
         let missing = pair.status("there")["pages"]["left"].as_u64().unwrap();
         assert!(complaint.contains(&format!("{missing} pages have not landed here")), "{complaint} {fenced:#}");
         assert_eq!(pair.status("there")["state"], "fenced");
@@ -415,7 +421,7 @@ mod ordering {
         assert_eq!(owner["pages"]["left"], 0, "{owner:#}");
         for ask in ["release", "cancel"] {
             let (code, _, complaint) = told(&pair.belay(&[ask, "there"]));
-            assert!(code == 8 && complaint.contains("the migration is over"), "{complaint}");
+            assert!(code == 31 && complaint.contains("the migration is over"), "{complaint}");
         }
         assert_eq!(pair.source.end(), 0);
         pair.destination.signal(libc::SIGTERM);
@@ -447,7 +453,9 @@ mod watching {
     fn metrics_of_both_sides_say_what_their_status_says() {
         let send = ["--release", "never", "--metrics", "0"];
         let mut pair = Pair::start("tcp", &["--hold-pull-at", "70", "--metrics", "127.0.0.1:0"], &send);
-        let there = pair.destination.seen.iter().find(|event| event["event"] == "metrics").expect("it says where")["address"].clone();
+        let there =
+            pair.destination.seen.iter().find(|event| event["event"] == "metrics").expect("it says where")["address"]
+                .clone();
         let here = pair.source.wait_for_event("metrics")["address"].clone();
         let (here, there) = (here.as_str().unwrap(), there.as_str().unwrap());
         assert!(here.starts_with("127.0.0.1:"), "a port alone is loopback: {here}");
@@ -498,8 +506,15 @@ mod watching {
         let (run, file) = (place.text("run"), |name: &str| format!("{keys}/{name}"));
         let log = ["--log", "trace", "--log-format", "json", "--json", "--drive", drive(), "--run-dir", &run];
         let tls = |own: &str, peer: &str| {
-            ["--cert", &file(&format!("{own}.crt")), "--key", &file(&format!("{own}.key")), "--peer-cert", &file(&format!("{peer}.crt"))]
-                .map(str::to_owned)
+            [
+                "--cert",
+                &file(&format!("{own}.crt")),
+                "--key",
+                &file(&format!("{own}.key")),
+                "--peer-cert",
+                &file(&format!("{peer}.crt")),
+            ]
+            .map(str::to_owned)
         };
         let (own, state) = (tls("destination", "source"), place.text("destination"));
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
@@ -508,7 +523,8 @@ mod watching {
         let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
         let (own, state) = (tls("source", "destination"), place.text("source"));
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        let send = ["send", "--to", &to, "--state-dir", &state, "--memory", "16M", "--run-before", "20ms", "--run-on", "50ms"];
+        let send =
+            ["send", "--to", &to, "--state-dir", &state, "--memory", "16M", "--run-before", "20ms", "--run-on", "50ms"];
         let mut source = place.belay(&[&send[..], &log, &own].concat());
         let mut commits = 0;
         destination.wait_for("commits", |event| {
@@ -517,14 +533,18 @@ mod watching {
         });
         destination.crash();
         assert_eq!(source.end(), 10, "{}", source.story());
-        let logs: Vec<(&str, String)> = vec![("source", source.complaints()), ("destination", destination.complaints())];
+        let logs: Vec<(&str, String)> =
+            vec![("source", source.complaints()), ("destination", destination.complaints())];
         let mut ids = std::collections::HashMap::new();
         let mut joined = 0;
         for (host, log) in &logs {
             for line in log.lines() {
                 let line: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{host}: {error}: {line}"));
                 if line["target"] == "belay::observation" {
-                    ids.insert(line["id"].as_str().expect("an id").to_owned(), (*host, line["parent"].as_str().map(str::to_owned)));
+                    ids.insert(
+                        line["id"].as_str().expect("an id").to_owned(),
+                        (*host, line["parent"].as_str().map(str::to_owned)),
+                    );
                 }
             }
         }
@@ -537,7 +557,9 @@ mod watching {
         // At the finest level, nothing of what keeps strangers out.
         let mut secrets: Vec<String> = ["source.key", "destination.key"]
             .iter()
-            .flat_map(|name| std::fs::read_to_string(file(name)).expect("made above").lines().map(str::to_owned).collect::<Vec<_>>())
+            .flat_map(|name| {
+                std::fs::read_to_string(file(name)).expect("made above").lines().map(str::to_owned).collect::<Vec<_>>()
+            })
             .filter(|line| !line.starts_with("-----"))
             .collect();
         secrets.push("PRIVATE KEY".to_owned());
@@ -573,7 +595,9 @@ mod watching {
         for round in 0..10 {
             let scraped = round % 2 == 1;
             let mut pair = Pair::start("tcp", &["--hold-pull-at", "1", "--metrics", "0"], &["--release", "never"]);
-            let there = pair.destination.seen.iter().find(|event| event["event"] == "metrics").expect("served")["address"].clone();
+            let there =
+                pair.destination.seen.iter().find(|event| event["event"] == "metrics").expect("served")["address"]
+                    .clone();
             pair.destination.wait_for_event("resumed");
             let end = Instant::now() + Duration::from_secs(3);
             while Instant::now() < end {
@@ -583,11 +607,20 @@ mod watching {
                 std::thread::sleep(Duration::from_millis(30));
             }
             let latency = pair.status("there")["fault_latency"].clone();
-            println!("{}: {} faults, p50 {} ns, p99 {} ns", if scraped { "scraped" } else { "quiet" }, latency["count"], latency["p50_ns"], latency["p99_ns"]);
+            println!(
+                "{}: {} faults, p50 {} ns, p99 {} ns",
+                if scraped { "scraped" } else { "quiet" },
+                latency["count"],
+                latency["p50_ns"],
+                latency["p99_ns"]
+            );
             medians[usize::from(scraped)].push(latency["p50_ns"].as_u64().unwrap());
             pair.end();
         }
-        let [quiet, scraped] = medians.map(|mut all| { all.sort_unstable(); all[all.len() / 2] });
+        let [quiet, scraped] = medians.map(|mut all| {
+            all.sort_unstable();
+            all[all.len() / 2]
+        });
         println!("p50 quiet {quiet} ns, with 33 scrapes a second {scraped} ns: {:.2} x", scraped as f64 / quiet as f64);
         assert!(scraped < quiet * 3 / 2, "{scraped} against {quiet}");
     }

@@ -84,11 +84,11 @@ pub struct OrderArgs {
 /// Give a guest to a destination that is cut off from its source
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
-A destination that has lost its source stops the guest and keeps its memory: the source may have the guest by now. If the source
-is gone for good, and every page had landed here, this lets the guest run on.
+A destination that has lost its source stops the guest and keeps its memory: the source may have the guest by now. If the source is \
+gone for good, and every page had landed here, this lets the guest run on.
 
-It is your word for something that belay cannot know. If the source took the guest back, showed output and died only after that,
-the world has seen a past that the guest here does not remember. Make sure of it (the source's last words, what the guest showed)
+It is your word for something that belay cannot know. If the source took the guest back, showed output and died only after that, \
+the world has seen a past that the guest here does not remember. Make sure of it (the source's last words, what the guest showed) \
 and say --i-know-the-source-is-gone.")]
 pub struct PromoteArgs {
     #[command(flatten)]

@@ -92,10 +92,6 @@ impl Place {
         Ok(Some(Self(path.to_owned())))
     }
 
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
     /// Directories in it that are places too: those of services that run as users of their own.
     pub fn inner(&self) -> Vec<Self> {
         let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
@@ -248,7 +244,7 @@ mod tests {
     fn a_socket_is_ours_alone_and_goes_with_its_process() {
         let directory = tempfile::tempdir().unwrap();
         let place = Place::make(&directory.path().join("run/belay")).unwrap();
-        assert_eq!(fs::metadata(place.path()).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(&place.0).unwrap().mode() & 0o777, 0o700);
         let bound = place.bind("vm-1").unwrap();
         let (listener, name) = bound.split();
         assert_eq!(fs::metadata(name.path()).unwrap().mode() & 0o777, 0o600);

@@ -322,6 +322,8 @@ impl Board {
         let mut facts = lock(&self.facts);
         (facts.state, facts.why, facts.since_us) = (state.to_lowercase(), why.to_owned(), monotonic_us());
         facts.owner_epoch = owner_epoch.or(facts.owner_epoch);
+        // Told anew at the next turn, where there is one.
+        self.lease_ends_at_ns.store(0, Ordering::Relaxed);
     }
 
     /// The session has a nonce.
@@ -402,7 +404,7 @@ impl Board {
         facts.remembered.push_back(seen.clone());
         let (what, advice) = match &seen.kind {
             Kind::Failed { what, advice } => (what.clone(), advice.clone()),
-            Kind::Noticed { by } => {
+            Kind::Noticed { by } if by != super::source::BY_ORDER => {
                 (format!("the destination is lost: {by}"), "The source takes the guest back.".to_owned())
             }
             _ => return,

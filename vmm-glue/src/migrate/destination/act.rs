@@ -95,7 +95,8 @@ impl Destination<'_> {
                 None
             }
             Action::Report(named) => {
-                if named == Named::Fenced {
+                // Revoked, it is about to retire: nothing is asked of anybody.
+                if named == Named::Fenced && matches!(self.state, State::Fenced(fenced) if !fenced.revoked) {
                     let what = format!("cut off from the source: {}", self.why);
                     let advice = "The guest is stopped and its memory kept. If the source has it, this host hears of it and retires; if \
                                   the source is gone for good, `belay status` here says whether it can be promoted."

@@ -1,6 +1,6 @@
 //! What happens to a source: messages, the guard, lanes, the heartbeat and the operator, turned into events.
 
-use super::{Happening, Outcome, Source, TICK};
+use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
@@ -82,7 +82,7 @@ impl Source<'_> {
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
             }
-            _ => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
+            _ => Some(self.lost(Event::OperatorCatch, BY_ORDER)),
         }
     }
 

@@ -232,6 +232,9 @@ fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> SourceError {
     move |source| SourceError::Io { doing, source }
 }
 
+/// What noticed a loss that is none: somebody wants the guest back.
+pub(super) const BY_ORDER: &str = "the operator ordered the catch";
+
 /// How often the main loop looks at what has no channel: the heartbeat and the folder.
 const TICK: Duration = Duration::from_millis(10);
 

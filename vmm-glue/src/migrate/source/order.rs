@@ -1,7 +1,7 @@
 //! What a source does with an order, and what it shows of itself.
 
 use super::prepare::NOT_LEFT_YET;
-use super::{Outcome, Source};
+use super::{BY_ORDER, Outcome, Source};
 use crate::migrate::operator::{Ask, Order};
 use belay_checkpoint::ownership::source::{Event, State};
 
@@ -45,7 +45,7 @@ impl Source<'_> {
             Ok((event, what)) => {
                 self.pending.accept(order, what);
                 Some(match event {
-                    Event::OperatorCatch => self.lost(event, "the operator ordered the catch"),
+                    Event::OperatorCatch => self.lost(event, BY_ORDER),
                     event => {
                         self.why = "the operator cancelled".to_owned();
                         event
