@@ -189,7 +189,9 @@ impl<'a> Destination<'a> {
         let mut warden = match &proposal.tether {
             Some(tether) => {
                 let arms = warden::arms(tether, host.vmm_is_apart());
-                Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, arms, deadline)?)
+                // The source dials all of these right after Prepare: one that has died must not be waited for as long as RAM is.
+                let connection = session.lanes.take_guard(Deadline::after(bounds.handshake))?;
+                Some(Warden::start(&host.guard_command()?, connection, arms, deadline)?)
             }
             None => None,
         };
@@ -211,7 +213,7 @@ impl<'a> Destination<'a> {
         if let Some(registered) = registrations.take(registering.elapsed()) {
             observer.note(Some(&last), registered);
         }
-        let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
+        let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(bounds.handshake));
         let mut lane_pairs = Vec::new();
         let mut checkpoint_lanes = Vec::new();
         for id in lanes(&proposal) {
