@@ -1,5 +1,6 @@
 //! What happens to a destination: messages, the engine, the tether, the lease and signals, turned into events; and what it reports.
 
+use super::warden::Warden;
 use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
@@ -179,6 +180,12 @@ impl Destination<'_> {
             if tethering.lease_has_ended() {
                 return self.happening(Happening::LeaseExpired);
             }
+        }
+        if let State::Tethered { .. } = self.state
+            && self.warden.as_mut().is_some_and(Warden::has_gone)
+        {
+            let why = "the guard has ended; a death here is noticed by connection and lease alone".to_owned();
+            self.note(Kind::State { state: "guard-gone".to_owned(), why });
         }
         let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);
         let due = match (self.proposal.release, self.all_landed_at) {

@@ -144,8 +144,9 @@ struct Live {
     lease_ends: Option<Duration>,
     /// What the last read of the ring gave.
     recovered: Option<Result<Recovered, CatchError>>,
+    /// By which the destination's guard is heard, and told to fence.
+    death_watch: Option<DeathWatch>,
     // Kept going until the session ends.
-    _death_watch: Option<DeathWatch>,
     _lane_watch: Option<LaneWatch>,
 }
 

@@ -134,7 +134,7 @@ pub(super) fn prepare(
         silence: None,
         lease_ends: None,
         recovered: None,
-        _death_watch: death_watch,
+        death_watch,
         _lane_watch: lane_watch,
     };
     Ok((live, last))
