@@ -18,6 +18,12 @@ pub enum Exit {
     NotMoved = 5,
     /// The fabric could not be set up between the two hosts; the guest runs at the source.
     NoFabric = 6,
+    /// There is no migration of a dead process to take over, or nothing of it is left that could be.
+    NothingToTakeOver = 7,
+    /// The migration is held by a process that runs.
+    StillHeld = 8,
+    /// The journal or the kept memory is damaged, or cannot be read.
+    Damaged = 9,
     /// The destination was lost and the guest runs at the source again, from the newest committed checkpoint.
     Caught = 10,
     /// The guest is stopped here with its memory kept, because the other host could not be heard.
@@ -50,4 +56,7 @@ Exit codes:
     3  this host lacks something needed     13  retired: the source has taken the guest back
     4  no session with the peer             14  a catch waits for the operator's word
     5  not moved: guest runs at the source  20  the witness found wrong memory or output
-    6  no fabric: RDMA could not be set up  130  ended by SIGINT or SIGTERM";
+    6  no fabric: RDMA could not be set up  130  ended by SIGINT or SIGTERM
+    7  nothing to take over
+    8  held by a process that runs
+    9  journal or kept memory is damaged";

@@ -4,6 +4,7 @@ use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
+use crate::migrate::tethering::Leftover;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
 use std::sync::Arc;
@@ -63,7 +64,7 @@ impl Destination<'_> {
             Action::AskFate { .. } => {
                 // A tether is made once a session, so over this one there is no way back to Tethered, and the answer that there is must
                 // not be asked for. The source is told instead, so that it need not wait for silence; what it does with the guest
-                // comes as its fate. With the control stream gone nobody answers, and the guest stays fenced.
+                // comes as its fate, or over another session, which the source dials ([`super::resume`]).
                 let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
                 None
             }
@@ -117,7 +118,7 @@ impl Destination<'_> {
             }
             Err(error) => {
                 self.why = protocol::explain(&error);
-                Some(Event::PrepareFailed)
+                Some(if matches!(self.state, State::Tethered { .. }) { Event::GuestDied } else { Event::PrepareFailed })
             }
         }
     }
@@ -144,6 +145,7 @@ impl Destination<'_> {
             self.note(summary);
         }
         let Some(mut end) = end else { return };
+        self.leftover = Some(Leftover { tracker: end.tracker, carried: end.uncommitted });
         // A tether that failed, even while it was being stopped, leaves its guest stopped, because nothing the guest did after that
         // could be caught. An owner's guest needs no catching.
         if end.paused

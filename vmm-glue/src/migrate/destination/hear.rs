@@ -124,7 +124,10 @@ impl Destination<'_> {
                     _ => Event::ConnectionClosed,
                 })
             }
-            ToDestination::Prepare { .. } | ToDestination::Switch { .. } => {
+            ToDestination::Prepare { .. }
+            | ToDestination::Switch { .. }
+            | ToDestination::Reattach { .. }
+            | ToDestination::PrepareAgain { .. } => {
                 self.why = "the source broke the protocol: prepared or switched twice".to_owned();
                 Some(Event::ConnectionClosed)
             }
@@ -177,6 +180,9 @@ impl Destination<'_> {
             if tethering.lease_has_ended() {
                 return self.happening(Happening::LeaseExpired);
             }
+        }
+        if let Some(event) = self.hear_dialler() {
+            return Some(event);
         }
         let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);
         let due = match (self.proposal.release, self.all_landed_at) {

@@ -7,6 +7,7 @@ mod act;
 mod hear;
 mod load;
 mod prepare;
+mod resume;
 mod warden;
 
 use super::observation::{Kind, ObservationId, Observer};
@@ -14,18 +15,19 @@ use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
+use super::switch_map::RegionClasses;
 use super::switch_map::SwitchMapError;
-use super::tethering::{Tethering, TetheringError};
+use super::tethering::{Leftover, Tethering, TetheringError};
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
-use belay_transport::pages::PagesError;
+use belay_transport::pages::{PageStates, PagesError};
 use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
 use belay_transport::region::{Mapping, RamFile, RegionError};
-use belay_transport::session::{Control, Listener, SessionError};
+use belay_transport::session::{Control, Listener, RegionGeometry, SessionError};
 use belay_transport::uffd::{Uffd, UffdError};
 use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, Sender};
@@ -222,7 +224,8 @@ pub fn run(
         let _ = control.send(&failed, Deadline::after(Duration::from_secs(1)));
         error
     };
-    let prepared = Destination::prepare(config, session, Arc::clone(&inbox), proposal, host, observer, words);
+    let prepared =
+        Destination::prepare((config, listener), session, Arc::clone(&inbox), proposal, host, observer, words);
     let mut destination = prepared.map_err(tell)?;
     // Told while its lanes are still open, so that the source does not take their end for the reason.
     destination.await_switch().map_err(tell)?;
@@ -232,8 +235,12 @@ pub fn run(
 /// A destination with a guest on its way.
 struct Destination<'a> {
     config: &'a DestinationConfig,
+    /// Where the source dials again.
+    listener: &'a Listener,
+    guard_command: Option<GuardCommand>,
     placement: Placement,
     proposal: Proposal,
+    geometry: Vec<RegionGeometry>,
     observer: &'a Observer,
     words: &'a Receiver<i32>,
     control: Arc<Control>,
@@ -252,6 +259,12 @@ struct Destination<'a> {
     parts: Vec<ShardParts>,
     uffds: Vec<(Uffd, Vec<ShardRange>)>,
     engine: Option<Arc<Engine>>,
+    /// What its frames have come to; outlives an engine.
+    states: Option<Arc<PageStates>>,
+    /// As the switch sent it: where a page that has not landed comes from.
+    map: Vec<RegionClasses>,
+    /// Of the tether that was stopped.
+    leftover: Option<Leftover>,
     /// Built while preparing, running once the guest does.
     tethering: Option<Tethering>,
     nonces: Vec<u64>,
@@ -265,6 +278,7 @@ struct Destination<'a> {
     /// The signal that said that ending here would lose the guest.
     warned: bool,
     ticked_at: Instant,
+    dialled_at: Instant,
     reported_at: Instant,
     latencies_at: Instant,
     why: String,
