@@ -235,6 +235,23 @@ impl Outbox {
         self.shared.work.notify_all();
     }
 
+    /// Another session begins, and `committed` is the newest epoch that the source has: output of it and those before may leave. What was
+    /// closed later never committed: it is part of the open epoch again, whose record then carries it.
+    pub fn reopen_epochs(&self, committed: Epoch) {
+        self.committed(committed);
+        self.shared.lock().closed.clear();
+    }
+
+    /// Another session brings another lease. Without effect unless output leaves by lease.
+    pub fn renew_lease(&self, lease: Arc<dyn LeaseClock>) {
+        let mut state = self.shared.lock();
+        if matches!(state.gate, Gate::Lease(_)) {
+            state.gate = Gate::Lease(lease);
+        }
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
     /// Puts packets before everything held, to leave first: what [`Resend::finish`] gave. Only while nothing is held or sent.
     pub fn resend(&self, packets: Vec<Packet>) {
         let mut state = self.shared.lock();

@@ -10,7 +10,7 @@ use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
-use crossbeam_channel::select;
+use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
 /// How often the pull is reported while it goes on, and after.
@@ -33,7 +33,7 @@ impl Destination<'_> {
         {
             return Some(event);
         }
-        let messages = self.inbox.messages().clone();
+        let messages = self.link.as_ref().map_or_else(never, |link| link.inbox.messages().clone());
         select! {
             recv(self.happenings) -> happening => self.happening(happening.ok()?),
             recv(messages) -> heard => match heard {
@@ -103,7 +103,8 @@ impl Destination<'_> {
                 self.go_due = None;
                 self.last = because;
                 // Before the guest runs here: from then on a page server that dies leaves something.
-                self.lay_down_will(owner_epoch, false);
+                self.owner_epoch = owner_epoch;
+                self.lay_down_will(false);
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
@@ -127,7 +128,10 @@ impl Destination<'_> {
                     _ => Event::ConnectionClosed,
                 })
             }
-            ToDestination::Prepare { .. } | ToDestination::Switch { .. } => {
+            ToDestination::Prepare { .. }
+            | ToDestination::Switch { .. }
+            | ToDestination::Reattach { .. }
+            | ToDestination::PrepareAgain { .. } => {
                 self.why = "the source broke the protocol: prepared or switched twice".to_owned();
                 Some(Event::ConnectionClosed)
             }
@@ -186,6 +190,9 @@ impl Destination<'_> {
         {
             let why = "the guard has ended; a death here is noticed by connection and lease alone".to_owned();
             self.note(Kind::State { state: "guard-gone".to_owned(), why });
+        }
+        if let Some(event) = self.hear_dialler() {
+            return Some(event);
         }
         let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);
         let due = match (self.proposal.release, self.all_landed_at) {

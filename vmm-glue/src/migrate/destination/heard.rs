@@ -32,6 +32,15 @@ pub(super) fn next<W>(
     }
 }
 
+/// As [`next`], whatever the operator says meanwhile.
+pub(super) fn next_within(
+    inbox: &Inbox<ToDestination>,
+    wanted: &'static str,
+    bound: Duration,
+) -> Result<ToDestination, DestinationError> {
+    next(inbox, wanted, Some(bound), &never::<()>())
+}
+
 /// For a word that was not the one that was due.
 pub(super) fn unexpected(message: &ToDestination, wanted: &'static str) -> DestinationError {
     ProtocolError::Unexpected { got: message.kind().to_owned(), wanted }.into()
