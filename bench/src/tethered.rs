@@ -162,6 +162,7 @@ impl Tethered {
             writer,
             slots,
             observer: epochs.clone(),
+            carried: None,
         };
         let config = TetherConfig { overflow_bytes: overflow, ..TetherConfig::default() };
         let tether = Tether::start(config, parts)?;

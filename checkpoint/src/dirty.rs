@@ -175,6 +175,45 @@ impl DirtySet {
     }
 }
 
+/// Pages that were harvested, and with that forgotten by their tracker, and are in no record that is known to have committed.
+#[derive(Debug, Clone)]
+pub struct Harvested {
+    /// Their content is to be sent.
+    pub dirty: DirtySet,
+    /// They read as zero.
+    pub discards: DirtySet,
+}
+
+impl Harvested {
+    /// None yet, over regions as in [`DirtySet::new`].
+    pub fn new(regions: impl IntoIterator<Item = (RegionId, u64)> + Clone) -> Self {
+        Self { dirty: DirtySet::new(regions.clone()), discards: DirtySet::new(regions) }
+    }
+
+    /// Every page, where it is not known what a tracker saw.
+    pub fn everything(regions: impl IntoIterator<Item = (RegionId, u64)> + Clone) -> Self {
+        let mut all = Self::new(regions.clone());
+        for (id, pages) in regions {
+            all.dirty.insert_run(id, PageIndex(0), pages);
+        }
+        all
+    }
+
+    /// Adds what `other` holds. A page that is dirty in one and discarded in the other is dirty: it is sent as it is then.
+    pub fn merge(&mut self, other: &Self) {
+        self.dirty.merge(&other.dirty);
+        self.discards.merge(&other.discards);
+        let dirty = &self.dirty;
+        self.discards.retain(|region, page| !dirty.contains(region, page));
+    }
+
+    /// Empties it and keeps its memory.
+    pub fn clear(&mut self) {
+        self.dirty.clear();
+        self.discards.clear();
+    }
+}
+
 impl RegionSet {
     /// Sets bits of a word; how many were new. A word is listed in `used` exactly while it is not zero.
     fn or_word(&mut self, word: usize, bits: u64) -> u64 {

@@ -6,6 +6,7 @@ pub mod dirty;
 pub mod epoch;
 pub mod fold;
 pub mod guest;
+pub mod journal;
 pub mod outbox;
 pub mod ownership;
 pub mod policy;

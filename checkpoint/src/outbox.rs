@@ -16,8 +16,8 @@ pub use resend::{Resend, ResendError};
 
 use crate::guest::{Epoch, Packet, PacketSink};
 use belay_transport::Deadline;
-use hdrhistogram::Histogram;
 use belay_transport::stop_point::reached;
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt;
@@ -240,6 +240,23 @@ impl Outbox {
             }
             state.closed.pop_front();
             state.cleared += packets;
+        }
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
+    /// Another session begins, and `committed` is the newest epoch that the source has: output of it and those before may leave. What was
+    /// closed later never committed: it is part of the open epoch again, whose record then carries it.
+    pub fn reopen_epochs(&self, committed: Epoch) {
+        self.committed(committed);
+        self.shared.lock().closed.clear();
+    }
+
+    /// Another session brings another lease. Without effect unless output leaves by lease.
+    pub fn renew_lease(&self, lease: Arc<dyn LeaseClock>) {
+        let mut state = self.shared.lock();
+        if matches!(state.gate, Gate::Lease(_)) {
+            state.gate = Gate::Lease(lease);
         }
         drop(state);
         self.shared.work.notify_all();

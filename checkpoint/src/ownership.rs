@@ -16,17 +16,23 @@
 //! destination may resume is on its way, a failed switch cannot simply be taken back: the destination may have run, committed and
 //! shown output. It is revoked and caught like any other; only before that message the guest just goes on (*Switching → Running*).
 //!
+//! A source that died is started again by [`source::restart`], which says where it goes on from the state that was kept before each
+//! act it allowed: *Resuming*, where it waits for the destination to come back, or where it died in a catch or a release.
+//!
 //! # Source
 //!
 //! ```text
 //! stateDiagram-v2
 //!     [*] --> Running
+//!     [*] --> Resuming
 //!     Running --> Switching : SwitchStarted
 //!     Switching --> Serving : DestinationResumed
 //!     Switching --> Running : SwitchFailed, Cancelled, DeathSign, ConnectionClosed, DeathProven
 //!     Switching --> Revoking : SwitchFailed, Cancelled, DeathSign, ConnectionClosed, DeathProven
 //!     Serving --> Revoking : DeathSign, ConnectionClosed, LeaseRanOut, OperatorCatch, DeathProven, ReleaseFailed
 //!     Serving --> Released : ReleaseRecorded
+//!     Resuming --> Serving : FateAsked, OperatorCatch, GraceRanOut
+//!     Resuming --> Revoking : OperatorCatch, GraceRanOut, DeathProven
 //!     Revoking --> Running : GuestResumed
 //!     Revoking --> Lost : CatchFailed
 //! ```
@@ -122,6 +128,8 @@ pub enum Named {
         "the catch has stopped half way, nothing is lost; mend what the message before this names and order the catch again"
     )]
     CatchStuck,
+    #[error("taken over: waiting for the destination to come back")]
+    Resuming,
     #[error("the guest is back and runs here")]
     Caught,
     #[error("a release was asked for and refused: pages are missing there, or its connection has failed")]

@@ -6,9 +6,9 @@ use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
-use belay_transport::region::{Mapping, RamFile, RegionError};
+use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::{Features, OpenMode, Uffd};
-use belay_transport::{Deadline, PageSize, RegionId};
+use belay_transport::{Deadline, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
 use belay_vmm_glue::kvm::apart::{Estate, FaultSource, Keeper, RemoteGuest, VmmFaults};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
@@ -189,6 +189,20 @@ struct Vmm {
     pid: u32,
 }
 
+/// Builds a VMM over `file`; the process it runs in.
+fn place_over(
+    spec: &GuestSpec,
+    file: RamFile,
+    (driver, place): (&Driver, Option<VmmPlace>),
+    sink: Arc<dyn PacketSink>,
+) -> Result<(SharedGuest, u32), HolderError> {
+    let file = Arc::new(file);
+    let alias = Arc::new(file.map().map_err(HolderError::Map)?);
+    let place = place.unwrap_or(VmmPlace::InProcess);
+    let Vmm { guest, pid, .. } = build(driver, (place, None), spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+    Ok((guest, pid))
+}
+
 /// A guest that runs, with all it was given.
 pub struct Held {
     pub guest: SharedGuest,
@@ -201,16 +215,12 @@ impl Held {
     /// Makes guest RAM, boots the guest for the first time and lets it run.
     pub fn start(
         spec: &GuestSpec,
-        page_size: PageSize,
+        file: RamFile,
         (driver, place): (&Driver, Option<VmmPlace>),
         sink: Arc<dyn PacketSink>,
         observer: &Observer,
     ) -> Result<Self, HolderError> {
-        let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, page_size)?);
-        let alias = Arc::new(file.map().map_err(HolderError::Map)?);
-        let place = place.unwrap_or(VmmPlace::InProcess);
-        let Vmm { mut guest, pid, .. } =
-            build(driver, (place, None), spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        let (mut guest, pid) = place_over(spec, file, (driver, place), sink)?;
         if pid != std::process::id() {
             observer.note(None, Kind::VmmStarted { pid });
         }
@@ -220,6 +230,22 @@ impl Held {
         guest.resume()?;
         observer.note(None, Kind::GuestStarted { nonce, driven_by: driver.name(), spec: spec.clone() });
         Ok(Self { guest, spec: spec.clone(), nonces: vec![nonce] })
+    }
+
+    /// A VMM with no state over guest RAM that another process left.
+    pub fn adopt(
+        spec: &GuestSpec,
+        file: RamFile,
+        (driver, place): (&Driver, Option<VmmPlace>),
+        nonces: Vec<u64>,
+        sink: Arc<dyn PacketSink>,
+        observer: &Observer,
+    ) -> Result<Self, HolderError> {
+        let (guest, pid) = place_over(spec, file, (driver, place), sink)?;
+        if pid != std::process::id() {
+            observer.note(None, Kind::VmmStarted { pid });
+        }
+        Ok(Self { guest, spec: spec.clone(), nonces })
     }
 
     /// Waits until the guest has filled its memory, and then for as long as it shall run here; what ended the wait.
@@ -416,8 +442,6 @@ impl Host for ThisHost {
 pub enum HolderError {
     #[error(transparent)]
     Guest(#[from] GuestError),
-    #[error(transparent)]
-    Region(#[from] RegionError),
     #[error("cannot map guest RAM")]
     Map(#[source] io::Error),
     #[error(transparent)]

@@ -6,6 +6,7 @@ mod exit;
 mod fabric;
 mod holder;
 mod judge;
+mod keeping;
 mod keygen;
 mod logs;
 mod manual;

@@ -196,6 +196,18 @@ pub fn sentence(kind: &Kind) -> Option<String> {
                 time(*noticed_to_running_us)
             )
         }
+        Kind::TakenOver { migration, was } => format!("took over migration {migration}, whose process died {was}"),
+        Kind::Kept { migration, memory: Some(path) } => {
+            format!(
+                "migration {migration}: memory is kept in {path}; if this process dies, `belay send --takeover` goes on"
+            )
+        }
+        Kind::Kept { migration, memory: None } => format!(
+            "migration {migration}: guest memory is anonymous, so nobody can take over if this process dies (--memory-dir)"
+        ),
+        Kind::TetheredAgain { committed } => {
+            format!("the destination is back and tethered again, from checkpoint {committed}")
+        }
         Kind::ReleaseRecorded { path } => format!("release written to {path}: this host will never resume this guest"),
         Kind::Released { total_us } => format!("released; the migration took {}", time(*total_us)),
         Kind::Checked { pages, wrong_pages: 0, took_us, .. } => {

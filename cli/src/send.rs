@@ -2,6 +2,7 @@
 
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
+use crate::keeping::{self, KeepOptions};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
@@ -12,14 +13,16 @@ use crate::{fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
-use belay_transport::PageSize;
-use belay_transport::session::Address;
+use belay_transport::session::{Address, SessionConfig, SessionError};
+use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
-use belay_vmm_glue::migrate::operator::Ended as WaitEnded;
+use belay_vmm_glue::migrate::operator::{Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
+use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
-use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError};
+use belay_vmm_glue::migrate::source::keep::Keep;
+use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig, SourceError};
 use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
 use std::path::PathBuf;
@@ -31,39 +34,38 @@ use std::time::Duration;
 #[command(after_help = EXAMPLES)]
 pub struct SendArgs {
     /// Where `belay receive` listens: HOST:PORT (tcp and verbs), or unix:/path (shared memory on one host)
-    #[arg(long, value_name = "ADDR")]
-    to: Address,
+    #[arg(long, value_name = "ADDR", required_unless_present = "takeover")]
+    pub to: Option<Address>,
     #[command(flatten)]
-    guest: GuestOptions,
+    pub guest: GuestOptions,
     #[command(flatten)]
-    tether: TetherOptions,
+    pub tether: TetherOptions,
     #[command(flatten)]
-    fabric: FabricOptions,
+    pub fabric: FabricOptions,
     #[command(flatten)]
-    security: SecurityOptions,
+    pub security: SecurityOptions,
     /// Where the guest's output goes: the address of a `belay observe` [default: nowhere]
     #[arg(long, value_name = "ADDR")]
-    output_to: Option<String>,
-    /// Where the release record is written [default: /var/lib/belay, or ~/.local/state/belay without root]
-    #[arg(long, value_name = "DIR")]
-    state_dir: Option<PathBuf>,
+    pub output_to: Option<String>,
+    #[command(flatten)]
+    pub keep: KeepOptions,
     /// How long the guest runs here before it is moved, once it has filled its memory
     #[arg(long, value_name = "TIME", default_value = "200ms")]
     run_before: Span,
     /// After a catch: end this long after it (without this the guest runs until a signal)
     #[arg(long, value_name = "TIME")]
-    run_on: Option<Span>,
+    pub run_on: Option<Span>,
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
-    check: bool,
+    pub check: bool,
     /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
     #[arg(long, value_name = "NAME[:N]", hide = true)]
     stop_at: Option<StopAt>,
     /// Under --output lease: order the catch as soon as the destination is lost. You then vouch that it shows no more output
     #[arg(long)]
-    catch_on_loss: bool,
+    pub catch_on_loss: bool,
     #[command(flatten)]
-    console: ConsoleOptions,
+    pub console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -78,6 +80,8 @@ Examples:
   belay send --to unix:/run/belay/receive.sock --memory 1G             over shared memory
   belay send --to host-b:7700 --cert source.crt --key source.key --peer-cert destination.crt
   belay send --to host-b:7700 --config cluster-configs/plain-tcp.toml --release never
+  belay send --to host-b:7700 --memory-dir /dev/shm                    so that another process can take over if this one dies,
+  belay send --takeover                                                which is this
   belay send --to host-b:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
 
 SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught; once it runs here again, the guest is ended.";
@@ -107,7 +111,10 @@ pub fn run(mut args: SendArgs) -> Exit {
     };
     let board = args.console.board("source");
     let observer = report::watched("source", args.json, Some(Arc::clone(&board)), Some(logs));
-    let exit = send(&args, &board, &observer);
+    let exit = match args.keep.takeover {
+        Some(id) => keeping::take_over(args, id, &board, &observer),
+        None => send(&args, &board, &observer),
+    };
     report::ended(&observer, exit)
 }
 
@@ -116,16 +123,18 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         report::failed(observer, what, advice);
         exit
     };
+    let Some(to) = args.to.clone() else {
+        report::failed_text(observer, "--to is missing", "Say where `belay receive` listens.");
+        return Exit::Usage;
+    };
     let spec = guest_spec(&args.guest);
-    let security = match args.security.security() {
-        Ok(security) => security,
-        Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
-    };
-    let mut session = match fabric::session(&args.fabric, security, &args.to) {
+    let session = match session(args, &to) {
         Ok(session) => session,
-        Err(refused) => return refused.told(observer),
+        Err(SessionRefused::Security(error)) => {
+            return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage);
+        }
+        Err(SessionRefused::Fabric(refused)) => return refused.told(observer),
     };
-    session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
     let console = match signals::termination() {
         Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
@@ -145,7 +154,17 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         release: release_policy(args.tether.release),
         shards: args.tether.shards.unwrap_or(1),
         nonces: Vec::new(),
+        identity: match Identity::random() {
+            Ok(identity) => identity,
+            Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
+        },
+        reattach: None,
     };
+    if args.keep.memory_dir.is_some() && proposal.tether.is_none() {
+        let what = "--memory-dir with --policy none: there would be no checkpoint to go on from";
+        report::failed_text(observer, what, "Nothing was started; leave out one of them.");
+        return Exit::Usage;
+    }
     if let Err(why) = proposal.check() {
         report::failed_text(observer, &why, "Nothing was started; `belay help send` names the limits.");
         return Exit::Usage;
@@ -158,87 +177,162 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     };
     board.emits_through(&output);
     let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
-    let mut held = match Held::start(&spec, page_size, (&driver, args.guest.vmm), output.sink(), observer) {
+    let keep = match keeping::begin(&args.keep, proposal.identity, observer) {
+        Ok(keep) => keep,
+        Err(error) => return keeping::refused(&error, observer),
+    };
+    let made = keep.make_ram(RegionId(0), spec.memory_bytes as usize, page_size);
+    let file = match made {
+        Ok(file) => file,
+        Err(error) => {
+            let exit = fail(&error, "Nothing was started; `belay check` says what this host lacks.", Exit::Missing);
+            keeping::close(keep, observer);
+            return exit;
+        }
+    };
+    let held = match Held::start(&spec, file, (&driver, args.guest.vmm), output.sink(), observer) {
         Ok(held) => held,
-        Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
+        Err(error) => {
+            let exit = fail(&error, "`belay check` says what this host lacks.", Exit::Missing);
+            keeping::close(keep, observer);
+            return exit;
+        }
     };
     board.phase("filling", "the guest fills its memory before it is moved");
     match held.warm_up(args.run_before.0, words) {
         Ok(WaitEnded::Time) => {}
-        Ok(WaitEnded::Signal) => return Exit::Interrupted,
+        Ok(WaitEnded::Signal) => {
+            keeping::close(keep, observer);
+            return Exit::Interrupted;
+        }
         Ok(WaitEnded::Order) => {
             board.phase("running", "the operator cancelled the migration");
-            report::failed_text(
-                observer,
-                "the operator cancelled the migration",
-                "The guest never left and runs on here.",
-            );
+            let what = "the operator cancelled the migration";
+            report::failed_text(observer, what, "The guest never left and runs on here.");
+            keeping::close(keep, observer);
             return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
         }
-        Err(error) => return fail(&error, "The guest was not moved.", Exit::Failed),
+        Err(error) => {
+            keeping::close(keep, observer);
+            return fail(&error, "The guest was not moved.", Exit::Failed);
+        }
     }
     board.phase("running", "everything before the switch is being made ready");
     proposal.nonces = held.nonces.clone();
     let config = SourceConfig {
-        address: args.to.clone(),
+        address: to,
         session,
         ring_bytes: args.tether.ring.map_or(64 << 20, |ring| ring.0 as usize),
         overflow_bytes: args.tether.overflow.map_or(holder::overflow_for(spec.memory_bytes), |bytes| bytes.0),
         proposal,
-        state_dir: args.state_dir.clone().unwrap_or_else(holder::default_state_dir),
+        extra: keeping::remember(args),
+        grace: args.keep.takeover_grace.0,
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
     };
+    see_through(args, Going { config: &config, keep, held, taken_over: false }, &output, words, observer)
+}
+
+/// A migration that is about to go on.
+pub struct Going<'a> {
+    pub config: &'a SourceConfig,
+    pub keep: Keep,
+    pub held: Held,
+    /// From where another process left it.
+    pub taken_over: bool,
+}
+
+/// Carries the migration out and says how it ended.
+pub fn see_through(
+    args: &SendArgs,
+    Going { config, mut keep, mut held, taken_over }: Going<'_>,
+    output: &Outbox,
+    words: &Words,
+    observer: &Observer,
+) -> Exit {
     let (mut guest, steps_of) = (held.guest.clone(), held.guest.clone());
     let steps = || steps_of.steps();
-    let outcome = source::run(&config, &mut guest, &output, &steps, observer, words);
+    let given = Given { config, keep: &mut keep, guest: &mut guest, output, steps: &steps, observer, words };
+    let outcome = if taken_over { source::take_over(given) } else { source::run(given) };
     let (why, advice, exit) = match outcome {
-        Ok(Outcome::Released) => {
+        Ok(Outcome::Released { heard }) => {
+            keeping::released(keep, heard, observer);
             holder::cpu_time(observer);
             return Exit::Done;
         }
         Ok(Outcome::Caught { nonces, .. }) => {
+            // The guest runs here and nothing of the migration is left to be taken over.
+            keeping::close(keep, observer);
             held.nonces = nonces;
-            return held.run_on(args.run_on, args.check, &output, words, observer, Exit::Caught);
+            return held.run_on(args.run_on, args.check, output, words, observer, Exit::Caught);
         }
-        Ok(Outcome::NotMoved { why }) => (why, "The guest never left and runs on here.", Exit::NotMoved),
+        Ok(Outcome::NotMoved { why }) => {
+            keeping::close(keep, observer);
+            (why, "The guest never left and runs on here.", Exit::NotMoved)
+        }
         Ok(Outcome::AwaitsOperator { why }) => {
             let advice = "This host has not resumed the guest. If the destination still has it, promote it there.";
             (why, advice, Exit::CatchNeedsOperator)
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
-            let (exit, advice) = match &error {
-                SourceError::Connect { source, .. } => {
-                    (Exit::NoSession, fabric::no_session(source).unwrap_or(
-                        "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
-                    ))
-                }
-                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
-                SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
-                SourceError::Cancelled => {
-                    report::failed(observer, &error, "The guest was not touched and runs on here.");
-                    return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
-                }
-                _ => (
-                    Exit::NotMoved,
-                    "The guest was not touched. `belay check`, there and here, says what a host lacks.",
-                ),
-            };
-            fail(&error, advice, exit);
-            // The guest runs here as it did. Where it was said how long it shall, it does; else it has nobody to run for.
+            let exit = not_moved(&error, observer);
+            // What was there to be taken over still is.
+            if !taken_over {
+                keeping::close(keep, observer);
+            }
+            // The guest runs here as it did. Where it was said how long it shall, or its move was called off, it does; else it has
+            // nobody to run for.
+            let cancelled = matches!(error, SourceError::Cancelled);
             return match args.run_on {
-                Some(_) => held.run_on(args.run_on, args.check, &output, &words, observer, exit),
-                None => exit,
+                _ if taken_over => exit,
+                None if !cancelled => exit,
+                _ => held.run_on(args.run_on, args.check, output, words, observer, exit),
             };
         }
     };
     report::failed_text(observer, &why, advice);
     match exit {
-        Exit::NotMoved => held.run_on(args.run_on, args.check, &output, words, observer, exit),
+        Exit::NotMoved => held.run_on(args.run_on, args.check, output, words, observer, exit),
         exit => exit,
     }
+}
+
+/// Why nothing happened: before the switch, or before anything was taken over.
+fn not_moved(error: &SourceError, observer: &Observer) -> Exit {
+    let (exit, advice) = match error {
+        SourceError::Connect { source, .. } => (
+            Exit::NoSession,
+            fabric::no_session(source).unwrap_or(
+                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
+            ),
+        ),
+        SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
+        SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
+        SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
+        SourceError::Keep(error) => return keeping::refused(error, observer),
+        SourceError::Fold(_) | SourceError::Spool(_) => {
+            (Exit::Damaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
+        }
+        _ => (Exit::NotMoved, "The guest was not touched. `belay check`, there and here, says what a host lacks."),
+    };
+    report::failed(observer, error, advice);
+    exit
+}
+
+/// Why no session can be had with these options.
+pub enum SessionRefused {
+    Security(SessionError),
+    Fabric(fabric::Refused),
+}
+
+/// What a session is made with.
+pub fn session(args: &SendArgs, to: &Address) -> Result<SessionConfig, SessionRefused> {
+    let security = args.security.security().map_err(SessionRefused::Security)?;
+    let mut session = fabric::session(&args.fabric, security, to).map_err(SessionRefused::Fabric)?;
+    session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
+    Ok(session)
 }
 
 /// What the guest is asked to do, with the defaults of the command.

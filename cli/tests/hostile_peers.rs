@@ -16,6 +16,7 @@ use belay_vmm_glue::kvm::guests::GuestSpec;
 use belay_vmm_glue::kvm::{BareGuest, HostGuest};
 use belay_vmm_glue::migrate::observation::ObservationId;
 use belay_vmm_glue::migrate::protocol::{PROTOCOL_VERSION, RingOffer, ToDestination, ToSource, decode, encode};
+use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
 use belay_vmm_glue::migrate::switch_map::RegionClasses;
 use running::{BOUND, Place, Process};
@@ -51,6 +52,8 @@ fn proposal() -> Proposal {
         release: ReleasePolicy::WhenLanded,
         shards: 1,
         nonces: vec![1],
+        identity: Identity::random().expect("randomness"),
+        reattach: None,
     }
 }
 

@@ -193,7 +193,7 @@ mod seeing {
             place.belay(&["receive", "--json", "--listen", "127.0.0.1:0", "--run-dir", &run, "--name", "vm1"]);
         let mut second =
             place.belay(&["receive", "--json", "--listen", "127.0.0.1:0", "--run-dir", &run, "--name", "vm2"]);
-        [&mut first, &mut second].map(|process| process.wait_for_event("listening"));
+        let _ = [&mut first, &mut second].map(|process| process.wait_for_event("listening"));
         for command in [&["status", "vm9"][..], &["release", "vm9"], &["promote", "vm9"]] {
             let (code, _, complaint) = told(&belay(&place, command));
             assert_eq!(code, 30, "{complaint}");

@@ -234,7 +234,7 @@ mod kvm {
     fn p2_under_lease_an_ordered_catch_fences_the_vmm_of_a_dead_page_server_and_needs_no_clock() {
         needs_kvm!("the fence");
         // A lease that no test waits for: only the fence's proof lets this catch begin.
-        let send = [&LEASE[..], &["--lease", "1h", "--catch-on-loss", "--run-on", "50ms"]].concat();
+        let send = [&LEASE[..], &["--lease", "60min", "--catch-on-loss", "--run-on", "50ms"]].concat();
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &send);
         scene.await_mid_pull(30);
         scene.server.crash();

@@ -112,6 +112,7 @@ impl Setting {
             writer,
             slots,
             observer: log.clone(),
+            carried: None,
         };
         let tether = Tether::start(self.config, parts)?;
         let pages = self.pages;

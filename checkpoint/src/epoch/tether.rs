@@ -2,7 +2,7 @@
 
 use super::ship::{Part, Shipping, Taken};
 use super::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, TetherStats, harvest};
-use crate::dirty::DirtySet;
+use crate::dirty::Harvested;
 use crate::fold::boottime_ns;
 use crate::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet};
 use crate::outbox::Outbox;
@@ -11,8 +11,9 @@ use crate::record::{DEVICE_VMM, Limits, PacketHeader, RECORD_OVERHEAD_BYTES, REC
 use crate::ring::RingWriter;
 use crate::staging::{Exchange, Slot, StageError, Stager};
 use belay_transport::stop_point::reached;
-use belay_transport::{Deadline, PAGE_SIZE};
+use belay_transport::{Deadline, PAGE_SIZE, RegionId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,6 +21,8 @@ use zerocopy::IntoBytes;
 
 /// How long until a guest that would not stop is asked again, and how often a watched overflow is looked at.
 const LOOK: Duration = Duration::from_millis(1);
+/// Epochs that can be on their way at once: one a slot, one being taken, one whose commit has not been looked at.
+const OUTSTANDING: usize = 4;
 /// Pages that the smallest reservation must have room for.
 const LEAST_PAGES: u64 = 64;
 
@@ -59,6 +62,8 @@ pub struct TetherParts {
     /// Two slots.
     pub slots: [Slot; 2],
     pub observer: Arc<dyn EpochObserver>,
+    /// What an earlier session's tether left over ([`TetherEnd::uncommitted`]): part of the first epoch.
+    pub carried: Option<Harvested>,
 }
 
 /// What is left when a tether has ended.
@@ -72,6 +77,8 @@ pub struct TetherEnd {
     pub paused: bool,
     /// Why it ended, unless it was told to.
     pub failed: Option<Arc<TetherError>>,
+    /// What was harvested and is not known to have committed: a next session's first record must hold it.
+    pub uncommitted: Harvested,
     pub stats: TetherStats,
 }
 
@@ -161,7 +168,7 @@ impl Shared {
 impl Tether {
     /// Begins. Refuses a reservation that cannot be kept to ([`TetherError::OverflowUnwatched`]).
     pub fn start(config: TetherConfig, parts: TetherParts) -> Result<Self, TetherError> {
-        let TetherParts { guest, mut tracker, arrivals, policy, outbox, writer, slots, observer } = parts;
+        let TetherParts { guest, mut tracker, arrivals, policy, outbox, writer, slots, observer, carried } = parts;
         let pages: u64 = guest.memory().iter().map(|block| (block.alias.len() / PAGE_SIZE) as u64).sum();
         let page_limit = page_limit(&config, pages, tracker.as_mut())?;
         let state = State::at(writer.committed());
@@ -194,8 +201,12 @@ impl Tether {
             shared: shared.clone(),
             slots: Slots { free: free_out, parts: Some(parts_in), bound: config.commit_bound },
             spare: None,
-            dirty: DirtySet::new(sizes.iter().copied()),
-            discards: DirtySet::new(sizes),
+            pages: Harvested::new(sizes.iter().copied()),
+            harvesting: false,
+            outstanding: VecDeque::with_capacity(OUTSTANDING),
+            emptied: (0..OUTSTANDING).map(|_| Harvested::new(sizes.iter().copied())).collect(),
+            carried,
+            sizes,
             device_state: Vec::new(),
             output: Vec::new(),
             facts: EpochFacts::default(),
@@ -269,6 +280,7 @@ impl Tether {
         shipping.map_err(|_| TetherError::Panicked { what: "shipping" })?;
         // Shipping may have failed after the other thread had ended well.
         tether.pause_if_failed();
+        let uncommitted = tether.uncommitted();
         let state = self.shared.lock();
         Ok(TetherEnd {
             guest: tether.guest,
@@ -277,6 +289,7 @@ impl Tether {
             committed: state.committed,
             paused: tether.paused,
             failed: state.failed.clone(),
+            uncommitted,
             stats: state.stats.clone(),
         })
     }
@@ -353,8 +366,17 @@ struct TetherLoop {
     slots: Slots,
     /// A free slot that was got for an epoch that was not taken.
     spare: Option<Slot>,
-    dirty: DirtySet,
-    discards: DirtySet,
+    /// Of the epoch that is being taken.
+    pages: Harvested,
+    /// They have been harvested and are not yet among those outstanding.
+    harvesting: bool,
+    /// Of epochs on their way, the oldest first: given up when they have committed.
+    outstanding: VecDeque<(Epoch, Harvested)>,
+    /// Sets with nothing in them, so that no epoch allocates.
+    emptied: Vec<Harvested>,
+    carried: Option<Harvested>,
+    /// Regions and their pages.
+    sizes: Vec<(RegionId, u64)>,
     device_state: Vec<u8>,
     output: Vec<u8>,
     facts: EpochFacts,
@@ -486,12 +508,14 @@ impl TetherLoop {
         self.device_state.clear();
         self.guest.save(&mut self.device_state).map_err(guest_error("saving the state"))?;
         pause.save = clock.lap();
-        let (guest, tracker, arrivals) = (self.guest.as_mut(), self.tracker.as_mut(), self.arrivals.as_mut());
-        harvest(guest, tracker, arrivals, &mut self.dirty, &mut self.discards).map_err(guest_error("the harvest"))?;
+        self.harvest().map_err(guest_error("the harvest"))?;
         reached("epoch-harvested");
         pause.harvest = clock.lap();
         let (slot, mut stats) = self.stage(slot, epoch)?;
         reached("epoch-staged");
+        let next = self.emptied.pop().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
+        self.outstanding.push_back((epoch, std::mem::replace(&mut self.pages, next)));
+        self.harvesting = false;
         pause.stage = clock.lap();
         self.guest.resume().map_err(guest_error("resuming the guest after the checkpoint"))?;
         self.paused = false;
@@ -508,6 +532,43 @@ impl TetherLoop {
         // If shipping has ended its failure is noted, and the next look finds it.
         let _ = self.slots.ship(Part { slot, taken: Some(taken) });
         Ok(())
+    }
+
+    /// Fills `pages` with what the epoch holds. From here on only this thread knows of them.
+    fn harvest(&mut self) -> Result<(), GuestError> {
+        let committed = self.shared.lock().committed;
+        while self.outstanding.front().is_some_and(|(epoch, _)| *epoch <= committed) {
+            if let Some((_, mut pages)) = self.outstanding.pop_front() {
+                pages.clear();
+                self.emptied.push(pages);
+            }
+        }
+        self.harvesting = true;
+        let (guest, tracker, arrivals) = (self.guest.as_mut(), self.tracker.as_mut(), self.arrivals.as_mut());
+        let Harvested { dirty, discards } = &mut self.pages;
+        if let Err(error) = harvest(guest, tracker, arrivals, dirty, discards) {
+            // What the tracker had told before it failed is not known to be all it knew.
+            self.carried = Some(Harvested::everything(self.sizes.iter().copied()));
+            return Err(error);
+        }
+        if let Some(mut carried) = self.carried.take() {
+            carried.dirty.retain(|region, page| arrivals.landed(region, page));
+            self.pages.merge(&carried);
+        }
+        Ok(())
+    }
+
+    /// What is in no record that is known to have committed.
+    fn uncommitted(&mut self) -> Harvested {
+        let committed = self.shared.lock().committed;
+        let mut all = self.carried.take().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
+        if self.harvesting {
+            all.merge(&self.pages);
+        }
+        for (_, pages) in self.outstanding.iter().filter(|(epoch, _)| *epoch > committed) {
+            all.merge(pages);
+        }
+        all
     }
 
     fn would_not_stop(&mut self, source: GuestError) -> Result<(), TetherError> {
@@ -537,7 +598,7 @@ impl TetherLoop {
             return too_large("held output", self.output.len(), Limits::OUTPUT_BYTES);
         }
         let memory = self.guest.memory();
-        let (dirty, discards) = (&mut self.dirty, &mut self.discards);
+        let Harvested { dirty, discards } = &mut self.pages;
         let limit = self.config.overflow_bytes;
         let stage = || -> Result<(Slot, EpochStats), StageError> {
             let mut stager = Stager::begin(slot, &mut self.slots, epoch, memory.len(), boottime_ns(), limit)?;

@@ -73,6 +73,37 @@ impl Catch {
         Self { reader, state, failed, stopping }
     }
 
+    /// For a process that takes over from one that died: `reader` and `state` as it left them.
+    pub fn resume(mut reader: RingReader, state: FoldState) -> Result<Self, FoldError> {
+        state.settle(&mut reader)?;
+        Ok(Self::new(reader, state, None, Duration::ZERO))
+    }
+
+    /// Folds what has committed so far, for a session that is not the last: the destination has stopped its tether and means to go on over
+    /// another one. The newest epoch in RAM.
+    pub fn drain<R: RingBytes + ?Sized>(&mut self, ring: &R) -> Result<Epoch, FoldError> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        self.last_read(ring)?;
+        Ok(self.state.epoch())
+    }
+
+    /// The newest epoch in RAM.
+    pub fn epoch(&self) -> Epoch {
+        self.state.epoch()
+    }
+
+    /// Session whose ring was read.
+    pub fn nonce(&self) -> u64 {
+        self.reader.nonce()
+    }
+
+    /// Reader and state for the next session.
+    pub fn next_session(self, ring_len: usize, nonce: u64) -> Result<(RingReader, FoldState), FoldError> {
+        Ok((self.reader.next_session(ring_len, nonce)?, self.state))
+    }
+
     /// Reads the revoked ring for the last time, folds every committed record in it, in order, and gives the newest state.
     pub fn finish<R: RingBytes + ?Sized>(mut self, ring: &R) -> Result<Recovered, CatchError> {
         let began = Instant::now();

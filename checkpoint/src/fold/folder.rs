@@ -20,11 +20,13 @@ pub struct FoldConfig {
     pub idle: Duration,
     /// Length of the lease it grants for each heartbeat it sees.
     pub lease: Duration,
+    /// Whether it grants from the start; see [`Folder::set_granting`].
+    pub granting: bool,
 }
 
 impl Default for FoldConfig {
     fn default() -> Self {
-        Self { idle: Duration::from_millis(1), lease: Duration::from_secs(1) }
+        Self { idle: Duration::from_millis(1), lease: Duration::from_secs(1), granting: true }
     }
 }
 
@@ -110,7 +112,7 @@ impl Folder {
             changed: Condvar::new(),
             parked: Condvar::new(),
             stop: AtomicBool::new(false),
-            granting: AtomicBool::new(true),
+            granting: AtomicBool::new(config.granting),
             counter: AtomicU64::new(counter),
             changed_at_ns: AtomicU64::new(now),
             looked_at_ns: AtomicU64::new(now),

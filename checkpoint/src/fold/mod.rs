@@ -6,9 +6,13 @@
 //!   guest RAM is never left with part of an epoch.
 //! * Records are folded in the order in which they committed. Folding one twice gives the same bytes.
 //! * Device state and output that may have to be sent again move forward with the epoch, in the same step.
+//! * Where memory is kept ([`crate::journal`]) folding is redo: RAM is written, then the state that comes of it is kept, then the record
+//!   is given up. A death before the second leaves a record that is folded again, over the same state before it; one between second and
+//!   third leaves a record whose epoch is kept already, and it is only given up ([`FoldState::settle`]).
 
 mod catch;
 mod folder;
+mod image;
 mod target;
 
 pub use catch::{Catch, CatchError, CatchTimings, Recovered};
@@ -17,10 +21,13 @@ pub use folder::{FoldConfig, FoldStatus, Folder, Heard};
 pub use target::FoldTarget;
 
 use crate::guest::{Epoch, Packet};
+use crate::journal::{Cell, Damaged, KeptState};
 use crate::outbox::{Resend, ResendError};
 use crate::record::{Limits, RecordError, parse};
-use crate::ring::RingError;
+use crate::ring::{RingError, RingReader};
+use belay_transport::region::RegionError;
 use std::io;
+use std::sync::Arc;
 
 /// Why folding stopped.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -47,6 +54,16 @@ pub enum FoldError {
     NoMemory { region: belay_transport::RegionId, offset: u64, bytes: u64, reason: io::ErrorKind },
     #[error("device state of {bytes} bytes has no section of its own in {epoch}")]
     NoDeviceState { epoch: Epoch, bytes: usize },
+    #[error("the state of {epoch} cannot be kept")]
+    NotKept {
+        epoch: Epoch,
+        #[source]
+        source: Arc<RegionError>,
+    },
+    #[error(transparent)]
+    Damaged(#[from] Damaged),
+    #[error("the ring was read up to {read}, RAM shows {folded}: what was kept contradicts itself")]
+    Inconsistent { read: Epoch, folded: Epoch },
 }
 
 /// Guest RAM and what belongs to it, as of one epoch.
@@ -59,12 +76,51 @@ pub struct FoldState {
     /// Committed and not known to have left.
     resend: Resend,
     pages: u64,
+    /// Where device state and output are kept beside RAM.
+    kept: Option<Cell>,
 }
 
 impl FoldState {
     /// The state at the switch: RAM as it is, `device_state` as it was sent to the destination.
     pub fn new(target: FoldTarget, limits: Limits, device_state: Vec<u8>) -> Self {
-        Self { target, limits, epoch: Epoch(0), device_state, resend: Resend::new(), pages: 0 }
+        Self { target, limits, epoch: Epoch(0), device_state, resend: Resend::new(), pages: 0, kept: None }
+    }
+
+    /// As [`FoldState::new`], with all but RAM kept in `state`: from here on another process can go on with it.
+    pub fn kept(
+        target: FoldTarget,
+        limits: Limits,
+        device_state: Vec<u8>,
+        state: &KeptState,
+    ) -> Result<Self, FoldError> {
+        let mut new = Self::new(target, limits, device_state);
+        let mut cell = state.image()?.0;
+        let image = image::encode(new.epoch, new.pages, &new.device_state, &new.resend);
+        keep(&mut cell, new.epoch, &image)?;
+        new.kept = Some(cell);
+        Ok(new)
+    }
+
+    /// What an earlier process left; `None` where it had not come to a switch.
+    pub fn resume(target: FoldTarget, limits: Limits, state: &KeptState) -> Result<Option<Self>, FoldError> {
+        let (cell, value) = state.image()?;
+        let Some(value) = value else { return Ok(None) };
+        let damaged = || Damaged { what: "the newest epoch's device state and output", offset: 0 };
+        let (epoch, pages, device_state, resend) = image::decode(&value).ok_or_else(damaged)?;
+        Ok(Some(Self { target, limits, epoch, device_state, resend, pages, kept: Some(cell) }))
+    }
+
+    /// Brings a reader that an earlier process left to where RAM is: a record that is folded already is given up. One that is complete and
+    /// not folded, or folded half, is folded next.
+    pub fn settle(&self, reader: &mut RingReader) -> Result<(), FoldError> {
+        let (read, folded) = (reader.committed(), self.epoch);
+        match reader.record().is_some() {
+            true if read == folded => reader.clear(),
+            true if read == folded.next() => {}
+            false if read == folded => {}
+            _ => return Err(FoldError::Inconsistent { read, folded }),
+        }
+        Ok(())
     }
 
     /// The epoch that RAM shows.
@@ -99,9 +155,20 @@ impl FoldState {
             return Err(FoldError::TooMuchOutput { bytes, limit });
         }
         self.target.reserve(&record)?;
+        let pages = record.page_count();
+        let image = match &mut self.kept {
+            None => None,
+            Some(cell) => {
+                let image = image::encode(next, self.pages + pages, &record.device_state, &resend);
+                reserve(cell, next, &image)?;
+                Some(image)
+            }
+        };
         // From here on nothing can fail.
         self.target.apply(&record, &mut between);
-        let pages = record.page_count();
+        if let (Some(cell), Some(image)) = (&mut self.kept, image) {
+            cell.write(&image);
+        }
         self.resend = resend;
         self.device_state = record.device_state;
         self.epoch = next;
@@ -114,5 +181,17 @@ impl FoldState {
     }
 }
 
+fn reserve(cell: &mut Cell, epoch: Epoch, image: &[u8]) -> Result<(), FoldError> {
+    cell.reserve(image.len()).map_err(|source| FoldError::NotKept { epoch, source: Arc::new(source) })
+}
+
+fn keep(cell: &mut Cell, epoch: Epoch, image: &[u8]) -> Result<(), FoldError> {
+    reserve(cell, epoch, image)?;
+    cell.write(image);
+    Ok(())
+}
+
+#[cfg(test)]
+mod redo;
 #[cfg(test)]
 mod tests;

@@ -65,6 +65,11 @@ impl Resend {
         self.released_up_to
     }
 
+    /// What is kept: sequence and bytes, ascending.
+    pub fn packets(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.packets.iter().map(|(&sequence, bytes)| (sequence, &bytes[..]))
+    }
+
     /// Packets kept.
     pub fn len(&self) -> usize {
         self.packets.len()

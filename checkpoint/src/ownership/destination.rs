@@ -268,8 +268,9 @@ fn fenced(mut now: Fenced, event: &Event) -> Option<Step> {
             let Fenced { owner_epoch, all_landed, .. } = now;
             let actions = vec![
                 Action::OpenGate,
-                Action::StartTether { owner_epoch },
                 Action::ResumeGuest,
+                Action::StartTether { owner_epoch },
+                Action::SendResumed,
                 Action::Report(Named::TetheredAgain),
             ];
             return Some((State::Tethered { owner_epoch, all_landed }, actions));

@@ -42,6 +42,11 @@ fn source_states() -> Vec<source::State> {
                 all.push(next);
             }
         }
+        // A death in any of them, and a process that takes over.
+        let (again, _) = source::restart(&state);
+        if again.owner_epoch() <= OwnerEpoch(2) && !all.contains(&again) {
+            all.push(again);
+        }
         at += 1;
     }
     all
@@ -66,6 +71,7 @@ fn source_events() -> Vec<source::Event> {
         GuestResumed,
         ReleaseRecorded,
         ReleaseFailed,
+        GraceRanOut,
     ];
     all.extend(bools().map(|can_retry| CatchFailed { can_retry }));
     all.extend(bools().map(|all_landed| ReleaseAsked { all_landed }));
@@ -243,6 +249,51 @@ fn p2_under_lease_nothing_is_caught_without_proof_or_the_operators_word_and_an_e
                 let ran_out =
                     before.lease == Lease::RanOut || (before.lease == Lease::Withdrawn && event == Event::LeaseRanOut);
                 assert!(proven || (ordered && ran_out), "{before:?} caught on {event:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn p2_a_source_that_takes_over_catches_under_lease_only_as_one_that_lived_would() {
+    use source::{Action, Event, Resuming, State};
+    for state in source_states() {
+        let State::Resuming(Resuming { mode, lease_ran_out, .. }) = state else { continue };
+        for event in source_events() {
+            let Ok((_, actions)) = source::step(&state, &event) else { continue };
+            if actions.iter().any(|action| matches!(action, Action::Revoke { .. })) {
+                let allowed = match mode {
+                    OutputMode::Commit => {
+                        matches!(event, Event::GraceRanOut | Event::OperatorCatch | Event::DeathProven)
+                    }
+                    OutputMode::Lease => {
+                        event == Event::DeathProven || (event == Event::OperatorCatch && lease_ran_out)
+                    }
+                };
+                assert!(allowed, "{state:?} caught on {event:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn p2_a_death_forgets_no_revocation_and_no_release() {
+    use source::{Action, State};
+    for state in source_states() {
+        let (again, actions) = source::restart(&state);
+        let resumes = actions.contains(&Action::ResumeGuest) || actions.contains(&Action::FoldAndLoad);
+        assert!(!resumes, "{state:?} resumes without revoking");
+        match state {
+            State::Released { .. } | State::Running { .. } | State::Lost { .. } => assert_eq!(again, state),
+            State::Revoking { owner_epoch, .. } => {
+                assert!(actions.contains(&Action::Revoke { owner_epoch }), "{state:?} is not revoked again");
+            }
+            State::Serving(now) if now.catch_ordered => match again {
+                State::Serving(again) => assert!(again.catch_ordered && again.lease == source::Lease::Withdrawn),
+                other => assert_eq!(other.name(), "Revoking"),
+            },
+            State::Switching { .. } | State::Serving(_) | State::Resuming(_) => {
+                assert!(matches!(again, State::Resuming(_) | State::Revoking { .. }), "{state:?} goes to {again:?}");
             }
         }
     }

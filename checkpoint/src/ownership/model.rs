@@ -48,6 +48,8 @@ struct Model {
     source: source::State,
     source_todo: VecDeque<source::Action>,
     source_alive: bool,
+    /// What the source kept last, for a process that takes over. It outlives the process that dies.
+    kept: source::State,
     source_runs: bool,
     source_next: u64,
     source_resend: Vec<Output>,
@@ -84,6 +86,7 @@ impl Model {
             source: source::State::new(),
             source_todo: VecDeque::new(),
             source_alive: true,
+            kept: source::State::new(),
             source_runs: true,
             source_next: 0,
             source_resend: vec![],
@@ -118,7 +121,30 @@ impl Model {
         let Ok((next, actions)) = source::step(&self.source, &event) else { return false };
         self.source = next;
         self.source_todo.extend(actions);
+        // Kept before any of the actions; that the guest runs is kept by the action that lets it.
+        if !matches!(next, source::State::Running { .. }) {
+            self.kept = next;
+        }
         true
+    }
+
+    /// SIGKILL, and a new process that takes over from what was kept.
+    fn source_restarts(&mut self) {
+        if !self.source_alive {
+            return;
+        }
+        // What was decided and not done is forgotten; a guest that ran here has died.
+        self.source_todo.clear();
+        self.source_runs = false;
+        self.granting = false;
+        if matches!(self.kept, source::State::Running { .. }) {
+            self.source_alive = false;
+            return;
+        }
+        let (state, actions) = source::restart(&self.kept);
+        self.source = state;
+        self.kept = state;
+        self.source_todo.extend(actions);
     }
 
     fn destination_event(&mut self, event: destination::Event) -> bool {
@@ -173,7 +199,8 @@ impl Model {
                 if let Some(&(_, next)) = self.ring.last() {
                     self.source_next = next;
                 }
-                self.source_resend = self.ring.drain(..).flat_map(|(outputs, _)| outputs).collect();
+                // Kept until the guest runs: a death in between folds and sends it all again.
+                self.source_resend = self.ring.iter().flat_map(|(outputs, _)| outputs.clone()).collect();
                 self.source_event(Event::Folded)
             }
             Action::ResendOutput => {
@@ -184,12 +211,19 @@ impl Model {
             }
             Action::ResumeGuest => {
                 assert!(!self.released, "P6: resumed after a recorded release");
+                self.kept = self.source;
+                if matches!(self.source, source::State::Revoking { .. }) {
+                    self.kept = source::State::Running { owner_epoch: self.source.owner_epoch() };
+                }
                 self.source_runs = true;
+                self.ring.clear();
                 self.source_event(Event::GuestResumed)
             }
             Action::RecordRelease if fails => self.source_event(Event::ReleaseFailed),
             Action::RecordRelease => {
                 self.released = true;
+                // On disk, before anybody hears of it.
+                self.kept = source::State::Released { owner_epoch: self.source.owner_epoch() };
                 self.source_event(Event::ReleaseRecorded)
             }
             Action::AcknowledgeRelease => {
@@ -198,7 +232,7 @@ impl Model {
             }
             Action::RefuseRelease => self.say(ToDestination::Refused),
             Action::AnswerFate(fate) => self.say(ToDestination::Fate(fate)),
-            Action::KeepMemory | Action::Report(_) => true,
+            Action::KeepMemory | Action::SeekDestination | Action::Report(_) => true,
         };
         assert!(answered, "the end of {action:?} has no meaning in {:?}", self.source);
     }
@@ -314,7 +348,7 @@ impl Model {
     /// Whether the source may raise `LeaseRanOut`: silence while it grants, the time since the withdrawal once that is done.
     fn lease_wait_is_over(&self) -> bool {
         let pending = self.source_todo.contains(&source::Action::WithdrawLease);
-        self.source.name() == "Serving" && !pending && self.now >= self.lease_seen + LEASE + MARGIN
+        matches!(self.source.name(), "Serving" | "Resuming") && !pending && self.now >= self.lease_seen + LEASE + MARGIN
     }
 
     fn lease_is_good(&self) -> bool {
@@ -439,6 +473,10 @@ impl Model {
             60 if !self.source_alive && self.ring_open_to.is_some() => {
                 self.destination_event(destination::Event::Promoted);
             }
+            63 if pick.is_multiple_of(3) => self.source_restarts(),
+            64 if self.source.name() == "Resuming" && fails => {
+                self.source_event(source::Event::GraceRanOut);
+            }
             61..=62 if self.source_runs => {
                 let output = self.produce(self.source_next);
                 self.source_next += 1;
@@ -485,11 +523,17 @@ impl Model {
                 destination::State::Fenced(fenced) if self.source_alive => {
                     self.to_source.push(ToSource::FateAsked { owner_epoch: fenced.owner_epoch });
                 }
+                _ if !self.destination_alive && self.source.name() == "Resuming" => {
+                    self.source_event(source::Event::GraceRanOut);
+                }
                 destination::State::Tethered { .. } if self.source.name() != "Serving" => {
                     self.destination_event(destination::Event::ConnectionClosed);
                 }
                 destination::State::Preparing { .. } if self.source.name() != "Switching" => {
                     self.destination_event(destination::Event::ConnectionClosed);
+                }
+                destination::State::Aborted if self.source.name() == "Resuming" => {
+                    self.source_event(source::Event::GraceRanOut);
                 }
                 _ => {}
             }
@@ -520,7 +564,7 @@ fn choose(count: usize, pick: u8) -> Option<usize> {
 }
 
 fn history() -> impl Strategy<Value = Vec<(u8, u8)>> {
-    prop::collection::vec((0u8..63, any::<u8>()), 0..300)
+    prop::collection::vec((0u8..65, any::<u8>()), 0..300)
 }
 
 fn play(mode: OutputMode, history: Vec<(u8, u8)>) -> Model {

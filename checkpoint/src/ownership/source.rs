@@ -13,6 +13,8 @@ pub enum State {
     Switching { mode: OutputMode, owner_epoch: OwnerEpoch, handed_over: bool },
     /// The guest runs at the destination, pages are served, checkpoints come in.
     Serving(Serving),
+    /// This process took over from one that died. Who has the guest is not known yet, and it is not taken back yet.
+    Resuming(Resuming),
     /// The guest is being taken back.
     Revoking { owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool },
     /// A release was written down and fsynced. Final.
@@ -35,6 +37,15 @@ pub struct Serving {
     pub catch_ordered: bool,
     /// A release is being written; whether it is on disk is not known until its event says so, and until then nothing is caught.
     pub recording_release: bool,
+}
+
+/// What a source knows that has been started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Resuming {
+    pub mode: OutputMode,
+    pub owner_epoch: OwnerEpoch,
+    /// Any lease that the process before this one can have granted has run out.
+    pub lease_ran_out: bool,
 }
 
 /// The lease by which the destination may show output.
@@ -101,6 +112,8 @@ pub enum Event {
     /// A fenced destination asks, over a new connection, what became of the guest it had under `owner_epoch`. Once it was answered
     /// that it is still tethered, the end of its earlier connections is no event any more.
     FateAsked { owner_epoch: OwnerEpoch },
+    /// The destination has been looked for as long as it was to be ([`Action::SeekDestination`]).
+    GraceRanOut,
 }
 
 /// What the source is to do, in the order given.
@@ -133,8 +146,11 @@ pub enum Action {
     AcknowledgeRelease,
     /// Tell the destination that it is not.
     RefuseRelease,
-    /// Answer a fenced destination.
+    /// Answer a fenced destination. That it is still tethered is answered over the session that asked, which then is the one that
+    /// serves; where that fails it answers with [`Event::ConnectionClosed`].
     AnswerFate(Fate),
+    /// Dial the destination, again and again, until it has come back; answered by [`Event::FateAsked`] or [`Event::GraceRanOut`].
+    SeekDestination,
     /// Keep guest RAM and ring as they are.
     KeepMemory,
     /// Tell the operator.
@@ -153,6 +169,7 @@ impl State {
             Self::Running { .. } => "Running",
             Self::Switching { .. } => "Switching",
             Self::Serving(_) => "Serving",
+            Self::Resuming(_) => "Resuming",
             Self::Revoking { .. } => "Revoking",
             Self::Released { .. } => "Released",
             Self::Lost { .. } => "Lost",
@@ -168,6 +185,7 @@ impl State {
             | Self::Released { owner_epoch }
             | Self::Lost { owner_epoch } => owner_epoch,
             Self::Serving(serving) => serving.owner_epoch,
+            Self::Resuming(resuming) => resuming.owner_epoch,
         }
     }
 }
@@ -200,6 +218,7 @@ impl Event {
             Self::ReleaseRecorded => "ReleaseRecorded",
             Self::ReleaseFailed => "ReleaseFailed",
             Self::FateAsked { .. } => "FateAsked",
+            Self::GraceRanOut => "GraceRanOut",
         }
     }
 }
@@ -213,11 +232,93 @@ pub fn step(state: &State, event: &Event) -> Result<Step, Illegal> {
         State::Running { owner_epoch } => running(owner_epoch, event),
         State::Switching { mode, owner_epoch, handed_over } => switching(mode, owner_epoch, handed_over, event),
         State::Serving(now) => serving(now, event),
+        State::Resuming(now) => resuming(now, event),
         State::Revoking { owner_epoch, step, stuck } => revoking(owner_epoch, step, stuck, event),
         State::Released { .. } => released(state, event),
         State::Lost { .. } => lost(state, event),
     };
     taken.ok_or_else(|| Illegal { role: "source", state: state.name(), event: format!("{event:?}") })
+}
+
+/// Where a process goes on that takes over from one that died, given the state that was kept last. What was kept came before each act
+/// it allowed, so nothing has happened beyond it.
+///
+/// * A guest that ran here died with its process: [`State::Running`] stays and asks nothing. It is kept before the guest is let run.
+/// * A switch of which the destination has not heard *go* is caught like any other: it can have done nothing. So is one under `lease`
+///   that has, because no lease is granted before it says that it runs.
+/// * A catch begins anew: revoking and folding twice come to the same.
+/// * A release stands: nothing here resumes the guest; the destination is told if it has not heard.
+pub fn restart(state: &State) -> Step {
+    let resume = |mode, owner_epoch| {
+        let now = Resuming { mode, owner_epoch, lease_ran_out: false };
+        let actions = vec![Action::WithdrawLease, Action::Report(Named::Resuming), Action::SeekDestination];
+        (State::Resuming(now), actions)
+    };
+    match *state {
+        State::Switching { mode: OutputMode::Commit, owner_epoch, handed_over: true } => {
+            resume(OutputMode::Commit, owner_epoch)
+        }
+        State::Switching { owner_epoch, .. } => begin_catch(owner_epoch),
+        State::Serving(Serving { owner_epoch, death_proven: true, .. }) => begin_catch(owner_epoch),
+        // The destination may have been told already that there is no way back.
+        State::Serving(before) if before.catch_ordered => {
+            let now = Serving { lease: Lease::Withdrawn, recording_release: false, ..before };
+            settle(&Serving { catch_ordered: false, ..now }, now, vec![Action::WithdrawLease])
+        }
+        State::Serving(Serving { mode, owner_epoch, .. }) => resume(mode, owner_epoch),
+        State::Resuming(Resuming { mode, owner_epoch, .. }) => resume(mode, owner_epoch),
+        State::Revoking { owner_epoch, .. } => {
+            let state = State::Revoking { owner_epoch, step: CatchStep::Revoke, stuck: false };
+            (state, vec![Action::Revoke { owner_epoch }, Action::Report(Named::Catching)])
+        }
+        State::Released { .. } => (*state, vec![Action::SeekDestination]),
+        State::Running { .. } | State::Lost { .. } => (*state, vec![]),
+    }
+}
+
+fn resuming(mut now: Resuming, event: &Event) -> Option<Step> {
+    let Resuming { mode, owner_epoch, lease_ran_out } = now;
+    let stay = |now, actions| Some((State::Resuming(now), actions));
+    // As a source that has served all along and knows what this one does.
+    let serving = Serving {
+        mode,
+        owner_epoch,
+        lease: if lease_ran_out { Lease::RanOut } else { Lease::Withdrawn },
+        failed: false,
+        death_proven: false,
+        catch_ordered: false,
+        recording_release: false,
+    };
+    match *event {
+        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => {
+            stay(now, vec![Action::AnswerFate(Fate::Revoked)])
+        }
+        Event::FateAsked { owner_epoch: asked } if asked == owner_epoch => {
+            let serving = Serving { lease: Lease::Granted, ..serving };
+            Some((State::Serving(serving), vec![Action::AnswerFate(Fate::StillTethered), Action::GrantLease]))
+        }
+        Event::LeaseRanOut => {
+            now.lease_ran_out = true;
+            stay(now, vec![])
+        }
+        Event::GraceRanOut => Some(settle(&serving, Serving { failed: true, ..serving }, vec![])),
+        Event::OperatorCatch => Some(settle(&serving, Serving { catch_ordered: true, ..serving }, vec![])),
+        Event::DeathProven => {
+            let proven = Serving { failed: true, death_proven: true, ..serving };
+            Some(settle(&serving, proven, vec![]))
+        }
+        // It has said nothing over this session that could be refused; it asks again.
+        Event::ReleaseAsked { .. } => stay(now, vec![Action::RefuseRelease]),
+        // Of sessions that came to nothing, and of the process before this one.
+        Event::DeathSign
+        | Event::ConnectionClosed
+        | Event::DestinationResumed
+        | Event::StateSent
+        | Event::SwitchFailed
+        | Event::Cancelled
+        | Event::GuestResumed => stay(now, vec![]),
+        _ => None,
+    }
 }
 
 fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
@@ -240,6 +341,7 @@ fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
         | Event::LeaseRanOut
         | Event::OperatorCatch
         | Event::DeathProven
+        | Event::GraceRanOut
         | Event::GuestResumed => stay(vec![]),
         Event::Revoked | Event::Folded | Event::CatchFailed { .. } | Event::ReleaseRecorded | Event::ReleaseFailed => {
             None
@@ -279,7 +381,7 @@ fn switching(mode: OutputMode, owner_epoch: OwnerEpoch, handed_over: bool, event
         Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => stay(vec![Action::AnswerFate(Fate::Revoked)]),
         // Fenced before we heard that it had resumed: the closed connection will be noticed here too, it asks again then.
         Event::FateAsked { owner_epoch: asked } if asked == owner_epoch && handed_over => stay(vec![]),
-        Event::LeaseRanOut | Event::GuestResumed => stay(vec![]),
+        Event::LeaseRanOut | Event::GraceRanOut | Event::GuestResumed => stay(vec![]),
         _ => None,
     }
 }
@@ -330,9 +432,9 @@ fn serving(before: Serving, event: &Event) -> Option<Step> {
         Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch => {
             now.failed = false;
             now.lease = Lease::Granted;
-            actions.extend([Action::GrantLease, Action::AnswerFate(Fate::StillTethered)]);
+            actions.extend([Action::AnswerFate(Fate::StillTethered), Action::GrantLease]);
         }
-        Event::DestinationResumed | Event::StateSent | Event::GuestResumed => {}
+        Event::DestinationResumed | Event::StateSent | Event::GuestResumed | Event::GraceRanOut => {}
         _ => return None,
     }
     Some(settle(&before, now, actions))
@@ -353,6 +455,10 @@ fn settle(before: &Serving, mut now: Serving, mut actions: Vec<Action>) -> Step 
     // A release that is being written decides first; what then remains to be said is said by then.
     let known = |serving: &Serving| (serving.failed, serving.catch_ordered, serving.recording_release);
     if wants_catch && !now.recording_release && known(before) != known(&now) {
+        // Until a catch is ordered it may come back over another session.
+        if !now.catch_ordered {
+            actions.push(Action::SeekDestination);
+        }
         actions.push(Action::Report(if now.catch_ordered { Named::AwaitingLease } else { Named::AwaitingOperator }));
     }
     (State::Serving(now), actions)
@@ -414,6 +520,7 @@ fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event
             | Event::ConnectionClosed
             | Event::LeaseRanOut
             | Event::OperatorCatch
+            | Event::GraceRanOut
             | Event::DeathProven,
             _,
         ) => Some((State::Revoking { owner_epoch, step, stuck }, vec![])),
@@ -436,6 +543,7 @@ fn released(state: &State, event: &Event) -> Option<Step> {
         | Event::ConnectionClosed
         | Event::LeaseRanOut
         | Event::DeathProven
+        | Event::GraceRanOut
         | Event::DestinationResumed => vec![],
         _ => return None,
     };
@@ -453,6 +561,7 @@ fn lost(state: &State, event: &Event) -> Option<Step> {
         | Event::ConnectionClosed
         | Event::LeaseRanOut
         | Event::DeathProven
+        | Event::GraceRanOut
         | Event::DestinationResumed => vec![],
         _ => return None,
     };

@@ -19,9 +19,11 @@
 //! * Words that steer the other side stand beside their complement, so that one read in the middle of a store is noticed.
 
 mod reader;
+mod spool;
 mod writer;
 
 pub use reader::{RingBytes, RingError, RingReader, Step};
+pub use spool::{Place, Spool, SpoolError};
 pub use writer::{Mailbox, OwnerWords, RingWriter, ShipError, Shipped};
 pub(crate) use writer::{PULSE_OFFSET, fetch_words, make_room};
 

@@ -1,5 +1,6 @@
 //! The source's reader: takes segments out of the ring into reserved private memory, one record at a time.
 
+use super::spool::{Place, Spool};
 use super::{RingShape, RingTooSmall, SEGMENTS_OFFSET};
 use crate::guest::Epoch;
 use crate::record::{ALIGN, FIRST, HEADER, SegmentHeader, TRAILER, Trailer, VERSION, crc, kind};
@@ -74,51 +75,61 @@ pub enum RingError {
 
 /// Reads one session's ring.
 #[derive(Debug)]
-#[cfg_attr(test, derive(Clone))]
 pub struct RingReader {
     shape: RingShape,
-    nonce: u64,
-    /// Of the last segment taken.
-    sequence: u64,
-    /// Ring bytes taken since the session began.
-    consumed: u64,
-    /// Last committed epoch.
-    epoch: Epoch,
+    at: Place,
     /// The record being put together. Reserved and touched at start, so that memory is found missing before the guest leaves.
-    arena: Vec<u8>,
-    used: usize,
-    complete: bool,
+    spool: Spool,
 }
 
 impl RingReader {
     /// A reader for a ring region of `region_len` bytes in the session `nonce`, with `overflow_bytes` reserved for the largest
     /// record. Takes the time to touch every byte reserved.
     pub fn new(region_len: usize, nonce: u64, overflow_bytes: usize) -> Result<Self, RingError> {
+        Self::with(Spool::private(overflow_bytes)?, region_len, nonce)
+    }
+
+    /// A reader for the first session of a guest, which puts records together in `spool`.
+    pub fn with(mut spool: Spool, region_len: usize, nonce: u64) -> Result<Self, RingError> {
         let shape = RingShape::of(region_len)?;
-        let available = available_memory();
-        let none = RingError::NoMemory { asked: overflow_bytes, available };
-        if overflow_bytes as u64 > available {
-            return Err(none);
-        }
-        let mut arena = Vec::new();
-        arena.try_reserve_exact(overflow_bytes).map_err(|_| none)?;
-        arena.resize(overflow_bytes, 0);
-        Ok(Self { shape, nonce, sequence: 0, consumed: 0, epoch: Epoch(0), arena, used: 0, complete: false })
+        let at = Place { nonce, sequence: 0, consumed: 0, epoch: Epoch(0), used: 0, complete: false };
+        spool.note(&at);
+        Ok(Self { shape, at, spool })
+    }
+
+    /// Goes on where an earlier process had come to.
+    pub fn resume(spool: Spool, at: Place, region_len: usize) -> Result<Self, RingError> {
+        Ok(Self { shape: RingShape::of(region_len)?, at, spool })
+    }
+
+    /// The reader of a next session's ring, once nothing more is to be read of this one: a record that was begun and not completed
+    /// never committed, and is begun anew there. Epochs go on.
+    pub fn next_session(mut self, region_len: usize, nonce: u64) -> Result<Self, RingError> {
+        assert!(!self.at.complete, "a complete record is folded first");
+        self.shape = RingShape::of(region_len)?;
+        self.at = Place { nonce, sequence: 0, consumed: 0, used: 0, ..self.at };
+        self.spool.note(&self.at);
+        Ok(self)
+    }
+
+    /// The session's nonce.
+    pub fn nonce(&self) -> u64 {
+        self.at.nonce
     }
 
     /// Ring bytes taken since the session began: what the destination may use again.
     pub fn consumed(&self) -> u64 {
-        self.consumed
+        self.at.consumed
     }
 
     /// The newest epoch whose record was complete; 0 before the first.
     pub fn committed(&self) -> Epoch {
-        self.epoch
+        self.at.epoch
     }
 
     /// The complete record, from [`Step::Committed`] to [`RingReader::clear`].
     pub fn record(&self) -> Option<&[u8]> {
-        self.complete.then(|| &self.arena[..self.used])
+        self.at.complete.then(|| &self.spool.bytes()[..self.at.used])
     }
 
     /// The ring's sizes.
@@ -128,34 +139,34 @@ impl RingReader {
 
     /// Makes room for the next record.
     pub fn clear(&mut self) {
-        assert!(self.complete, "only a complete record is cleared");
-        self.used = 0;
-        self.complete = false;
+        assert!(self.at.complete, "only a complete record is cleared");
+        self.at = Place { used: 0, complete: false, ..self.at };
+        self.spool.note(&self.at);
     }
 
     /// Looks for the next segment in `ring` and takes it if it is whole.
     pub fn step<R: RingBytes + ?Sized>(&mut self, ring: &R) -> Result<Step, RingError> {
-        if self.complete {
-            return Ok(Step::Committed(self.epoch));
+        if self.at.complete {
+            return Ok(Step::Committed(self.at.epoch));
         }
         let wanted = SEGMENTS_OFFSET + self.shape.bytes as usize;
         if ring.len() < wanted {
             return Err(RingError::Resized { found: ring.len(), wanted });
         }
-        let (offset, room) = self.shape.place(self.consumed);
+        let (offset, room) = self.shape.place(self.at.consumed);
         let mut header = SegmentHeader::new_zeroed();
         ring.read(offset, header.as_mut_bytes());
-        if !header.is_whole() || header.nonce.get() != self.nonce {
+        if !header.is_whole() || header.nonce.get() != self.at.nonce {
             return Ok(Step::NotYet);
         }
-        let (sequence, next) = (header.sequence.get(), self.sequence + 1);
+        let (sequence, next) = (header.sequence.get(), self.at.sequence + 1);
         if sequence < next {
             return Ok(Step::NotYet);
         }
         self.check(&header, room)?;
         if header.section.kind.get() == kind::PAD {
-            self.sequence = sequence;
-            self.consumed += room as u64;
+            self.at = Place { sequence, consumed: self.at.consumed + room as u64, ..self.at };
+            self.spool.note(&self.at);
             return Ok(Step::Spooled);
         }
         self.take(ring, offset, &header)
@@ -163,7 +174,7 @@ impl RingReader {
 
     /// Checks what a whole header says before any of it is used.
     fn check(&self, header: &SegmentHeader, room: usize) -> Result<(), RingError> {
-        let (sequence, wanted) = (header.sequence.get(), self.sequence + 1);
+        let (sequence, wanted) = (header.sequence.get(), self.at.sequence + 1);
         if sequence != wanted {
             return Err(RingError::Ahead { found: sequence, wanted });
         }
@@ -180,12 +191,12 @@ impl RingReader {
         if len > limit {
             return Err(RingError::BadLength { sequence, len, limit });
         }
-        let (found, wanted) = (Epoch(header.epoch.get()), self.epoch.next());
+        let (found, wanted) = (Epoch(header.epoch.get()), self.at.epoch.next());
         if found != wanted {
             return Err(RingError::WrongEpoch { sequence, found, wanted });
         }
         let first = header.flags.get() & FIRST != 0;
-        if first != (self.used == 0) {
+        if first != (self.at.used == 0) {
             let said = if first { "the first" } else { "a later one" };
             return Err(RingError::OutOfPlace { sequence, said });
         }
@@ -200,8 +211,10 @@ impl RingReader {
         header: &SegmentHeader,
     ) -> Result<Step, RingError> {
         let (stride, len) = (header.stride(), header.section.len.get() as usize);
-        let Some(place) = self.arena.get_mut(self.used..self.used + stride) else {
-            return Err(RingError::RecordTooLarge { epoch: self.epoch.next(), reserved: self.arena.len() });
+        let Place { used, epoch, .. } = self.at;
+        let reserved = self.spool.bytes().len();
+        let Some(place) = self.spool.bytes_mut().get_mut(used..used + stride) else {
+            return Err(RingError::RecordTooLarge { epoch: epoch.next(), reserved });
         };
         let (place_header, rest) = place.split_at_mut(HEADER);
         let (body, padding) = rest.split_at_mut(len);
@@ -211,22 +224,32 @@ impl RingReader {
         }
         place_header.copy_from_slice(header.as_bytes());
         padding.fill(0);
-        self.used += stride;
-        self.sequence += 1;
-        self.consumed += stride as u64;
-        if header.section.kind.get() != kind::TRAILER {
-            return Ok(Step::Spooled);
-        }
-        self.complete = true;
-        self.epoch = self.epoch.next();
-        Ok(Step::Committed(self.epoch))
+        let complete = header.section.kind.get() == kind::TRAILER;
+        self.at = Place {
+            sequence: self.at.sequence + 1,
+            consumed: self.at.consumed + stride as u64,
+            epoch: if complete { epoch.next() } else { epoch },
+            used: used + stride,
+            complete,
+            ..self.at
+        };
+        self.spool.note(&self.at);
+        Ok(if complete { Step::Committed(self.at.epoch) } else { Step::Spooled })
+    }
+}
+
+#[cfg(test)]
+impl Clone for RingReader {
+    /// Over memory of its own, whatever the original's is.
+    fn clone(&self) -> Self {
+        Self { shape: self.shape, at: self.at, spool: self.spool.copied() }
     }
 }
 
 const _: () = assert!(TRAILER == HEADER + (size_of::<Trailer>()).next_multiple_of(ALIGN));
 
 /// MemAvailable in bytes; everything where /proc does not say.
-fn available_memory() -> u64 {
+pub(super) fn available_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());

@@ -205,6 +205,13 @@ impl RingWriter {
         })
     }
 
+    /// For a session that is not the guest's first: `committed` is in the source's RAM, the next epoch is the one after it.
+    pub fn going_on_from(mut self, committed: Epoch) -> Self {
+        assert_eq!(self.written, 0, "decided before anything is written");
+        self.epoch = committed;
+        self
+    }
+
     /// The newest epoch that has committed.
     pub fn committed(&self) -> Epoch {
         self.epoch

@@ -8,7 +8,10 @@ use super::relay::Relay;
 use super::verdict::{self, Evidence, RunReport, Said};
 use super::{LEASE_MS, stage, strike};
 use crate::options::FabricChoice;
+use belay_checkpoint::journal::{self, Listed};
 use belay_vmm_glue::migrate::observation::Kind;
+use belay_vmm_glue::migrate::protocol;
+use belay_vmm_glue::migrate::source::keep::Written;
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -91,7 +94,7 @@ pub fn run(case: Case, lies: &[Lie]) -> Result<RunReport, ConductError> {
         destination: Said::of(&logs[Role::Destination as usize]),
         observer_exit: logs[Role::Observer as usize].ended,
         seen: crate::observe::read_log(&path("packets")).map_err(io("read the observer's log"))?,
-        released: stage::files().iter().any(|file| file.contains("/source/released-") && file.ends_with(".json")),
+        released: released(&logs[Role::Source as usize]),
         left,
         forgotten,
         took: begun.elapsed(),
@@ -164,7 +167,8 @@ impl Run {
             let by_itself = |log: &Log| (!blow_is_ours).then(|| noticed(log)).flatten();
             let early = by_itself(source).map(|by| format!("the source lost the destination by itself: {by}"));
             let ended = [source, destination].into_iter().find_map(|log| Some((log.ended?, log)));
-            let over = ended.map(|(code, log)| format!("a role ended with {code} before its time: {}", last_words(log)));
+            let over =
+                ended.map(|(code, log)| format!("a role ended with {code} before its time: {}", last_words(log)));
             early.or(over).map(Err)
         });
         let what = moment.to_string();
@@ -205,7 +209,16 @@ impl Run {
         }
         Ok(forgotten)
     }
+}
 
+/// Whether the release is on disk: the source said so, or its journal does.
+fn released(source: &Log) -> bool {
+    let said = source.find(|kind| matches!(kind, Kind::ReleaseRecorded { .. }).then_some(())).is_some();
+    let written = |listed: Listed| {
+        let body = listed.body.ok().flatten()?;
+        protocol::decode::<Written>(&body).ok()?.released
+    };
+    said || journal::list(&path("source")).is_ok_and(|all| all.into_iter().any(|listed| written(listed).is_some()))
 }
 
 /// Where the observer or the destination listens.
@@ -275,7 +288,8 @@ fn has_come(moment: &Moment, logs: &[Log; 3]) -> Option<String> {
         }
         Moment::Landed { percent } => {
             let (landed, absent) = pull()?;
-            let commits = destination.events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count();
+            let commits =
+                destination.events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count();
             let far = absent > 0 && landed * 100 >= (landed + absent) * percent && commits >= 3;
             far.then(|| format!("{landed} of {} pages landed, {commits} commits", landed + absent))
         }

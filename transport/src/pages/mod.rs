@@ -243,12 +243,18 @@ impl PageStates {
         }
     }
 
-    /// The READ of `count` claimed frames failed and can no longer write them.
-    pub fn fail_run(&self, region: usize, first: FrameIndex, count: u64) {
-        for frame in first.0..first.0 + count {
-            state::fail(self.byte(region, FrameIndex(frame)));
+    /// The READ of `count` claimed frames failed and can no longer write them. `wanted` as in [`PageStates::land_run`].
+    pub fn fail_run(&self, region: usize, first: FrameIndex, count: u64, wanted: &mut dyn FnMut(FrameIndex)) {
+        for frame in (first.0..first.0 + count).map(FrameIndex) {
+            let byte = self.byte(region, frame);
+            if state::fail(byte) {
+                wanted(frame);
+                state::settle_discard(byte);
+                self.moved(State::InFlight, State::Discarded, 1);
+            } else {
+                self.moved(State::InFlight, State::Failed, 1);
+            }
         }
-        self.moved(State::InFlight, State::Failed, count);
     }
 
     /// Settles a discard an earlier page server left wanted, once the frame is zero.

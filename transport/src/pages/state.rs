@@ -7,8 +7,8 @@
 //!     │        discard │  │ fail       │ discard
 //!     │                v  └──> Failed ─┤
 //!     │        DiscardWanted           │
-//!     │          │ settle │ fail       │
-//!     │ discard  v        └──> Failed  v
+//!     │          │ settle              │
+//!     │ discard  v                     v
 //!     └──────> Discarded <─────────────┘
 //! ```
 //! A discard that finds a READ in flight cannot settle at once: the READ's bytes, older than the discard, may still land in
@@ -131,11 +131,17 @@ pub fn release(byte: &impl AtomicByte) -> bool {
     }
 }
 
-/// InFlight or DiscardWanted → Failed, by the owner of the READ, once it can no longer write the frame.
-pub fn fail(byte: &impl AtomicByte) {
-    let from = [State::InFlight, State::DiscardWanted];
-    let done = from.iter().any(|from| byte.exchange(*from as u8, State::Failed as u8).is_ok());
-    assert!(done, "only the owner of a READ fails it; the frame is {:?}", load(byte));
+/// InFlight → Failed, by the owner of the READ, once it can no longer write the frame. Whether the guest gave the page up
+/// meanwhile; the frame then is not failed but to be zeroed, for [`settle_discard`]: whoever reads failed frames again must
+/// not bring back what the guest has discarded.
+pub fn fail(byte: &impl AtomicByte) -> bool {
+    match byte.exchange(State::InFlight as u8, State::Failed as u8) {
+        Ok(()) => false,
+        Err(found) => {
+            assert_eq!(checked(found), State::DiscardWanted, "only the owner of a READ fails it");
+            true
+        }
+    }
 }
 
 /// DiscardWanted → Discarded, by the owner of the READ, once the frame is zero.
@@ -283,7 +289,7 @@ mod interleavings {
                 let frame = frame.clone();
                 move || {
                     if claim(&frame.state) {
-                        fail(&frame.state);
+                        assert!(!fail(&frame.state), "nobody discards here");
                     }
                 }
             });

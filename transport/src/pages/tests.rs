@@ -47,7 +47,7 @@ fn a_new_page_server_finds_what_landed_and_reads_the_rest_again() {
     let states = PageStates::create_in(&path, &geometry(&[10, 5])).unwrap();
     states.claim_run(0, FrameIndex(0), 6);
     states.land_run(0, FrameIndex(0), 2, &mut never);
-    states.fail_run(0, FrameIndex(2), 1);
+    states.fail_run(0, FrameIndex(2), 1, &mut never);
     states.discard(0, FrameIndex(3));
     states.discard(1, FrameIndex(4));
     drop(states);
@@ -60,6 +60,20 @@ fn a_new_page_server_finds_what_landed_and_reads_the_rest_again() {
     assert_eq!(states.state_at(1, FrameIndex(4)), Discarded);
     states.settle_discard(0, FrameIndex(3));
     assert_eq!(states.counts(), Counts { absent: 11, in_flight: 0, landed: 2, discarded: 2, failed: 0 });
+}
+
+#[test]
+fn p1_a_page_given_up_under_a_read_that_fails_is_never_read_again() {
+    let states = PageStates::in_memory(&geometry(&[4])).unwrap();
+    states.claim_run(0, FrameIndex(0), 3);
+    states.discard(0, FrameIndex(1));
+    let mut zeroed = Vec::new();
+    states.fail_run(0, FrameIndex(0), 3, &mut |frame| zeroed.push(frame.0));
+    assert_eq!(zeroed, [1]);
+    let again = PageStates::open(RamFile::from_fd(rustix::io::dup(states.file()).unwrap()).unwrap()).unwrap();
+    let found: Vec<_> = (0..4).map(|frame| again.state_at(0, FrameIndex(frame))).collect();
+    use State::*;
+    assert_eq!(found, [Absent, Discarded, Absent, Absent]);
 }
 
 #[test]
@@ -110,7 +124,7 @@ proptest! {
             match step {
                 Step::Claim => prop_assert_eq!(states.claim(0, frame), before == State::Absent),
                 Step::Land if before.in_flight() => states.land_run(0, frame, 1, &mut |_| ()),
-                Step::Fail if before.in_flight() => states.fail_run(0, frame, 1),
+                Step::Fail if before.in_flight() => states.fail_run(0, frame, 1, &mut |_| ()),
                 Step::Release if before.in_flight() => states.release_run(0, frame, 1, &mut |_| ()),
                 Step::Discard => {
                     let wanted = states.discard(0, frame) == Discard::Wanted;
@@ -123,7 +137,7 @@ proptest! {
                 prop_assert_eq!(after, State::Discarded);
             }
             if before == State::DiscardWanted {
-                prop_assert!(matches!(after, State::DiscardWanted | State::Discarded | State::Failed));
+                prop_assert!(matches!(after, State::DiscardWanted | State::Discarded));
             }
             let count = |state: State| (0..8).filter(|f| states.state_at(0, FrameIndex(*f)) == state).count() as u64;
             let expected = Counts {

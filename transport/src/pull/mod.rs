@@ -109,6 +109,7 @@ impl Engine {
             ended_fd: eventfd()?,
         });
         settle_left_discards(&shared);
+        wake_left_faults(&shared, &shards)?;
         let mut engine = Self { shared, threads: Vec::with_capacity(shards.len() + 1), wakes: Vec::new() };
         let wake = Arc::new(eventfd()?);
         if let Some(guard) = Guard::new(engine.shared.clone(), wake.clone()).map_err(PlanError::Guard)? {
@@ -227,6 +228,14 @@ impl Engine {
         }
     }
 
+    /// As [`Engine::stop`], and takes the discards that came until the very end ([`Engine::take_discards`]).
+    pub fn stop_and_take(self, deadline: Deadline, f: &mut dyn FnMut(RegionId, PageIndex)) -> Result<Stats, StopError> {
+        let shared = self.shared.clone();
+        let stats = self.stop(deadline)?;
+        shared.discards.take(f);
+        Ok(stats)
+    }
+
     /// Ends the engine: lanes are dropped, frames still in flight are absent again, threads joined.
     pub fn stop(mut self, deadline: Deadline) -> Result<Stats, StopError> {
         self.shared.stop.store(true, Ordering::Release);
@@ -271,6 +280,20 @@ fn settle_left_discards(shared: &Shared) {
             }
         }
     }
+}
+
+/// Faults that an earlier page server had read and not answered are in no queue any more: whoever waits is woken, and comes again.
+fn wake_left_faults(shared: &Shared, shards: &[ShardParts]) -> Result<(), PlanError> {
+    for parts in shards {
+        for range in &parts.ranges {
+            let region = shared.regions.iter().find(|region| region.plan.id == range.region);
+            let Some(region) = region else { continue };
+            let (first, frames) = (range.frames.start, range.frames.end - range.frames.start);
+            let start = region.plan.vmm_address + (first << region.shift());
+            parts.uffd.wake(start, frames << region.shift()).map_err(PlanError::Wake)?;
+        }
+    }
+    Ok(())
 }
 
 fn timespec(duration: Duration) -> Timespec {

@@ -174,6 +174,8 @@ pub enum PlanError {
     },
     #[error("watching the alias for discards")]
     Guard(#[source] crate::uffd::UffdError),
+    #[error("waking what an earlier page server left waiting")]
+    Wake(#[source] crate::uffd::UffdError),
 }
 
 /// Frames of one class, as a bitmap: set where the content is at the source.

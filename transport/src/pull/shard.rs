@@ -497,7 +497,10 @@ impl Shard {
     /// The lanes are dropped, which flushes them: nothing they had posted can write a frame any more. Only then the
     /// frames are given up as failed.
     fn fabric_is_over(&mut self) {
-        self.give_up(|shared, slot| shared.states.fail_run(slot.region, FrameIndex(slot.first), slot.frames));
+        self.give_up(|shared, slot| {
+            let mut zero = |frame| install::zero_alias(shared, slot.region, frame);
+            shared.states.fail_run(slot.region, FrameIndex(slot.first), slot.frames, &mut zero);
+        });
     }
 
     /// As above at an ordinary end: the frames are absent again, for whoever comes next.

@@ -3,12 +3,14 @@
 //! Only files whose pages can be shared with a userfaultfd in MINOR mode will do: memfd, tmpfs, hugetlbfs. Occupancy is
 //! asked of the file (SEEK_DATA), never found by reading: reading a hole allocates it, and so does pinning it.
 
+mod arena;
 mod error;
 mod huge;
 mod mapping;
 mod occupancy;
 mod prealloc;
 
+pub use arena::Arena;
 pub use error::RegionError;
 pub use mapping::Mapping;
 
@@ -159,6 +161,14 @@ impl RamFile {
         prealloc::populate(alias, self.page_size, threads, progress)
     }
 
+    /// Makes sure that a range can be written without taking more memory: a full file system is an error here and never a signal
+    /// later. What is a hole stays one to [`RamFile::occupancy`].
+    pub fn reserve(&self, extent: Extent) -> Result<(), RegionError> {
+        let reserve = || fallocate(&self.fd, FallocateFlags::empty(), extent.offset, extent.len);
+        rustix::io::retry_on_intr(reserve)
+            .map_err(RegionError::io(format!("reserving {} bytes at {}", extent.len, extent.offset)))
+    }
+
     /// Gives the frames of a range back (FALLOC_FL_PUNCH_HOLE): every mapping then finds a hole there.
     pub fn punch(&self, extent: Extent) -> Result<(), RegionError> {
         fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, extent.offset, extent.len)
@@ -188,6 +198,14 @@ fn check_len(len: u64, page_size: PageSize) -> Result<(), RegionError> {
         return Err(RegionError::BadLength { len, page_size });
     }
     Ok(())
+}
+
+/// Page size of files made in `directory`, if it lies on a file system that will do.
+pub fn backing_of(directory: &Path) -> Result<PageSize, RegionError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(directory, flags, Mode::empty())
+        .map_err(RegionError::io(format!("opening {}", directory.display())))?;
+    backing(&fd, directory)
 }
 
 /// Page size of the file system a descriptor lies on, if it is one that will do.

@@ -102,6 +102,16 @@ pub enum Kind {
     Recovered { epoch: u64, pages: u64, total_pages: u64, took_us: u64, resent_packets: u64 },
     /// The guest runs at the source again.
     Caught { epoch: u64, nonce: u64, noticed_to_running_us: u64, steps: Vec<u64> },
+    /// This process goes on with a migration whose process died, and where that one stood.
+    TakenOver { migration: String, was: String },
+    /// A destination that was cut off goes on, over another session: from this epoch on, which the source has.
+    TetheredAgain { committed: u64 },
+    /// Guest memory is kept in files with names, so that another process can take over from this one; or why not.
+    Kept {
+        migration: String,
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        memory: Option<String>,
+    },
     /// The release is on disk: this host will never resume this guest.
     ReleaseRecorded { path: String },
     /// The destination owns the guest.

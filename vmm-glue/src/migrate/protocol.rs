@@ -19,7 +19,10 @@
 //!   Released ────────────────────────────────────────►           only this ends a migration (P6)
 //!   ◄──────────────────────────────── Farewell                   the acknowledgement is acknowledged
 //! ```
+//! How the two meet again after a cut or a death is told in [`super::reattach`].
 //! Either side may say `Failed` at any time and closes then. A closed stream without `Released` is a failure.
+//!
+//! Version 2: the proposal carries the migration's identity, and two messages let a destination that was cut off tether again.
 //!
 //! Encoding: postcard, one message a frame. A message's number is its position in the enum; new ones are added at the end, and
 //! a change of meaning raises [`PROTOCOL_VERSION`].
@@ -27,24 +30,60 @@
 use super::observation::ObservationId;
 use super::switch_map::RegionClasses;
 use crate::guard::Secrets;
+use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::RegionId;
 use belay_transport::fabric::{ReadKey, RingKeys};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Version of the messages below, beside the session's own.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// From source to destination.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToDestination {
-    Prepare { ram: Vec<(RegionId, ReadKey)>, ring: RingKeys, ring_geometry: RingOffer, because: ObservationId },
-    Switch { map: Vec<RegionClasses>, device_state: Vec<u8>, nonce: u64, because: ObservationId },
-    Go { owner_epoch: OwnerEpoch, because: ObservationId },
-    Released { because: ObservationId },
-    ReleaseRefused { because: ObservationId },
-    Fate { fate: Fate, because: ObservationId },
-    Failed { reason: String, because: ObservationId },
+    Prepare {
+        ram: Vec<(RegionId, ReadKey)>,
+        ring: RingKeys,
+        ring_geometry: RingOffer,
+        because: ObservationId,
+    },
+    Switch {
+        map: Vec<RegionClasses>,
+        device_state: Vec<u8>,
+        nonce: u64,
+        because: ObservationId,
+    },
+    Go {
+        owner_epoch: OwnerEpoch,
+        because: ObservationId,
+    },
+    Released {
+        because: ObservationId,
+    },
+    ReleaseRefused {
+        because: ObservationId,
+    },
+    Fate {
+        fate: Fate,
+        because: ObservationId,
+    },
+    Failed {
+        reason: String,
+        because: ObservationId,
+    },
+    /// Of a source that comes back: the proof that it is this migration's.
+    Reattach {
+        proof: [u8; 32],
+    },
+    /// After [`Fate::StillTethered`] over another session: as `Prepare`, and the newest epoch that is in the source's RAM.
+    PrepareAgain {
+        ram: Vec<(RegionId, ReadKey)>,
+        ring: RingKeys,
+        ring_geometry: RingOffer,
+        committed: Epoch,
+        because: ObservationId,
+    },
 }
 
 /// From destination to source.
@@ -72,6 +111,8 @@ impl ToDestination {
             Self::ReleaseRefused { .. } => "ReleaseRefused",
             Self::Fate { .. } => "Fate",
             Self::Failed { .. } => "Failed",
+            Self::Reattach { .. } => "Reattach",
+            Self::PrepareAgain { .. } => "PrepareAgain",
         }
     }
 }

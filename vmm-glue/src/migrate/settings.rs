@@ -1,5 +1,6 @@
 //! What a migration is asked to be. The source decides and proposes; the destination accepts or says why not.
 
+use super::reattach::{Identity, Reattach};
 use crate::kvm::guests::GuestSpec;
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
@@ -23,6 +24,10 @@ pub struct Proposal {
     pub shards: u16,
     /// Incarnation nonces the guest was given so far, in order; its witness wants to know.
     pub nonces: Vec<u64>,
+    /// By what both sides know each other again.
+    pub identity: Identity,
+    /// Not a new guest: the source of this one comes back.
+    pub reattach: Option<Reattach>,
 }
 
 impl Proposal {

@@ -5,19 +5,19 @@ use super::destination::Happening;
 use super::observation::{Kind, ObservationId, Observer, us};
 use super::protocol::{RingOffer, explain};
 use super::settings::{LeaseSettings, TetherSettings};
-use belay_checkpoint::dirty::DirtySet;
+use belay_checkpoint::dirty::{DirtySet, Harvested};
 use belay_checkpoint::epoch::{
     Arrivals, EpochObserver, EpochStats, Heartbeat, HeartbeatConfig, Tether, TetherConfig, TetherEnd, TetherError,
     TetherParts,
 };
-use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, TrackerKind};
-use belay_checkpoint::outbox::{Bounds, Emitter, Outbox, OutputMode};
+use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, RamBlock, TrackerKind};
+use belay_checkpoint::outbox::{Bounds, Emitter, LeaseClock, Outbox, OutputMode};
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
 use belay_checkpoint::staging::{Slot, StageError};
 use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
 use belay_transport::pull::Engine;
-use belay_transport::{Deadline, PageIndex, RegionId};
+use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::Duration;
@@ -82,7 +82,17 @@ pub struct Tethering {
     heartbeat: Heartbeat,
     happened: Sender<Happening>,
     ready: Option<Ready>,
+    /// Of an earlier session's tether: what its records never brought to the source.
+    carried: Option<Harvested>,
     tether: Option<Tether>,
+}
+
+/// What a tether leaves for the next one.
+pub struct Leftover {
+    /// Still tracking.
+    pub tracker: Box<dyn DirtyTracker>,
+    /// Harvested, and not known to be at the source.
+    pub carried: Harvested,
 }
 
 struct Ready {
@@ -93,9 +103,10 @@ struct Ready {
 }
 
 impl Reserved {
-    /// Takes the two checkpoint lanes: records, and heartbeat.
+    /// Takes the two checkpoint lanes: records, and heartbeat. `committed` is the newest epoch that the source has.
     pub(super) fn open(
         self,
+        committed: Epoch,
         [records, beats]: [Box<dyn Lane>; 2],
         stop_bound: Duration,
         happened: Sender<Happening>,
@@ -104,6 +115,7 @@ impl Reserved {
         let Self { settings, keys, offer, slots, mailboxes: [for_records, for_beats] } = self;
         let LeaseSettings { length, heartbeat, .. } = settings.lease;
         let writer = RingWriter::new(records, keys, offer.bytes as usize, offer.nonce, for_records, deadline)?;
+        let writer = writer.going_on_from(committed);
         let config = HeartbeatConfig { interval: heartbeat, lease: length, bound: length };
         let heartbeat = Heartbeat::start(beats, keys, for_beats, config).map_err(TetheringError::Heartbeat)?;
         Ok(Tethering {
@@ -113,6 +125,7 @@ impl Reserved {
             heartbeat,
             happened,
             ready: Some(Ready { writer, slots, tracker: None, arrivals: None }),
+            carried: None,
             tether: None,
         })
     }
@@ -143,6 +156,34 @@ impl Tethering {
         Ok(())
     }
 
+    /// As [`Tethering::arm`], with the tracker of the tether before this one, which has tracked all along.
+    pub(super) fn arm_again(&mut self, left: Leftover, engine: Arc<Engine>) {
+        let ready = self.ready.as_mut().expect("armed once, before it starts");
+        ready.tracker = Some(left.tracker);
+        ready.arrivals = Some(Box::new(Pulled(engine)));
+        self.carried = Some(left.carried);
+    }
+
+    /// As [`Tethering::arm`], where the tether before this one was another process's: what it had harvested is not known, so the first
+    /// epoch carries every page that has landed.
+    pub(super) fn arm_anew(
+        &mut self,
+        guest: &mut dyn Guest,
+        engine: Arc<Engine>,
+        vmm_pid: u32,
+    ) -> Result<(), TetheringError> {
+        self.arm(guest, engine, vmm_pid)?;
+        let pages = |block: &RamBlock| (block.id, (block.alias.len() / PAGE_SIZE) as u64);
+        let sizes: Vec<_> = guest.memory().iter().map(pages).collect();
+        self.carried = Some(Harvested::everything(sizes));
+        Ok(())
+    }
+
+    /// The lease that this tether's heartbeat brings.
+    pub(super) fn lease(&self) -> Arc<dyn LeaseClock> {
+        self.heartbeat.lease()
+    }
+
     /// Takes epochs of the running guest from now on.
     pub fn start(
         &mut self,
@@ -161,6 +202,7 @@ impl Tethering {
             writer,
             slots,
             observer: Arc::new(Ears { observer, because, happened: self.happened.clone() }),
+            carried: self.carried.take(),
         };
         let config = TetherConfig {
             stop_bound: self.stop_bound,

@@ -4,6 +4,7 @@ use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
+use crate::migrate::tethering::Leftover;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
@@ -59,6 +60,8 @@ impl Destination<'_> {
                 None
             }
             Action::OpenGateForGood => {
+                // Before anything leaves that nothing covers: a page server after this one must not ask whose the guest is.
+                self.lay_down_will(true);
                 self.output.open_for_good();
                 None
             }
@@ -71,7 +74,7 @@ impl Destination<'_> {
             Action::AskFate { .. } => {
                 // A tether is made once a session, so over this one there is no way back to Tethered, and the answer that there is must
                 // not be asked for. The source is told instead, so that it need not wait for silence; what it does with the guest
-                // comes as its fate. With the control stream gone nobody answers, and the guest stays fenced.
+                // comes as its fate, or over another session, which the source dials ([`super::resume`]).
                 let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
                 None
             }
@@ -103,7 +106,16 @@ impl Destination<'_> {
                         .to_owned();
                     self.note(Kind::Failed { what, advice });
                 }
-                self.note(Kind::State { state: named_state(named), why: named.to_string() });
+                let why = match (named, &self.states) {
+                    (Named::PagesMissing, Some(states)) => {
+                        let counts = states.counts();
+                        let missing = counts.absent + counts.in_flight + counts.failed;
+                        let all = missing + counts.landed + counts.discarded;
+                        format!("{named}: {missing} of {all} pages are missing")
+                    }
+                    _ => named.to_string(),
+                };
+                self.note(Kind::State { state: named_state(named), why });
                 None
             }
         }
@@ -136,7 +148,7 @@ impl Destination<'_> {
             }
             Err(error) => {
                 self.why = protocol::explain(&error);
-                Some(Event::PrepareFailed)
+                Some(if matches!(self.state, State::Tethered { .. }) { Event::GuestDied } else { Event::PrepareFailed })
             }
         }
     }
@@ -163,6 +175,8 @@ impl Destination<'_> {
             self.note(summary);
         }
         let Some(mut end) = end else { return };
+        self.inherited = false;
+        self.leftover = Some(Leftover { tracker: end.tracker, carried: end.uncommitted });
         // A tether that failed, even while it was being stopped, leaves its guest stopped, because nothing the guest did after that
         // could be caught. An owner's guest needs no catching.
         if end.paused

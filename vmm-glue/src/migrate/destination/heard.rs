@@ -17,7 +17,27 @@ pub(super) fn next(
     bound: Option<Duration>,
     words: &Words,
 ) -> Result<ToDestination, DestinationError> {
+    hear(inbox, wanted, bound, Some(words))
+}
+
+/// As [`next`], whatever the operator says meanwhile.
+pub(super) fn next_within(
+    inbox: &Inbox<ToDestination>,
+    wanted: &'static str,
+    bound: Duration,
+) -> Result<ToDestination, DestinationError> {
+    hear(inbox, wanted, Some(bound), None)
+}
+
+fn hear(
+    inbox: &Inbox<ToDestination>,
+    wanted: &'static str,
+    bound: Option<Duration>,
+    words: Option<&Words>,
+) -> Result<ToDestination, DestinationError> {
     let over = bound.map_or_else(never, |bound| at(Deadline::after(bound).instant()));
+    let signals = words.map_or_else(never, |words| words.signals.clone());
+    let orders = words.map_or_else(never, |words| words.orders.clone());
     loop {
         select! {
             recv(inbox.messages()) -> heard => return match heard {
@@ -28,8 +48,8 @@ pub(super) fn next(
                 Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(harmless(&why))),
                 Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
             },
-            recv(words.signals) -> _ => return Err(DestinationError::Interrupted),
-            recv(words.orders) -> order => before_the_switch(order)?,
+            recv(signals) -> _ => return Err(DestinationError::Interrupted),
+            recv(orders) -> order => before_the_switch(order)?,
             recv(over) -> _ => {
                 return Err(DestinationError::TimedOut { waiting_for: wanted, bound: bound.unwrap_or_default() });
             }

@@ -4,7 +4,7 @@ use super::{Destination, DestinationError, Happening, heard};
 use crate::kvm::apart::Kept;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::protocol::{ToDestination, ToSource};
-use crate::migrate::switch_map::{PageClass, RegionClasses};
+use crate::migrate::switch_map::PageClass;
 use belay_checkpoint::guest::TrackerKind;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
 use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
@@ -31,17 +31,18 @@ impl pull::Observer for EngineEars {
 impl Destination<'_> {
     /// Waits for the switch, as long as the source likes: the guest runs there. Then loads, with faults served already.
     pub(super) fn await_switch(&mut self) -> Result<(), DestinationError> {
-        let (map, device_state, nonce, because) = match heard::next(&self.inbox, "Switch", None, self.words)? {
+        let link = self.link.as_ref().expect("whoever waits for a switch has prepared for it over a session");
+        let (map, device_state, nonce, because) = match heard::next(&link.inbox, "Switch", None, self.words)? {
             ToDestination::Switch { map, device_state, nonce, because } => (map, device_state, nonce, because),
             other => return Err(heard::unexpected(&other, "Switch")),
         };
         self.last = because;
         reached("switch-heard");
         let begun = Instant::now();
-        let engine = Arc::new(self.start_engine(&map)?);
+        self.map = map;
+        let engine = Arc::new(self.start_engine(None)?);
         self.words.board.pulls_with(&engine);
         self.engine = Some(Arc::clone(&engine));
-        self.map = map;
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
         if let Some(tethering) = &mut self.tethering {
@@ -59,13 +60,14 @@ impl Destination<'_> {
         Ok(())
     }
 
-    pub(super) fn start_engine(&mut self, map: &[RegionClasses]) -> Result<Engine, DestinationError> {
+    /// Serves faults from now on, over the lanes of the session. `states`: what an engine before this one has come to.
+    pub(super) fn start_engine(&mut self, states: Option<PageStates>) -> Result<Engine, DestinationError> {
         let mut regions = Vec::new();
         let mut frames = Vec::new();
         for (ram, local, remote, vmm_address) in &self.ram {
             let page_size = ram.file.page_size();
             let count = ram.file.len() as u64 >> page_size.shift();
-            let classes = map.iter().find(|classes| classes.id == ram.id);
+            let classes = self.map.iter().find(|classes| classes.id == ram.id);
             let classes =
                 classes.ok_or_else(|| DestinationError::Refused(format!("the switch map lacks {}", ram.id)))?;
             let classes = classes.decode(count)?.into_iter().map(|(class, frames)| ClassRun {
@@ -91,7 +93,11 @@ impl Destination<'_> {
         let total: u64 = frames.iter().map(|region| region.frames).sum();
         let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64) as u64);
         let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
-        let states = Arc::new(PageStates::in_memory(&frames)?);
+        let states = Arc::new(match states {
+            Some(states) => states,
+            None => PageStates::in_memory(&frames)?,
+        });
+        self.states = Some(Arc::clone(&states));
         if let Some(keeper) = &self.keeper {
             keeper.keep(Kept::PageStates, states.file().as_fd())?;
         }

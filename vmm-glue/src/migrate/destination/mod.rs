@@ -9,6 +9,7 @@ mod heard;
 mod load;
 mod order;
 mod prepare;
+mod resume;
 mod takeover;
 mod warden;
 mod will;
@@ -20,24 +21,26 @@ use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
 use super::switch_map::{RegionClasses, SwitchMapError};
-use super::tethering::{Tethering, TetheringError};
+use super::tethering::{Leftover, Tethering, TetheringError};
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
+use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
-use belay_transport::pages::PagesError;
+use belay_transport::pages::{PageStates, PagesError};
 use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
 use belay_transport::region::{Mapping, RamFile, RegionError};
-use belay_transport::session::{Control, Listener, SessionError};
+use belay_transport::session::{Control, Listener, RegionGeometry, SessionError};
 use belay_transport::uffd::{Uffd, UffdError};
 use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, Sender};
 use prepare::await_source;
 pub use prepare::shard_ranges;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -246,23 +249,34 @@ pub fn run(
         let _ = control.send(&failed, Deadline::after(Duration::from_secs(1)));
         error
     };
-    let prepared = Destination::prepare(config, session, Arc::clone(&inbox), proposal, host, observer, words);
+    let prepared =
+        Destination::prepare((config, listener), session, Arc::clone(&inbox), proposal, host, observer, words);
     let mut destination = prepared.map_err(tell)?;
     // Told while its lanes are still open, so that the source does not take their end for the reason.
     destination.await_switch().map_err(tell)?;
     Ok(destination.run())
 }
 
+/// A session's control stream, and the thread that listens to it.
+struct Link {
+    control: Arc<Control>,
+    inbox: Arc<Inbox<ToDestination>>,
+}
+
 /// A destination with a guest on its way.
 struct Destination<'a> {
     config: &'a DestinationConfig,
+    /// Where the source dials again.
+    listener: &'a Listener,
+    guard_command: Option<GuardCommand>,
     placement: Placement,
     proposal: Proposal,
+    geometry: Vec<RegionGeometry>,
     observer: &'a Observer,
     words: &'a Words,
     pending: Pending,
-    control: Arc<Control>,
-    inbox: Arc<Inbox<ToDestination>>,
+    /// The session; `None` where this page server took over and the source has not come back.
+    link: Option<Link>,
     happenings: Receiver<Happening>,
     happened: Sender<Happening>,
     state: State,
@@ -271,15 +285,26 @@ struct Destination<'a> {
     guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
     warden: Option<Warden>,
+    /// By which things are laid down for the next page server, where the VMM is a process of its own.
     keeper: Option<Keeper>,
-    /// What the next page server must know beside what this one was told at first; there once the switch has come.
-    map: Vec<RegionClasses>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
     /// Taken when the engine starts.
     parts: Vec<ShardParts>,
     uffds: Vec<(Uffd, Vec<ShardRange>)>,
     engine: Option<Arc<Engine>>,
+    /// What its frames have come to; outlives an engine.
+    states: Option<Arc<PageStates>>,
+    /// As the switch sent it: where a page that has not landed comes from.
+    map: Vec<RegionClasses>,
+    /// Of the tether that was stopped.
+    leftover: Option<Leftover>,
+    /// The tether was another process's: what it had harvested is not known, so everything that is here counts as dirty.
+    inherited: bool,
+    /// The dead page server's guard, by its hand-over socket: sent home when there is another.
+    old_guard: Option<OwnedFd>,
+    /// Under which the guest came here.
+    owner_epoch: OwnerEpoch,
     /// Built while preparing, running once the guest does.
     tethering: Option<Tethering>,
     nonces: Vec<u64>,
@@ -293,6 +318,7 @@ struct Destination<'a> {
     /// The signal that said that ending here would lose the guest.
     warned: bool,
     ticked_at: Instant,
+    dialled_at: Instant,
     reported_at: Instant,
     latencies_at: Instant,
     why: String,
@@ -323,7 +349,8 @@ impl Destination<'_> {
     }
 
     fn tell(&self, message: &ToSource) -> Result<(), SessionError> {
-        self.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
+        let Some(link) = &self.link else { return Err(SessionError::Broken) };
+        link.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
     }
 
     /// Takes the step that `event` asks for, and those that its actions' answers ask for.

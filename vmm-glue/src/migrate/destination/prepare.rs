@@ -2,26 +2,31 @@
 
 use super::order::NO_GUEST_YET;
 use super::warden::{self, Warden};
-use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, heard, io};
+use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Link, Ram, VMM_SLOT, heard, io};
+use crate::guard::Arms;
 use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::operator::{Ask, Ended, Pending, Words};
 use crate::migrate::peer::Inbox;
-use crate::migrate::protocol::{PROTOCOL_VERSION, RingOffer, ToDestination, ToSource};
+use crate::migrate::protocol::{RingOffer, ToDestination, ToSource};
+use crate::migrate::reattach::decode_proposal;
 use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
+use crate::migrate::tethering::Tethering;
 use crate::migrate::{protocol, tethering};
+use belay_checkpoint::guest::Epoch;
+use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::State;
-use belay_transport::fabric::{LaneId, LaneKind, ReadKey, RingKeys};
+use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
 use belay_transport::stop_point::reached;
-use belay_transport::uffd::UffdError;
+use belay_transport::uffd::{Uffd, UffdError};
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -65,11 +70,9 @@ pub(super) fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSe
     let deadline = Deadline::after(bounds.handshake);
     let hello = incoming.hello();
     let ram: u64 = hello.geometry.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
-    let refusal = match protocol::decode::<Proposal>(&hello.blob) {
-        Err(error) => Some(protocol::explain(&error)),
-        Ok(proposal) if proposal.protocol != PROTOCOL_VERSION => {
-            Some(format!("migration protocol {} is proposed, {PROTOCOL_VERSION} is spoken here", proposal.protocol))
-        }
+    let refusal = match decode_proposal(&hello.blob) {
+        Err(why) => Some(why),
+        Ok(Proposal { reattach: Some(call), .. }) => Some(format!("no guest of migration {} is here", call.migration)),
         Ok(_) if ram == 0 || ram > MOST_RAM => Some(format!("a guest of {ram} bytes of RAM")),
         Ok(_) if available().is_some_and(|available| ram > available) => {
             Some(format!("a guest of {ram} bytes of RAM; {} are available here", available().unwrap_or(0)))
@@ -166,10 +169,91 @@ pub fn shard_ranges(ram: &[Ram], shards: u16) -> Vec<Vec<ShardRange>> {
     parts
 }
 
+/// What a session's source offers beside guest RAM.
+pub(super) struct Joined {
+    pub ring: RingKeys,
+    pub offer: RingOffer,
+    /// Newest epoch that the source has.
+    pub committed: Epoch,
+    pub deadline: Deadline,
+    /// The source dials every lane at once: one that has died must not be waited for as long as RAM is.
+    pub dialled_within: Duration,
+}
+
+/// A session's lanes, and what they land in.
+pub(super) struct Opened {
+    pub landing: Vec<LocalKey>,
+    pub lane_pairs: Vec<LanePair>,
+    pub tethering: Option<Tethering>,
+}
+
+/// The fault lane of a shard, and its bulk lane.
+type LanePair = (Box<dyn Lane>, Option<Box<dyn Lane>>);
+
+/// Registers guest RAM and staging memory with the session's fabric, and takes every lane.
+pub(super) fn open_lanes(
+    initiator: &mut dyn Initiator,
+    proposal: &Proposal,
+    ram: &[Ram],
+    joined: Joined,
+    (placement, happened): (&Placement, &Sender<Happening>),
+    (observer, because): (&Observer, &ObservationId),
+) -> Result<Opened, DestinationError> {
+    let Joined { ring, offer, committed, deadline, dialled_within } = joined;
+    let registrations = Registrations::new(observer, because);
+    initiator.observe_registration(registrations.ears());
+    let registering = Instant::now();
+    let mut landing = Vec::new();
+    for ram in ram {
+        landing.push(initiator.register_local(&ram.alias)?);
+    }
+    let reserved = match &proposal.tether {
+        Some(tether) => Some(placement.run_near(|| tethering::reserve(initiator, tether, ring, offer))?),
+        None => None,
+    };
+    if let Some(registered) = registrations.take(registering.elapsed()) {
+        observer.note(Some(because), registered);
+    }
+    let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(dialled_within));
+    let mut lane_pairs: Vec<LanePair> = Vec::new();
+    let mut checkpoint_lanes = Vec::new();
+    for id in lanes(proposal) {
+        let lane = open(id, LANE_WINDOW)?;
+        match id.kind {
+            LaneKind::Fault => lane_pairs.push((lane, None)),
+            LaneKind::Bulk => lane_pairs.last_mut().expect("a fault lane comes before its bulk lane").1 = Some(lane),
+            LaneKind::Checkpoint => checkpoint_lanes.push(lane),
+        }
+    }
+    let tethering = match (reserved, <[_; 2]>::try_from(checkpoint_lanes)) {
+        (Some(reserved), Ok(lanes)) => {
+            Some(reserved.open(committed, lanes, TETHER_STOP, happened.clone(), deadline)?)
+        }
+        _ => None,
+    };
+    Ok(Opened { landing, lane_pairs, tethering })
+}
+
+/// A shard's lanes beside its userfaultfd.
+pub(super) fn shard_parts(
+    config: &DestinationConfig,
+    lane_pairs: Vec<LanePair>,
+    uffds: &[(Uffd, Vec<ShardRange>)],
+) -> Result<Vec<ShardParts>, DestinationError> {
+    let cores = config.engine_cores.iter().copied().cycle();
+    let cores = cores.map(Some).chain(std::iter::repeat(None));
+    let parts = lane_pairs.into_iter().zip(uffds).zip(cores);
+    let parts = parts.map(|(((fault, bulk), (uffd, ranges)), core)| {
+        let bulk = bulk.expect("lanes come in pairs");
+        Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone(), core })
+    });
+    Ok(parts.collect::<Result<Vec<_>, UffdError>>()?)
+}
+
 impl<'a> Destination<'a> {
     /// Everything before the downtime: RAM, VMM, userfaultfd, lanes, guard.
     pub(super) fn prepare(
-        config: &'a DestinationConfig,
+        (config, listener): (&'a DestinationConfig, &'a Listener),
         session: DestinationSession,
         inbox: Arc<Inbox<ToDestination>>,
         proposal: Proposal,
@@ -186,51 +270,24 @@ impl<'a> Destination<'a> {
         words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
-        let mut warden = match &proposal.tether {
-            Some(tether) => {
-                let arms = warden::arms(tether, host.vmm_is_apart());
+        let guard_command = proposal.tether.as_ref().map(|_| host.guard_command()).transpose()?;
+        let arms = proposal.tether.as_ref().map_or(Arms::None, |tether| warden::arms(tether, host.vmm_is_apart()));
+        let mut warden = match &guard_command {
+            Some(command) => {
                 // The source dials all of these right after Prepare: one that has died must not be waited for as long as RAM is.
                 let connection = session.lanes.take_guard(Deadline::after(bounds.handshake))?;
-                Some(Warden::start(&host.guard_command()?, connection, arms, deadline)?)
+                Some(Warden::start(command, connection, arms, deadline)?)
             }
             None => None,
         };
         let mut initiator = fabric::initiator(&session)?;
         let placement = place(config.numa, session.agreed.fabric, initiator.numa_node(), observer, &last)?;
         let ram = allocate(&session.hello.geometry, &placement, observer, &last)?;
-        let registrations = Registrations::new(observer, &last);
-        initiator.observe_registration(registrations.ears());
-        let registering = Instant::now();
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
-        let mut landing = Vec::new();
-        for ram in &ram {
-            landing.push(initiator.register_local(&ram.alias)?);
-        }
-        let reserved = match &proposal.tether {
-            Some(tether) => Some(placement.run_near(|| tethering::reserve(&mut *initiator, tether, ring, offer))?),
-            None => None,
-        };
-        if let Some(registered) = registrations.take(registering.elapsed()) {
-            observer.note(Some(&last), registered);
-        }
-        let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(bounds.handshake));
-        let mut lane_pairs = Vec::new();
-        let mut checkpoint_lanes = Vec::new();
-        for id in lanes(&proposal) {
-            let lane = open(id, LANE_WINDOW)?;
-            match id.kind {
-                LaneKind::Fault => lane_pairs.push((lane, None)),
-                LaneKind::Bulk => {
-                    lane_pairs.last_mut().expect("a fault lane comes before its bulk lane").1 = Some(lane)
-                }
-                LaneKind::Checkpoint => checkpoint_lanes.push(lane),
-            }
-        }
         let (happened, happenings) = bounded(64);
-        let tethering = match (reserved, <[_; 2]>::try_from(checkpoint_lanes)) {
-            (Some(reserved), Ok(lanes)) => Some(reserved.open(lanes, TETHER_STOP, happened.clone(), deadline)?),
-            _ => None,
-        };
+        let joined = Joined { ring, offer, committed: Epoch(0), deadline, dialled_within: bounds.handshake };
+        let opened = open_lanes(&mut *initiator, &proposal, &ram, joined, (&placement, &happened), (observer, &last))?;
+        let Opened { landing, lane_pairs, tethering } = opened;
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
         let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
         let ledger = Ledger::new()?;
@@ -264,15 +321,7 @@ impl<'a> Destination<'a> {
         if let (Some(warden), true) = (&mut warden, built.gives_sign) {
             warden.guard.watch(VMM_SLOT, deadline)?;
         }
-        let cores = config.engine_cores.iter().copied().cycle();
-        let cores = cores.map(Some).chain(std::iter::repeat(None));
-        let parts = lane_pairs.into_iter().zip(&built.shards).zip(cores);
-        let parts = parts
-            .map(|(((fault, bulk), (uffd, ranges)), core)| {
-                let bulk = bulk.expect("lanes come in pairs");
-                Ok(ShardParts { uffd: uffd.try_clone()?, fault, bulk, ranges: ranges.clone(), core })
-            })
-            .collect::<Result<Vec<_>, UffdError>>()?;
+        let parts = shard_parts(config, lane_pairs, &built.shards)?;
         if let Some(details) = initiator.details() {
             observer.note(Some(&last), Kind::Fabric(details));
         }
@@ -283,14 +332,16 @@ impl<'a> Destination<'a> {
         control.send(&protocol::encode(&prepared), Deadline::after(bounds.handshake))?;
         Ok(Self {
             config,
+            listener,
+            guard_command,
             placement,
             nonces: proposal.nonces.clone(),
             proposal,
+            geometry: session.hello.geometry.clone(),
             observer,
             words,
             pending: Pending::default(),
-            control,
-            inbox,
+            link: Some(Link { control, inbox }),
             happenings,
             happened,
             state: State::new(),
@@ -299,12 +350,17 @@ impl<'a> Destination<'a> {
             output,
             warden,
             keeper: built.keeper,
-            map: Vec::new(),
             ram,
             vmm_pid: built.pid,
             parts,
             uffds: built.shards,
             engine: None,
+            states: None,
+            map: Vec::new(),
+            leftover: None,
+            inherited: false,
+            old_guard: None,
+            owner_epoch: OwnerEpoch(0),
             tethering,
             resumed_at: None,
             all_landed_at: None,
@@ -313,6 +369,7 @@ impl<'a> Destination<'a> {
             leaving: None,
             warned: false,
             ticked_at: Instant::now(),
+            dialled_at: Instant::now(),
             reported_at: Instant::now(),
             latencies_at: Instant::now(),
             why: String::new(),

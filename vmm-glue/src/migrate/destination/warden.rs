@@ -24,6 +24,8 @@ pub(super) struct Warden {
     pub(super) page: Arc<LifePage>,
     life: SignOfLife,
     pub(super) secrets: Secrets,
+    /// Its loss has been told.
+    told: bool,
 }
 
 impl Warden {
@@ -39,7 +41,14 @@ impl Warden {
         let mut guard = Guard::spawn(command, &page, &secrets, arms, &[connection.as_fd()])?;
         let life = SignOfLife::hold(Arc::clone(&page), SERVER_SLOT)?;
         guard.watch(SERVER_SLOT, deadline)?;
-        Ok(Self { guard, page, life, secrets })
+        Ok(Self { guard, page, life, secrets, told: false })
+    }
+
+    /// Whether the guard has gone, once: what it would have told is then told by slower ways, until the next session brings another.
+    pub(super) fn has_gone(&mut self) -> bool {
+        let gone = !self.told && !self.guard.is_running();
+        self.told |= gone;
+        gone
     }
 
     /// An orderly end: the guard goes without a word.

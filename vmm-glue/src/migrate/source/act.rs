@@ -1,19 +1,21 @@
 //! What a source does: the switch, the words to the destination, the release.
 
+use super::keep::limits;
 use super::{Source, SourceError, fresh_nonce, io};
+use crate::guard::DeathWatch;
 use crate::migrate::lease::{Silence, boot_time};
 use crate::migrate::observation::{Kind, named_state, us};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
-use crate::migrate::release::{ReleaseError, ReleaseRecord};
 use crate::migrate::switch_map::{PageClass, RegionClasses};
-use belay_checkpoint::fold::{FoldConfig, FoldState, FoldTarget, Folder};
+use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
+use belay_checkpoint::journal::WriteError;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
-use belay_checkpoint::record::Limits;
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
+use belay_transport::Deadline;
+use belay_transport::session::SessionError;
 use belay_transport::stop_point::reached;
-use belay_transport::{Deadline, PAGE_SIZE};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,20 +56,20 @@ impl Source<'_> {
             }
             Action::GrantLease => {
                 self.answer_due = None;
-                if let (Some(folder), Some(tether)) = (&self.live.folder, &self.config.proposal.tether) {
+                if let (Some(folder), Some(tether)) = (&self.folder, &self.config.proposal.tether) {
                     folder.set_granting(true);
-                    self.live.lease_ends = None;
-                    self.live.silence = Some(Silence::new(tether.lease.silence_bound(), boot_time()));
+                    self.lease_ends = None;
+                    self.silence = Some(Silence::new(tether.lease.silence_bound(), boot_time()));
                 }
                 None
             }
             Action::WithdrawLease => {
-                if let Some(folder) = &self.live.folder {
+                if let Some(folder) = &self.folder {
                     folder.set_granting(false);
                 }
                 let lasts =
                     self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
-                self.live.lease_ends = Some(boot_time() + lasts);
+                self.lease_ends = Some(boot_time() + lasts);
                 None
             }
             Action::Revoke { .. } => self.revoke(),
@@ -94,11 +96,12 @@ impl Source<'_> {
                 let _ = self.tell(&ToDestination::ReleaseRefused { because: self.last.clone() });
                 None
             }
-            Action::AnswerFate(fate) => {
-                let _ = self.tell(&ToDestination::Fate { fate, because: self.last.clone() });
+            Action::AnswerFate(fate) => self.answer_fate(fate),
+            Action::SeekDestination => {
+                self.seek();
                 None
             }
-            // Guest RAM and ring live as long as this process does.
+            // Guest RAM and ring live as long as this process does, and with --memory-dir longer.
             Action::KeepMemory => None,
             Action::Report(named) => self.report(named),
         }
@@ -107,6 +110,14 @@ impl Source<'_> {
     pub(super) fn report(&mut self, named: Named) -> Option<Event> {
         self.note(Kind::State { state: named_state(named), why: named.to_string() });
         let advice = match named {
+            Named::AwaitingLease => {
+                // Its proof makes the catch safe at once. Where it is not armed or out of reach the lease decides, as it would have.
+                if self.live.as_ref().and_then(|live| live.death_watch.as_ref()).is_some_and(DeathWatch::fence) {
+                    let why = "the guard there was ordered to end the guest's VMM".to_owned();
+                    self.note(Kind::State { state: "fence-ordered".to_owned(), why });
+                }
+                return None;
+            }
             Named::AwaitingOperator if self.config.catch_on_loss => return Some(Event::OperatorCatch),
             Named::AwaitingOperator => {
                 "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \
@@ -141,22 +152,24 @@ impl Source<'_> {
         let mut map = Vec::new();
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();
-        for (block, &(_, key)) in self.guest.memory().iter().zip(&self.live.ram) {
+        let live = self.live.as_mut().ok_or(SessionError::Broken)?;
+        for (block, &(_, key)) in self.guest.memory().iter().zip(&live.ram) {
             // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
             let extents = block.file.occupancy()?;
-            self.live.owner.extend_read(key, &extents)?;
+            live.owner.extend_read(key, &extents)?;
             let classes = RegionClasses::from_occupancy(block.id, block.file.len() as u64, block.page_size, &extents);
             peer_frames += classes.frames(PageClass::Peer);
             zero_frames += classes.frames(PageClass::Zero);
             map.push(classes);
         }
-        if let Some(registered) = self.live.registrations.take(offering.elapsed()) {
+        if let Some(registered) = live.registrations.take(offering.elapsed()) {
             self.note(registered);
         }
-        if let (Some(reserved), Some(tether)) = (self.live.reserved.take(), &self.config.proposal.tether) {
-            let start = || self.start_folder(reserved, device_state.clone(), tether.lease.length);
-            let folder = self.live.placement.run_near(start)?;
-            self.live.folder = Some(folder);
+        if let (Some((reader, target)), Some(tether)) = (self.reserved.take(), &self.config.proposal.tether) {
+            let lease = tether.lease.length;
+            // Epoch 0: kept before the destination hears a word of it.
+            let state = self.keep.fold_state(target, limits(self.guest.memory()), device_state.clone())?;
+            self.start_folder(reader, state, lease)?;
         }
         let nonce = fresh_nonce()?;
         self.nonces.push(nonce);
@@ -168,40 +181,39 @@ impl Source<'_> {
         Ok(())
     }
 
+    /// Begins to read the ring of the live session and to fold. No lease is granted yet.
     pub(super) fn start_folder(
-        &self,
-        (reader, target): (RingReader, FoldTarget),
-        device_state: Vec<u8>,
+        &mut self,
+        reader: RingReader,
+        state: FoldState,
         lease: Duration,
-    ) -> Result<Folder, SourceError> {
-        let blocks = self.guest.memory();
-        let pages = |bytes: usize| (bytes / PAGE_SIZE) as u64;
-        let limits = Limits::for_regions(blocks.iter().map(|block| (block.id, pages(block.file.len()))));
-        let state = FoldState::new(target, limits, device_state);
-        let config = FoldConfig { lease, ..FoldConfig::default() };
-        let owner = OwnerRegion::new(Arc::clone(&self.live.owner_region));
-        Folder::start(config, Arc::clone(&self.live.ring), owner, reader, state).map_err(io("start folding"))
+    ) -> Result<(), SourceError> {
+        let live = self.live.as_ref().ok_or(SessionError::Broken)?;
+        let owner = OwnerRegion::new(Arc::clone(&live.owner_region));
+        owner.set_folded(state.epoch());
+        let config = FoldConfig { lease, granting: false, ..FoldConfig::default() };
+        let start = || Folder::start(config, Arc::clone(&live.ring), owner, reader, state);
+        self.folder = Some(live.placement.run_near(start).map_err(io("start folding"))?);
+        Ok(())
     }
 
     pub(super) fn record_release(&mut self) -> Option<Event> {
         reached("release-due");
-        let owner_epoch = self.state.owner_epoch().0;
-        let record = ReleaseRecord::new(self.live.nonce, owner_epoch, self.config.address.to_string());
-        match record.write(&self.config.state_dir) {
+        match self.keep.release(self.state.owner_epoch()) {
             Ok(path) => {
                 self.note(Kind::ReleaseRecorded { path: path.display().to_string() });
                 self.note(Kind::Released { total_us: us(self.paused_at.elapsed()) });
                 Some(Event::ReleaseRecorded)
             }
-            Err(error @ ReleaseError::NotWritten { .. }) => {
+            Err(error @ WriteError::NotWritten { .. }) => {
                 self.note(Kind::Failed {
-                    what: protocol::explain(&error),
+                    what: format!("the release record: {}", protocol::explain(&error)),
                     advice: "The tether is kept; make room or mend the directory, and the destination asks again."
                         .to_owned(),
                 });
                 Some(Event::ReleaseFailed)
             }
-            Err(error @ ReleaseError::Unknown { .. }) => {
+            Err(error @ WriteError::Unknown { .. }) => {
                 let what = protocol::explain(&error);
                 self.why = what.clone();
                 let advice = "This host will not resume the guest; it runs on at the destination, tethered. Look at the file and mend the disk. \

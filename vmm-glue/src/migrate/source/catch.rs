@@ -8,8 +8,10 @@ use belay_checkpoint::fold::CatchError;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::Deadline;
+use belay_transport::fabric::OWNER_EPOCH_OFFSET;
 use belay_transport::region::Mapping;
 use belay_transport::stop_point::reached;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
@@ -17,19 +19,33 @@ impl Source<'_> {
     pub(super) fn revoke(&mut self) -> Option<Event> {
         reached("catch-begun");
         let begun = Instant::now();
+        // Nothing that comes back from here on is listened to but to be told so.
+        self.herald = None;
         // The folder first: revoking `local` takes the ring's file away under whoever still reads it.
-        if let Some(folder) = self.live.folder.take() {
-            self.live.catch = Some(folder.stop());
+        if let Some(folder) = self.folder.take() {
+            self.catch = Some(folder.stop());
         }
         reached("catch-unrevoked");
-        let (catch, recovered) = (&mut self.live.catch, &mut self.live.recovered);
+        let (catch, recovered) = (&mut self.catch, &mut self.last_read);
         let mut folding = Duration::ZERO;
         let mut last_read = |ring: &Mapping| {
             let begun = Instant::now();
             *recovered = catch.take().map(|catch| catch.finish(ring));
             folding = begun.elapsed();
         };
-        match self.live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke)) {
+        let revoked = match (&mut self.live, &self.left) {
+            (Some(live), _) => live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke)),
+            // The session ended with the process that had it: its sockets, or its registrations, are gone. Only over shared memory can
+            // anybody still write, and whoever does finds the owner epoch changed before it may call anything committed.
+            (None, Some(left)) => {
+                left.owner_region.atomic_u64(OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                last_read(&left.ring);
+                Ok(())
+            }
+            (None, None) => Ok(()),
+        };
+        match revoked {
             Ok(()) => {
                 reached("catch-revoked");
                 self.note(Kind::Revoked { took_us: us(begun.elapsed() - folding) });
@@ -44,7 +60,7 @@ impl Source<'_> {
 
     pub(super) fn fold_and_load(&mut self) -> Option<Event> {
         let begun = Instant::now();
-        let recovered = match self.live.recovered.take() {
+        let recovered = match self.last_read.take() {
             Some(Ok(recovered)) => recovered,
             Some(Err(CatchError::Unreadable { source, older })) => {
                 self.why = format!("the ring cannot be read past {}: {}", older.epoch, protocol::explain(&source));
@@ -86,6 +102,14 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
+        // Kept before it is so: a guest that has run here is never caught from a checkpoint again.
+        let home = State::Running { owner_epoch: self.state.owner_epoch() };
+        let since = self.config.proposal.nonces.len().min(self.nonces.len());
+        if let Err(error) = self.keep.mark(home, &self.nonces[since..])
+            && let Err(error) = self.keep.give_up_memory().map_err(|_| error)
+        {
+            return self.cannot_resume(protocol::explain(&error));
+        }
         let steps = (self.steps)();
         reached("catch-resume");
         if let Err(error) = self.guest.resume() {
@@ -99,7 +123,9 @@ impl Source<'_> {
             self.note(Kind::Caught { epoch, nonce, noticed_to_running_us, steps });
             let fate = ToDestination::Fate { fate: Fate::Revoked, because: self.last.clone() };
             // If it can still hear, it should know; whether it does makes no difference to us.
-            let _ = self.live.control.send(&protocol::encode(&fate), Deadline::after(Duration::from_millis(100)));
+            if let Some(live) = &self.live {
+                let _ = live.control.send(&protocol::encode(&fate), Deadline::after(Duration::from_millis(100)));
+            }
         }
         Some(Event::GuestResumed)
     }

@@ -1,12 +1,13 @@
 //! What happens to a source: messages, the guard, lanes, the heartbeat and the operator, turned into events.
 
+use super::herald::NO_SESSION;
 use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol::ToSource;
 use belay_checkpoint::ownership::source::{Event, State};
-use crossbeam_channel::select;
+use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
@@ -18,24 +19,20 @@ impl Source<'_> {
         {
             return Some(event);
         }
-        let messages = self.live.inbox.messages().clone();
+        let messages = self.live.as_ref().map_or_else(never, |live| live.inbox.messages().clone());
+        let asking = self.asking.as_ref().map_or_else(never, |asking| asking.inbox.messages().clone());
         select! {
-            recv(self.live.happenings) -> happening => match happening.ok()? {
-                Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
-                Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
-                Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
-                Happening::GuardGone(why) => {
-                    // Only the fastest of several ways to notice is gone; the connection and the lease remain.
-                    self.note(Kind::State { state: "guard-gone".to_owned(), why });
-                    None
-                }
-            },
+            recv(self.happenings) -> happening => {
+                let (session, what) = happening.ok()?;
+                self.happening(session, what)
+            }
+            recv(asking) -> heard => self.asked(heard.ok()),
             recv(messages) -> heard => match heard {
                 Ok(Listened::Message(message)) => self.message(message),
                 Ok(Listened::Closed(why)) => {
                     if matches!(self.state, State::Released { .. }) {
                         // The record is on disk, and nobody is left to say farewell; whether the release was heard is the destination's story.
-                        self.outcome = Some(Outcome::Released);
+                        self.outcome = Some(Outcome::Released { heard: false });
                     }
                     Some(self.lost(Event::ConnectionClosed, &why))
                 }
@@ -55,6 +52,29 @@ impl Source<'_> {
                 Err(_) => self.tick(),
             },
             default(TICK) => self.tick(),
+        }
+    }
+
+    fn happening(&mut self, session: u64, what: Happening) -> Option<Event> {
+        let current = self.live.as_ref().map_or(NO_SESSION, |live| live.nonce);
+        if session != NO_SESSION && session != current {
+            return None;
+        }
+        match what {
+            Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
+            Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
+            Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
+            Happening::GuardGone(why) => {
+                // Only the fastest of several ways to notice is gone; the connection and the lease remain.
+                self.note(Kind::State { state: "guard-gone".to_owned(), why });
+                None
+            }
+            Happening::NotBack(why) => {
+                self.note(Kind::State { state: "seeking".to_owned(), why });
+                None
+            }
+            Happening::GraceOver(why) => Some(self.grace_is_over(&why)),
+            Happening::CameBack(session) => self.came_back(*session),
         }
     }
 
@@ -78,6 +98,11 @@ impl Source<'_> {
                 None
             }
             State::Switching { .. } => Some(Event::Cancelled),
+            // It is the destination's already; what is left is to tell it.
+            State::Released { .. } => {
+                self.outcome = Some(Outcome::Released { heard: false });
+                None
+            }
             State::Revoking { stuck, .. } => {
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
@@ -87,7 +112,9 @@ impl Source<'_> {
     }
 
     pub(super) fn lost(&mut self, event: Event, by: &str) -> Event {
-        if self.noticed_at.is_none() && matches!(self.state, State::Serving(_) | State::Switching { .. }) {
+        if self.noticed_at.is_none()
+            && matches!(self.state, State::Serving(_) | State::Switching { .. } | State::Resuming(_))
+        {
             self.noticed_at = Some(Instant::now());
             self.note(Kind::Noticed { by: by.to_owned() });
         }
@@ -129,7 +156,8 @@ impl Source<'_> {
                 Some(self.lost(event, &format!("the destination failed: {}", harmless(&reason))))
             }
             ToSource::Farewell => {
-                self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);
+                let over = matches!(self.state, State::Released { .. });
+                self.outcome = over.then_some(Outcome::Released { heard: true });
                 None
             }
             ToSource::Prepared { .. } => {
@@ -148,21 +176,23 @@ impl Source<'_> {
             self.answer_due = None;
             if matches!(self.state, State::Released { .. }) {
                 // The record is on disk and was acknowledged as well as can be; whether it was heard is the destination's story.
-                self.outcome = Some(Outcome::Released);
+                self.outcome = Some(Outcome::Released { heard: false });
                 return None;
             }
             let bound = self.config.bounds.switch;
             return Some(self.lost(Event::SwitchFailed, &format!("no answer to the switch within {bound:?}")));
         }
+        // After the withdrawal time alone decides, whatever the heartbeat does.
+        if matches!(self.state, State::Serving(_) | State::Resuming(_))
+            && self.lease_ends.take_if(|ends| boot_time() > *ends).is_some()
+        {
+            return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
+        }
         if let State::Serving(_) = self.state
-            && let (Some(folder), Some(silence)) = (&self.live.folder, &mut self.live.silence)
+            && let (Some(folder), Some(silence)) = (&self.folder, &mut self.silence)
         {
             if let Some(failed) = folder.status().failed {
                 return Some(self.lost(Event::ConnectionClosed, &format!("its checkpoints cannot be taken: {failed}")));
-            }
-            // After the withdrawal time alone decides, whatever the heartbeat does.
-            if self.live.lease_ends.take_if(|ends| boot_time() > *ends).is_some() {
-                return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
             }
             if silence.has_lasted(&folder.heard(), boot_time()) {
                 let bound =

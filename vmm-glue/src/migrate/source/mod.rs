@@ -6,8 +6,11 @@
 mod act;
 mod catch;
 mod hear;
+mod herald;
+pub mod keep;
 mod order;
 mod prepare;
+mod resume;
 
 use super::lane_watch::LaneWatch;
 use super::lease::Silence;
@@ -19,22 +22,23 @@ use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::registering::Registrations;
 use super::settings::{Bounds, Proposal};
 use crate::guard::{DeathWatch, GuardError};
-use belay_checkpoint::fold::{Catch, CatchError, FoldTarget, Folder, Recovered};
+use belay_checkpoint::fold::{Catch, CatchError, FoldError, FoldTarget, Folder, Recovered};
 use belay_checkpoint::guest::{Epoch, Guest, GuestError};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::ownership::Illegal;
-use belay_checkpoint::ownership::source::{Event, State, step};
-use belay_checkpoint::ring::{RingError, RingReader};
+use belay_checkpoint::ownership::source::{Action, Event, State, restart, step};
+use belay_checkpoint::ring::{RingError, RingReader, SpoolError};
 use belay_transport::fabric::{FabricError, Owner, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Mapping, RegionError};
-use belay_transport::session::{Address, Control, SessionConfig, SessionError};
+use belay_transport::session::{Address, Control, LaneDialer, SessionConfig, SessionError, SourceSession};
 use belay_transport::{Deadline, RegionId};
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use herald::Herald;
+use keep::{Keep, KeepError, LeftBehind};
 pub(super) use prepare::lanes;
-use prepare::prepare;
+use prepare::{Prepared, prepare};
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -46,8 +50,10 @@ pub struct SourceConfig {
     pub proposal: Proposal,
     pub ring_bytes: usize,
     pub overflow_bytes: u64,
-    /// Where the release record is written.
-    pub state_dir: PathBuf,
+    /// Goes into the journal for whoever starts this source again.
+    pub extra: Vec<u8>,
+    /// How long a source that takes over looks for the destination before it catches the guest.
+    pub grace: Duration,
     pub bounds: Bounds,
     /// Where this host's threads and buffers go.
     pub numa: NumaChoice,
@@ -58,8 +64,8 @@ pub struct SourceConfig {
 /// How a migration ended, seen from the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// The destination owns the guest; this host never resumes it.
-    Released,
+    /// The destination owns the guest; this host never resumes it. `heard`: the destination has said that it knows.
+    Released { heard: bool },
     /// The guest runs here again, from this checkpoint; with every nonce it was ever given, in order.
     Caught { epoch: Epoch, nonces: Vec<u64> },
     /// The guest never left.
@@ -93,6 +99,12 @@ pub enum SourceError {
     Ring(#[from] RingError),
     #[error(transparent)]
     Guard(#[from] GuardError),
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    #[error("the overflow memory cannot be kept")]
+    Spool(#[source] SpoolError),
+    #[error(transparent)]
+    Fold(FoldError),
     #[error("cannot {doing}")]
     Io {
         doing: &'static str,
@@ -117,22 +129,28 @@ pub enum SourceError {
     Proposal(String),
 }
 
-/// What can happen while a session is up, beside messages.
-#[derive(Debug)]
+/// What can happen beside messages.
 enum Happening {
     DeathSign,
     DeathProven,
     GuardGone(String),
     LaneBroken,
+    /// A destination that was looked for is there again, and is this migration's.
+    CameBack(Box<SourceSession>),
+    /// It is not, yet: why the last try failed.
+    NotBack(String),
+    /// It was looked for as long as it was to be.
+    GraceOver(String),
 }
+
+/// Takes what happens, with the nonce of the session it happened in: what is left of an earlier session means nothing.
+type Happened = Sender<(u64, Happening)>;
 
 /// Everything of one session.
 struct Live {
     control: Arc<Control>,
+    lanes: LaneDialer,
     inbox: Inbox<ToSource>,
-    happenings: Receiver<Happening>,
-    /// Kept so that waiting for happenings goes on waiting when everybody who could tell of one has gone.
-    _happened: Sender<Happening>,
     owner: Box<dyn Owner>,
     registrations: Registrations,
     placement: Placement,
@@ -140,24 +158,28 @@ struct Live {
     ring: Arc<Mapping>,
     owner_region: Arc<Mapping>,
     nonce: u64,
-    /// Reserved while preparing; goes into the folder at the switch.
-    reserved: Option<(RingReader, FoldTarget)>,
-    folder: Option<Folder>,
-    /// The folder once it was stopped for the catch.
-    catch: Option<Catch>,
-    silence: Option<Silence>,
-    /// When the last lease that may have been granted has run out, by CLOCK_BOOTTIME; once no more are granted.
-    lease_ends: Option<Duration>,
-    /// What the last read of the ring gave.
-    recovered: Option<Result<Recovered, CatchError>>,
+    /// By which the destination's guard is heard, and told to fence.
+    death_watch: Option<DeathWatch>,
     // Kept going until the session ends.
-    _death_watch: Option<DeathWatch>,
     _lane_watch: Option<LaneWatch>,
+}
+
+/// A ring that is left of a session which ended with its process.
+struct Left {
+    ring: Arc<Mapping>,
+    owner_region: Arc<Mapping>,
+}
+
+/// A session in which a destination that came back asks what became of its guest.
+struct Asking {
+    session: SourceSession,
+    inbox: Inbox<ToSource>,
 }
 
 /// The source of one migration.
 pub struct Source<'a> {
     config: &'a SourceConfig,
+    keep: &'a mut Keep,
     guest: &'a mut dyn Guest,
     output: &'a Outbox,
     /// How far each vCPU's program has run, for reports.
@@ -166,7 +188,25 @@ pub struct Source<'a> {
     words: &'a Words,
     pending: Pending,
     state: State,
-    live: Live,
+    /// `None` where a process has taken over and the destination has not come back.
+    live: Option<Live>,
+    left: Option<Left>,
+    herald: Option<Herald>,
+    /// Until when the herald is to look.
+    grace_until: Option<Instant>,
+    asking: Option<Asking>,
+    happened: Happened,
+    happenings: Receiver<(u64, Happening)>,
+    /// Reserved while preparing; goes into the folder at the switch.
+    reserved: Option<(RingReader, FoldTarget)>,
+    folder: Option<Folder>,
+    /// The folder once it was stopped: for the catch, or for a next session.
+    catch: Option<Catch>,
+    silence: Option<Silence>,
+    /// When the last lease that may have been granted has run out, by CLOCK_BOOTTIME; once no more are granted.
+    lease_ends: Option<Duration>,
+    /// What the last read of the ring gave.
+    last_read: Option<Result<Recovered, CatchError>>,
     last: ObservationId,
     paused_at: Instant,
     noticed_at: Option<Instant>,
@@ -184,40 +224,58 @@ pub struct Source<'a> {
     outcome: Option<Outcome>,
 }
 
-/// Moves the guest and sees the migration to its end. A signal takes the guest back; orders are answered. `output` is where the running guest's output goes through. An error means
-/// that the guest was not touched and runs on; whatever happens after the switch has begun is an [`Outcome`].
-pub fn run(
-    config: &SourceConfig,
-    guest: &mut dyn Guest,
-    output: &Outbox,
-    steps: &dyn Fn() -> Vec<u64>,
-    observer: &Observer,
-    words: &Words,
-) -> Result<Outcome, SourceError> {
-    let (live, last) = prepare(config, guest, observer, words)?;
-    let source = Source {
-        config,
-        guest,
-        output,
-        steps,
-        observer,
-        words,
-        pending: Pending::default(),
-        state: State::new(),
-        live,
-        last,
-        paused_at: Instant::now(),
-        noticed_at: None,
-        answer_due: None,
-        recovered: None,
-        nonces: config.proposal.nonces.clone(),
-        why: String::new(),
-        ticked_at: Instant::now(),
-        warned: false,
-        ordered_again: false,
-        outcome: None,
-    };
-    source.run()
+/// What a role of the source is given.
+pub struct Given<'a> {
+    pub config: &'a SourceConfig,
+    pub keep: &'a mut Keep,
+    pub guest: &'a mut dyn Guest,
+    /// Where the running guest's output goes through.
+    pub output: &'a Outbox,
+    /// How far each vCPU's program has run, for reports.
+    pub steps: &'a dyn Fn() -> Vec<u64>,
+    pub observer: &'a Observer,
+    /// A signal takes the guest back; orders are answered.
+    pub words: &'a Words,
+}
+
+/// Moves the guest and sees the migration to its end. An error means that the guest was not touched and runs on; whatever happens after
+/// the switch has begun is an [`Outcome`].
+pub fn run(given: Given<'_>) -> Result<Outcome, SourceError> {
+    let (happened, happenings) = bounded(64);
+    let Given { config, keep, guest, observer, words, .. } = given;
+    let Prepared { live, reserved, last } = prepare(config, keep, guest, observer, &happened, words)?;
+    let given = Given { config, keep, guest, ..given };
+    let mut source = Source::new(given, State::new(), (happened, happenings), last);
+    source.live = Some(live);
+    source.reserved = reserved;
+    let mode = config.proposal.tether.as_ref().map_or(OutputMode::Commit, |tether| tether.output);
+    source.drive(Event::SwitchStarted { mode })?;
+    source.see_to_the_end()
+}
+
+/// Goes on with a migration whose process died: `keep` was taken over, `guest` is a VMM with no state over its memory. An error means that
+/// nothing was changed, and it can be taken over again.
+pub fn take_over(given: Given<'_>) -> Result<Outcome, SourceError> {
+    let channel = bounded(64);
+    let (state, since) = given.keep.left();
+    let released = matches!(state, State::Released { .. });
+    let left = if released { None } else { given.keep.left_behind(given.guest.memory())? };
+    if left.is_none() && !released {
+        let why = "its process died in the switch, before the guest's state was saved".to_owned();
+        return Err(KeepError::NothingLeft { id: given.keep.identity().migration, why }.into());
+    }
+    let was = state.name().to_lowercase();
+    let migration = given.keep.identity().migration.to_string();
+    let last = given.observer.note(None, Kind::TakenOver { migration, was });
+    let (state, actions) = restart(&state);
+    let mut source = Source::new(given, state, channel, last);
+    source.nonces.extend(since);
+    if let Some(LeftBehind { ring, owner_region, catch }) = left {
+        source.left = Some(Left { ring, owner_region });
+        source.catch = Some(catch);
+    }
+    source.begin(state, actions)?;
+    source.see_to_the_end()
 }
 
 /// A nonce for a session or an incarnation.
@@ -238,10 +296,52 @@ pub(super) const BY_ORDER: &str = "the operator ordered the catch";
 /// How often the main loop looks at what has no channel: the heartbeat and the folder.
 const TICK: Duration = Duration::from_millis(10);
 
-impl Source<'_> {
-    fn run(mut self) -> Result<Outcome, SourceError> {
-        let mode = self.config.proposal.tether.as_ref().map_or(OutputMode::Commit, |tether| tether.output);
-        self.drive(Event::SwitchStarted { mode })?;
+impl<'a> Source<'a> {
+    fn new(
+        given: Given<'a>,
+        state: State,
+        (happened, happenings): (Happened, Receiver<(u64, Happening)>),
+        last: ObservationId,
+    ) -> Self {
+        let Given { config, keep, guest, output, steps, observer, words } = given;
+        Self {
+            config,
+            keep,
+            guest,
+            output,
+            steps,
+            observer,
+            words,
+            pending: Pending::default(),
+            state,
+            live: None,
+            left: None,
+            herald: None,
+            grace_until: None,
+            asking: None,
+            happened,
+            happenings,
+            reserved: None,
+            folder: None,
+            catch: None,
+            silence: None,
+            lease_ends: None,
+            last_read: None,
+            last,
+            paused_at: Instant::now(),
+            noticed_at: None,
+            answer_due: None,
+            recovered: None,
+            nonces: config.proposal.nonces.clone(),
+            why: String::new(),
+            ticked_at: Instant::now(),
+            warned: false,
+            ordered_again: false,
+            outcome: None,
+        }
+    }
+
+    fn see_to_the_end(mut self) -> Result<Outcome, SourceError> {
         loop {
             if let Some(outcome) = self.outcome.take() {
                 self.settle_orders(Some(&outcome));
@@ -260,7 +360,31 @@ impl Source<'_> {
     }
 
     fn tell(&self, message: &ToDestination) -> Result<(), SessionError> {
-        self.live.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
+        let Some(live) = &self.live else { return Err(SessionError::Broken) };
+        live.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
+    }
+
+    /// Keeps who owns the guest, before anything is done that this allows. That the guest runs here is kept where it is let run.
+    fn keep_state(&mut self, state: State) {
+        if matches!(state, State::Running { .. }) {
+            return;
+        }
+        let since = self.config.proposal.nonces.len().min(self.nonces.len());
+        if let Err(error) = self.keep.mark(state, &self.nonces[since..]) {
+            self.nobody_takes_over(&error);
+        }
+    }
+
+    /// What cannot be kept must not be found as it was before either.
+    fn nobody_takes_over(&mut self, error: &dyn std::error::Error) {
+        let what = protocol::explain(error);
+        let advice = match self.keep.give_up_memory() {
+            Ok(()) => "The migration goes on; from here on nobody can take over from this process.".to_owned(),
+            Err(error) => {
+                format!("Do not take over from this process: its memory could not be given up either ({error}).")
+            }
+        };
+        self.note(Kind::Failed { what, advice });
     }
 
     /// Takes the step that `event` asks for, and those that its actions' answers ask for.
@@ -276,26 +400,49 @@ impl Source<'_> {
                     continue;
                 }
             };
-            let entered = next.name() != self.state.name();
-            self.state = next;
-            if entered {
-                self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
-                let why = if self.why.is_empty() { event.name() } else { &self.why };
-                self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
-            }
-            for action in actions {
-                let came_of_it = self.carry_out(action);
-                let failed = came_of_it == Some(Event::SwitchFailed);
-                events.extend(came_of_it);
-                if failed {
-                    // A guest that would not stop must not be sent.
-                    break;
-                }
-            }
-            self.settle();
-            self.settle_orders(None);
+            events.extend(self.enter(next, event.name(), actions));
         }
         Ok(())
+    }
+
+    /// Begins where a process that died has left off.
+    fn begin(&mut self, state: State, actions: Vec<Action>) -> Result<(), SourceError> {
+        let events = self.enter(state, "taken over", actions);
+        self.on_board("taken over");
+        events.into_iter().try_for_each(|event| self.drive(event))
+    }
+
+    /// Keeps the state, tells of it, and carries its actions out; what came of them.
+    fn enter(&mut self, next: State, why: &str, actions: Vec<Action>) -> Vec<Event> {
+        let entered = next.name() != self.state.name();
+        if next != self.state {
+            self.keep_state(next);
+        }
+        self.state = next;
+        if entered {
+            self.note(Kind::State { state: next.name().to_lowercase(), why: why.to_owned() });
+            self.on_board(why);
+        }
+        let mut events = Vec::new();
+        for action in actions {
+            let came_of_it = self.carry_out(action);
+            // A guest that would not stop must not be sent; a session that was not made is granted no lease.
+            let over = came_of_it == Some(Event::SwitchFailed)
+                || (came_of_it.is_some() && matches!(action, Action::AnswerFate(_)));
+            events.extend(came_of_it);
+            if over {
+                break;
+            }
+        }
+        self.settle();
+        self.settle_orders(None);
+        events
+    }
+
+    /// What the operator sees of the state that was entered.
+    fn on_board(&self, why: &str) {
+        let why = if self.why.is_empty() { why } else { &self.why };
+        self.words.board.entered(self.state.name(), Some(self.state.owner_epoch().0), why);
     }
 
     /// Without a tether there is nothing to catch the guest with; and under a lease nothing but the operator's word may.

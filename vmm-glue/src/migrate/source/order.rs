@@ -80,14 +80,12 @@ impl Source<'_> {
 
     /// Shows what changes all the time.
     pub(super) fn show(&self) {
-        if let Some(folder) = &self.live.folder {
+        if let Some(folder) = &self.folder {
             let status = folder.status();
             self.words.board.folded(status.committed.0, status.folded.0, status.folded_pages);
         }
         let ends = match self.state {
-            State::Serving(_) => {
-                self.live.lease_ends.or_else(|| self.live.silence.as_ref().map(|silence| silence.ends()))
-            }
+            State::Serving(_) => self.lease_ends.or_else(|| self.silence.as_ref().map(|silence| silence.ends())),
             _ => None,
         };
         self.words.board.turned(ends.map(|ends| ends.as_nanos() as u64));

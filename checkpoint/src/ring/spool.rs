@@ -1,0 +1,144 @@
+//! Where the source puts a record together: memory reserved for the largest one, and how far the ring has been read.
+//!
+//! In kept memory ([`crate::journal`]) both outlive the process. The place in the ring is noted *before* the room of what was taken is given
+//! back to the destination, so a segment is always in one of the two: in the ring, or in the overflow memory with its place noted.
+
+use super::RingError;
+use crate::guest::Epoch;
+use crate::journal::{Cell, Damaged, KeptState, MemoryFolder};
+use belay_transport::region::{Arena, RegionError};
+use zerocopy::little_endian::U64;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// How far one session's ring has been read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The session's.
+    pub nonce: u64,
+    /// Of the last segment taken.
+    pub sequence: u64,
+    /// Ring bytes taken since the session began.
+    pub consumed: u64,
+    /// Last committed epoch.
+    pub epoch: Epoch,
+    /// Bytes of the record being put together.
+    pub used: usize,
+    /// Whether that record is complete.
+    pub complete: bool,
+}
+
+/// A place as it is kept.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct KeptPlace {
+    nonce: U64,
+    sequence: U64,
+    consumed: U64,
+    epoch: U64,
+    used: U64,
+    complete: U64,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Own(Vec<u8>),
+    Kept(Arena, Cell),
+}
+
+/// Overflow memory, with the place in the ring beside it where it is kept.
+#[derive(Debug)]
+pub struct Spool(Memory);
+
+/// Why a spool that another process left cannot be gone on with.
+#[derive(Debug, thiserror::Error)]
+pub enum SpoolError {
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error(transparent)]
+    Damaged(#[from] Damaged),
+    #[error("overflow memory cannot be taken")]
+    Arena(#[source] std::io::Error),
+}
+
+const OVERFLOW: &str = "overflow";
+
+impl Spool {
+    /// Memory of this process's own. Takes the time to touch every byte reserved.
+    pub fn private(bytes: usize) -> Result<Self, RingError> {
+        let available = super::reader::available_memory();
+        let none = RingError::NoMemory { asked: bytes, available };
+        if bytes as u64 > available {
+            return Err(none);
+        }
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(bytes).map_err(|_| none)?;
+        memory.resize(bytes, 0);
+        Ok(Self(Memory::Own(memory)))
+    }
+
+    /// New memory in `folder`, which outlives this process.
+    pub fn create(folder: &MemoryFolder, state: &KeptState, bytes: usize) -> Result<Self, SpoolError> {
+        let file = folder.make(OVERFLOW, bytes, false)?;
+        file.preallocate(1, &|_| ())?;
+        let arena = Arena::new(file).map_err(SpoolError::Arena)?;
+        Ok(Self(Memory::Kept(arena, state.position()?.0)))
+    }
+
+    /// What an earlier process left, and where it was.
+    pub fn open(folder: &MemoryFolder, state: &KeptState) -> Result<(Self, Option<Place>), SpoolError> {
+        let arena = Arena::new(folder.file(OVERFLOW)?).map_err(SpoolError::Arena)?;
+        let (cell, place) = state.position()?;
+        let damaged = || Damaged { what: "the place in the ring", offset: 0 };
+        let place = match place {
+            None => None,
+            Some(bytes) => {
+                let kept = KeptPlace::read_from_bytes(&bytes).map_err(|_| damaged())?;
+                let used = usize::try_from(kept.used.get()).ok().filter(|&used| used <= arena.len());
+                Some(Place {
+                    nonce: kept.nonce.get(),
+                    sequence: kept.sequence.get(),
+                    consumed: kept.consumed.get(),
+                    epoch: Epoch(kept.epoch.get()),
+                    used: used.ok_or_else(damaged)?,
+                    complete: kept.complete.get() == 1,
+                })
+            }
+        };
+        Ok((Self(Memory::Kept(arena, cell)), place))
+    }
+
+    /// The memory.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.0 {
+            Memory::Own(memory) => memory,
+            Memory::Kept(arena, _) => arena.bytes(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn copied(&self) -> Self {
+        Self(Memory::Own(self.bytes().to_vec()))
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        match &mut self.0 {
+            Memory::Own(memory) => memory,
+            Memory::Kept(arena, _) => arena.bytes_mut(),
+        }
+    }
+
+    /// Notes the place, where it is kept. Its room was reserved with the file.
+    pub(super) fn note(&mut self, place: &Place) {
+        let Memory::Kept(_, cell) = &mut self.0 else { return };
+        let kept = KeptPlace {
+            nonce: place.nonce.into(),
+            sequence: place.sequence.into(),
+            consumed: place.consumed.into(),
+            epoch: place.epoch.0.into(),
+            used: (place.used as u64).into(),
+            complete: u64::from(place.complete).into(),
+        };
+        cell.reserve(size_of::<KeptPlace>()).expect("a place's room is part of the kept state");
+        cell.write(kept.as_bytes());
+    }
+}
