@@ -3,6 +3,7 @@
 use crate::exit::Exit;
 use crate::options::FabricOptions;
 use crate::report;
+use belay_transport::fabric::verbs::can_be_had;
 use belay_transport::fabric::verbs::inventory::{Inventory, Trouble};
 use belay_transport::fabric::{FabricError, FabricKind};
 use belay_transport::session::{Address, NoVerbs, Security, SessionConfig, SessionError};
@@ -66,6 +67,13 @@ pub fn session(options: &FabricOptions, security: Security, address: &Address) -
             true => NoVerbs::NoDevice,
             false => NoVerbs::Unusable { why: trouble.to_string() },
         });
+    } else if !named
+        && only.is_none()
+        && let Err(error) = can_be_had(&settings)
+    {
+        // Nobody asked for RDMA by name, so that another fabric will do.
+        config.verbs = None;
+        config.no_verbs = Some(NoVerbs::Unusable { why: error.to_string() });
     }
     Ok(config)
 }

@@ -102,7 +102,7 @@ pub struct FabricOptions {
     #[arg(long)]
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub trusted_fabric: bool,
-    /// RDMA device, as `ibv_devinfo -l` lists it [default: the one behind the session's own address]
+    /// RDMA device, as `ibv_devinfo -l` lists it [default: the one behind the session's own address, else the first that is up]
     #[arg(short = 'd', long, value_name = "NAME")]
     pub ib_dev: Option<String>,
     /// Port of the RDMA device, from 1 [default: one that is active]

@@ -3,7 +3,8 @@
 //! rdma_cm knows devices by IP address. So a device, port and GID index (perftest's `-d -i -x`) are turned into the address to
 //! bind: a RoCE v2 GID is an IP address (IPv4 mapped into IPv6), and where it is not one (InfiniBand, iWARP) the address is that
 //! of the network interface on the port (IPoIB's). Without a word from the operator it is the session's own address, if an RDMA
-//! port stands behind it; else that of the only active port there is.
+//! port stands behind it; else that of the first active port that has one. ([`can_be_had`] asks the same before a session is opened, so that
+//! a side never agrees on `verbs` and then finds no address.)
 //!
 //! Everything is read from sysfs, so it can be told (and tested) without a device.
 
@@ -244,7 +245,8 @@ impl Host {
         Ok(self.port(device, chosen))
     }
 
-    /// The port behind the session's address, with that address; or the only active one.
+    /// The port behind the session's address, with that address; or the first active one to which an address leads. On hosts that are built
+    /// alike both sides come to the same one.
     fn unnamed(&self, port: Option<u8>, session: Option<IpAddr>) -> Result<(Port, Option<SocketAddr>), VerbsError> {
         let mut active = self.active();
         active.retain(|one| port.is_none_or(|port| port == one.port));
@@ -261,13 +263,17 @@ impl Host {
                 let state = self.state(&device, port);
                 Err(VerbsError::PortNotActive { device, port, state })
             }
-            [only] => Ok((only.clone(), None)),
-            several => {
-                let have = several.iter().map(|port| format!("{} port {}", port.device, port.port)).collect();
-                Err(VerbsError::SeveralDevices { have })
+            [first, ..] => {
+                let led_to = active.iter().find(|port| self.address_of(port, None).is_some());
+                Ok((led_to.unwrap_or(first).clone(), None))
             }
         }
     }
+}
+
+/// Whether a device, a port and an address can be had on this host for what the operator says, whatever address a session then has.
+pub fn can_be_had(settings: &VerbsSettings) -> Result<(), VerbsError> {
+    Host::this()?.choose(settings, None).map(drop)
 }
 
 /// Every address of every interface: name, address, interface index (getifaddrs(3)).
@@ -385,8 +391,29 @@ mod tests {
         let fake = roce();
         fake.port("mlx5_0", 1, "4: ACTIVE", "Ethernet", &[]);
         assert_eq!(fake.choose(&VerbsSettings::default(), "10.9.0.1"), ok("rxe0", 1, "10.9.0.1:0"));
-        let error = fake.choose(&VerbsSettings::default(), "10.0.2.15").unwrap_err();
-        assert!(error.contains("mlx5_0 port 1") && error.contains("rxe0 port 1"), "{error}");
+    }
+
+    #[test]
+    fn of_several_active_ports_and_none_named_the_first_that_has_an_address_is_taken() {
+        let fake = roce();
+        // First by name, and nobody gave its network an address.
+        fake.port("mlx5_0", 1, "4: ACTIVE", "Ethernet", &[]);
+        fake.port(
+            "rxe1",
+            1,
+            "4: ACTIVE",
+            "Ethernet",
+            &[("0000:0000:0000:0000:0000:ffff:0a00:020f", "RoCE v2", "eth1")],
+        );
+        for session in ["192.0.2.7", "127.0.0.1", ""] {
+            assert_eq!(fake.choose(&VerbsSettings::default(), session), ok("rxe0", 1, "10.9.0.1:0"), "{session}");
+        }
+        assert_eq!(fake.choose(&VerbsSettings::default(), "10.0.2.15"), ok("rxe1", 1, "10.0.2.15:0"));
+        let nameless = Fake::new(&[]);
+        for device in ["mlx5_0", "mlx5_1"] {
+            nameless.port(device, 1, "4: ACTIVE", "Ethernet", &[]);
+        }
+        assert!(nameless.choose(&VerbsSettings::default(), "").unwrap_err().contains("no IP address"));
     }
 
     #[test]

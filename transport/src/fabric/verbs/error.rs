@@ -27,8 +27,6 @@ pub enum VerbsError {
     NoSuchPort { device: String, port: u8, have: Vec<u8> },
     #[error("port {port} of the RDMA device {device} is {state}: look at the cable, the switch and `rdma link`")]
     PortNotActive { device: String, port: u8, state: String },
-    #[error("several RDMA devices have an active port ({have:?}): choose one with --ib-dev")]
-    SeveralDevices { have: Vec<String> },
     #[error(
         "GID index {index} of port {port} of {device} is empty: choose one that `ibv_devinfo -v` shows, or leave --gid-index away"
     )]

@@ -44,6 +44,7 @@ mod registration;
 mod settings;
 mod table;
 
+pub use address::can_be_had;
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
 pub use owner::VerbsOwner;

@@ -3,7 +3,8 @@
 /// Which device carries a session, and what was said of its network.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VerbsSettings {
-    /// RDMA device, as `ibv_devinfo -l` lists it (perftest's `-d`). Without one, the device behind the session's own address.
+    /// RDMA device, as `ibv_devinfo -l` lists it (perftest's `-d`). Without one, the device behind the session's own address,
+    /// or else the first with an active port that has an address.
     pub device: Option<String>,
     /// Port of the device, from 1 (perftest's `-i`).
     pub port: Option<u8>,

@@ -39,7 +39,7 @@ impl Inventory {
 
     /// What the operator's settings come to on this host, with `locked_bytes` to be pinned; or the first thing that is wrong,
     /// from the libraries on to the GID. What was not said is chosen: the first device and port that are up, and of their
-    /// GIDs RoCE v2 over IPv4 first.
+    /// GIDs RoCE v2 over IPv4 first. (A session goes by addresses: see [`can_be_had`](super::super::can_be_had).)
     pub fn choose(&self, settings: &VerbsSettings, locked_bytes: u64) -> Result<Choice<'_>, Trouble> {
         if let Some(trouble) = self.troubles().into_iter().next() {
             return Err(trouble);
