@@ -69,8 +69,9 @@ pub struct Sample {
 
 /// Samples one thread of this process while it lives.
 pub struct Sampler {
-    fd: OwnedFd,
     ring: NonNull<u8>,
+    /// The event ends with its descriptor.
+    _event: OwnedFd,
 }
 
 // SAFETY: the mapping belongs to this value alone, and no thread's identity is in it.
@@ -112,7 +113,7 @@ impl Sampler {
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { fd, ring: NonNull::new(at.cast()).expect("a mapping is never at zero") })
+        Ok(Self { ring: NonNull::new(at.cast()).expect("a mapping is never at zero"), _event: fd })
     }
 
     /// Takes what has come, sample by sample; how many the kernel had no room for.
@@ -164,7 +165,5 @@ impl Drop for Sampler {
     fn drop(&mut self) {
         // SAFETY: mapped by `open` with this length; nothing refers to it any more.
         unsafe { libc::munmap(self.ring.as_ptr().cast(), PAGE + RING_BYTES) };
-        // The event ends with its descriptor.
-        let _ = &self.fd;
     }
 }

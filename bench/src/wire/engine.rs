@@ -267,7 +267,7 @@ pub fn profile(client: &mut Client, options: &Options) -> Result<Outcome, BenchE
     }
     let mut outcome = outcome.ok_or_else(no_rounds)?;
     let sum = |of: fn(&crate::profile::Profile) -> u64| outcome.profiles.iter().map(of).sum::<u64>() as f64;
-    let (samples, apart, lost) = (sum(|p| p.samples), sum(|p| p.apart), sum(|p| p.lost));
+    let (samples, copying, apart, lost) = (sum(|p| p.samples), sum(|p| p.copying), sum(|p| p.apart), sum(|p| p.lost));
     let (name, what) = ("copying_share", "part of the engine's samples that is copying memory");
     outcome.ratios = vec![
         match outcome.fabric {
@@ -275,6 +275,7 @@ pub fn profile(client: &mut Client, options: &Options) -> Result<Outcome, BenchE
             FabricKind::Tcp | FabricKind::Local => Ratio::plain(name, what, &shares),
         },
         Ratio::plain("profile_samples", "samples of the engine's threads, all rounds", &[samples]),
+        Ratio::plain("profile_copying", "of these in functions that copy", &[copying]),
         Ratio::plain("profile_apart", "samples in a software device's or an interrupt's work", &[apart]),
         Ratio::plain("profile_lost", "samples that were lost", &[lost]),
     ];
