@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Output that may be held before vCPUs park (P7). Below what a record may carry.
-const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
+pub(super) const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
 
 /// Why no tether could be made.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +179,11 @@ impl Tethering {
             error if is_revoked(error) => Happening::SourceRevoked(why),
             _ => Happening::LaneBroken(why),
         })
+    }
+
+    /// When the lease ends, in ns of CLOCK_BOOTTIME; 0 before the first grant.
+    pub fn lease_ends_at_ns(&self) -> u64 {
+        self.heartbeat.lease_ends_at_ns()
     }
 
     /// Whether the lease has run out, by the destination's own clock.

@@ -4,6 +4,7 @@ use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
+use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
 use belay_transport::stop_point::reached;
@@ -94,6 +95,14 @@ impl Destination<'_> {
                 None
             }
             Action::Report(named) => {
+                // Revoked, it is about to retire: nothing is asked of anybody.
+                if named == Named::Fenced && matches!(self.state, State::Fenced(fenced) if !fenced.revoked) {
+                    let what = format!("cut off from the source: {}", self.why);
+                    let advice = "The guest is stopped and its memory kept. If the source has it, this host hears of it and retires; if \
+                                  the source is gone for good, `belay status` here says whether it can be promoted."
+                        .to_owned();
+                    self.note(Kind::Failed { what, advice });
+                }
                 self.note(Kind::State { state: named_state(named), why: named.to_string() });
                 None
             }
