@@ -5,34 +5,22 @@
 
 mod common;
 
-use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
-use belay_checkpoint::outbox::{Bounds as OutboxBounds, Emitter, Outbox, OutputMode};
-use belay_checkpoint::policy::PolicySpec;
-use belay_transport::PageSize;
-use belay_transport::numa::NumaChoice;
-use belay_transport::region::RamFile;
+use belay_checkpoint::guest::TrackerKind;
 use belay_transport::session::{Address, Listener, Security, SessionConfig};
-use belay_transport::uffd::OpenMode;
-use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage, guard_main};
 use belay_vmm_glue::kvm::guests::{Filler, GuestSpec};
-use belay_vmm_glue::kvm::registration::register;
-use belay_vmm_glue::kvm::{BareGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
-use belay_vmm_glue::migrate::destination::{self, Built, DestinationConfig, Host, Ram, shard_ranges};
+use belay_vmm_glue::migrate::destination;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
-use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
-use belay_vmm_glue::migrate::settings::{
-    Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec,
-};
-use belay_vmm_glue::migrate::source::{self, SourceConfig};
+use belay_vmm_glue::migrate::operator::Words;
+use belay_vmm_glue::migrate::source;
+use common::roles::{TestHost, be_a_guard_if_asked, destination_config, running_guest, source_config};
 use crossbeam_channel::bounded;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
-/// What an entry below is to be, and where its files go.
-const ROLE: &str = "BELAY_TEST_LEAKS_ROLE";
+/// Set for a process that is to be the destination, and where the files of both go.
+const ROLE: &str = "BELAY_TEST_LEAKS_IS_DESTINATION";
 const PLACE: &str = "BELAY_TEST_LEAKS_PLACE";
 /// What the two processes tell each other starts with this: libtest prints on the same stream.
 const WORD: &str = "leaks:";
@@ -51,22 +39,6 @@ fn nth(n: usize) -> (End, bool, TrackerKind) {
     let end = [End::Released, End::Caught, End::Released, End::NotMoved][n % 4];
     let tracker = [TrackerKind::KvmRing, TrackerKind::KvmLog, TrackerKind::UffdWp][n % 3];
     (end, (n / 4).is_multiple_of(2), tracker)
-}
-
-fn tracking(tracker: TrackerKind) -> Tracking {
-    match tracker {
-        TrackerKind::KvmLog => Tracking::Log,
-        TrackerKind::KvmRing => Tracking::Ring { entries: 1024 },
-        TrackerKind::UffdWp => Tracking::None,
-    }
-}
-
-struct Nowhere;
-
-impl Emitter for Nowhere {
-    fn send(&mut self, _packet: &Packet) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// What a process holds.
@@ -129,62 +101,15 @@ impl Held {
     }
 }
 
-struct TestHost;
-
-impl Host for TestHost {
-    fn build(
-        &mut self,
-        spec: &VmmSpec,
-        ram: &[Ram],
-        shards: u16,
-        tracker: Option<TrackerKind>,
-        sink: Arc<dyn PacketSink>,
-        _life: Option<&LifePage>,
-    ) -> Result<Built, GuestError> {
-        let VmmSpec::Kvm(spec) = spec;
-        let tracker = tracker.expect("tethered");
-        let options = KvmOptions { tracking: tracking(tracker), irqchip: false };
-        let guest = KvmGuest::new(spec, &options, ram[0].file.clone(), ram[0].alias.clone(), sink)?;
-        let guest = SharedGuest::new(Box::new(guest));
-        let parts = shard_ranges(ram, shards);
-        let shift = ram[0].file.page_size().shift();
-        let bytes = parts.iter().flatten().map(|range| range.frames.start << shift..range.frames.end << shift);
-        let address = guest.memory()[0].vmm_address;
-        let protect = tracker == TrackerKind::UffdWp;
-        let uffds = register(address, PageSize::Small, &bytes.collect::<Vec<_>>(), protect, OpenMode::All);
-        let uffds = uffds.map_err(|error| GuestError::Unsupported(error.to_string()))?;
-        let shards = uffds.into_iter().zip(parts).collect();
-        Ok(Built { guest: Box::new(guest), shards, pid: std::process::id(), gives_sign: false })
-    }
-
-    fn output(&mut self, _address: Option<&str>) -> std::io::Result<Box<dyn Emitter>> {
-        Ok(Box::new(Nowhere))
-    }
-
-    fn guard_command(&self) -> Result<GuardCommand, GuardError> {
-        let entry = ["--exact", "the_guard_of_the_other_processes", "--nocapture", "--test-threads=1"];
-        let mut command = GuardCommand::this_program(&entry)?;
-        command.envs = vec![(ROLE.into(), "guard".into())];
-        Ok(command)
-    }
-}
-
-fn role() -> Option<String> {
-    std::env::var(ROLE).ok()
-}
-
 #[test]
-fn the_guard_of_the_other_processes() {
-    if role().as_deref() == Some("guard") {
-        guard_main().expect("guard");
-        std::process::exit(0);
-    }
+fn the_guard_of_the_other_tests() {
+    be_a_guard_if_asked();
 }
 
 /// The destination: one migration after another, for as long as a line with its number comes on standard input.
 #[test]
 fn the_destination_of_the_other_test() {
-    if role().as_deref() != Some("destination") {
+    if std::env::var_os(ROLE).is_none() {
         return;
     }
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).expect("prctl");
@@ -196,17 +121,11 @@ fn the_destination_of_the_other_test() {
         let listen = if local { Address::Unix(place.join("receive.sock")) } else { Address::Tcp("127.0.0.1:0".into()) };
         let listener = Listener::bind(&listen, SessionConfig::new(Security::LoopbackOnly)).expect("listen");
         println!("{WORD} listening {}", listener.address());
-        let config = DestinationConfig {
-            output_to: None,
-            state_dir: place.join("destination"),
-            engine_cores: Vec::new(),
-            numa: NumaChoice::Off,
-            // Held in the middle where the guest is to be caught.
-            hold_pull_at: (end == End::Caught).then_some(0.3),
-            bounds: Bounds::default(),
-        };
-        let (_never, words) = bounded(1);
-        let ended = destination::run(&config, &listener, &mut TestHost, &Observer::silent(), &words);
+        // Held in the middle where the guest is to be caught.
+        let config = destination_config(place, (end == End::Caught).then_some(0.3));
+        let mut host = TestHost::default();
+        let ended = destination::run(&config, &listener, &mut host, &Observer::silent(), &Words::none());
+        drop(host);
         let outcome = match ended {
             Ok(ended) => {
                 let outcome = format!("{:?}", ended.outcome);
@@ -235,40 +154,10 @@ fn send(n: usize, to: &str, place: &Path) -> String {
         seed: n as u64 + 1,
         ..GuestSpec::default()
     };
-    let output = Outbox::open(OutboxBounds { bytes: 1 << 20, packets: 4096 }, Box::new(Nowhere)).expect("outbox");
-    let file = Arc::new(RamFile::memfd("belay-test-ram", spec.memory_bytes as usize, PageSize::Small).expect("memfd"));
-    let alias = Arc::new(file.map().expect("map"));
-    let options = KvmOptions { tracking: Tracking::None, irqchip: false };
-    let mut guest = KvmGuest::new(&spec, &options, file, alias, output.sink()).expect("VM");
-    guest.boot().expect("boot");
-    guest.set_incarnation(7).expect("nonce");
-    guest.resume().expect("resume");
-    let mut guest = SharedGuest::new(Box::new(guest));
-    let config = SourceConfig {
-        address: to.parse().expect("an address"),
-        session: SessionConfig::new(Security::LoopbackOnly),
-        proposal: Proposal {
-            protocol: PROTOCOL_VERSION,
-            vmm: VmmSpec::Kvm(spec),
-            tether: Some(TetherSettings {
-                tracker,
-                policy: PolicySpec::Fixed { period: Duration::from_millis(5) },
-                output: OutputMode::Commit,
-                lease: LeaseSettings { length: Duration::from_secs(5), ..LeaseSettings::default() },
-            }),
-            output_to: None,
-            release: ReleasePolicy::WhenLanded,
-            shards: 1,
-            nonces: vec![7],
-        },
-        ring_bytes: 4 << 20,
-        overflow_bytes: 16 << 20,
-        state_dir: place.join("source"),
-        bounds: Bounds::default(),
-        numa: NumaChoice::Off,
-        catch_on_loss: false,
-    };
-    let (word, words) = bounded(1);
+    let (mut guest, output, _) = running_guest(&spec);
+    let config = source_config(place, to.parse().expect("an address"), &spec, tracker);
+    let (word, signals) = bounded(1);
+    let words = Words { signals, ..Words::none() };
     let order = move |kind: &Kind| match end {
         End::Caught => matches!(kind, Kind::Blackout { .. }),
         End::NotMoved => matches!(kind, Kind::Connected { .. }),
@@ -297,7 +186,7 @@ fn however_many_migrations_end_between_two_processes_nothing_of_them_is_left() {
     let place = directory.path();
     let entry = ["--exact", "the_destination_of_the_other_test", "--nocapture", "--test-threads=1"];
     let mut command = Command::new(std::env::current_exe().expect("this program"));
-    command.args(entry).env(ROLE, "destination").env(PLACE, place);
+    command.args(entry).env(ROLE, "1").env(PLACE, place);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the destination's process");
     let mut orders = child.stdin.take().expect("a pipe");
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
