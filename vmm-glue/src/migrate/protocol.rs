@@ -100,6 +100,40 @@ pub enum ToSource {
     Failed { reason: String, because: ObservationId },
 }
 
+impl ToDestination {
+    /// Its kind, for messages: what it carries is the guest's, or a key.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Prepare { .. } => "Prepare",
+            Self::Reattach { .. } => "Reattach",
+            Self::PrepareAgain { .. } => "PrepareAgain",
+            Self::Switch { .. } => "Switch",
+            Self::Go { .. } => "Go",
+            Self::Released { .. } => "Released",
+            Self::ReleaseRefused { .. } => "ReleaseRefused",
+            Self::Fate { .. } => "Fate",
+            Self::Failed { .. } => "Failed",
+        }
+    }
+}
+
+impl ToSource {
+    /// Its kind, for messages: what it carries may be a secret.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Prepared { .. } => "Prepared",
+            Self::Loaded { .. } => "Loaded",
+            Self::Resumed { .. } => "Resumed",
+            Self::AllLanded { .. } => "AllLanded",
+            Self::ReleaseAsked { .. } => "ReleaseAsked",
+            Self::Farewell => "Farewell",
+            Self::FateAsked { .. } => "FateAsked",
+            Self::GuestGone { .. } => "GuestGone",
+            Self::Failed { .. } => "Failed",
+        }
+    }
+}
+
 /// The source's checkpoint ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingOffer {

@@ -3,12 +3,14 @@
 //! Mirror image of [`crate::migrate::source`]'s `resume`. Whatever goes wrong on the way leaves the guest fenced, its memory kept, and the
 //! new session closed; the source then decides as for any loss.
 
+use super::heard::unexpected;
 use super::prepare::{Joined, Opened, open_lanes, shard_parts};
 use super::warden::Warden;
 use super::{Destination, DestinationError, io};
+use crate::kvm::apart::Kept;
 use crate::migrate::observation::{Kind, connected};
-use crate::migrate::peer::{Inbox, Listened, listen_to};
-use crate::migrate::protocol::{self, ProtocolError, ToDestination, ToSource};
+use crate::migrate::peer::{Inbox, Listened, harmless, listen_to};
+use crate::migrate::protocol::{self, ToDestination, ToSource};
 use crate::migrate::reattach::{Reattach, decode_proposal};
 use crate::migrate::registering::place;
 use crate::migrate::settings::Proposal;
@@ -144,7 +146,7 @@ impl Destination<'_> {
                 self.last = because;
                 (ram, ring, ring_geometry, committed)
             }
-            ToDestination::Failed { reason, .. } => return Err(DestinationError::PeerFailed(reason)),
+            ToDestination::Failed { reason, .. } => return Err(DestinationError::PeerFailed(harmless(&reason))),
             other => return Err(unexpected(&other, "PrepareAgain")),
         };
         let deadline = Deadline::after(bounds.prepare);
@@ -166,9 +168,13 @@ impl Destination<'_> {
         if let Some(warden) = self.warden.take() {
             warden.stand_down(Deadline::after(Duration::from_millis(200)));
         }
-        let connection = proved.session.lanes.take_guard(deadline)?;
-        if let Some(command) = &self.guard_command {
-            self.warden = Some(Warden::start(command, connection, deadline)?);
+        let connection = proved.session.lanes.take_guard(Deadline::after(bounds.handshake))?;
+        if let Some((command, arms)) = &self.guard {
+            let warden = Warden::start(command, connection, *arms, deadline)?;
+            if let Some(keeper) = &self.keeper {
+                keeper.keep(Kept::Guard, warden.guard.hand_over())?;
+            }
+            self.warden = Some(warden);
         }
         // What the old session's threads may still say is said to nobody.
         let (happened, happenings) = bounded(64);
@@ -176,7 +182,7 @@ impl Destination<'_> {
         let agreed = proved.session.agreed.fabric;
         self.placement = place(self.config.numa, agreed, initiator.numa_node(), self.observer, &self.last)?;
         let own: Vec<_> = self.ram.iter().map(|(ram, ..)| ram.clone()).collect();
-        let joined = Joined { ring, offer, committed, deadline };
+        let joined = Joined { ring, offer, committed, bound: bounds.handshake, deadline };
         let (whereabouts, told) = ((&self.placement, &happened), (self.observer, &self.last));
         let opened = open_lanes(&mut *initiator, &self.proposal, &own, joined, whereabouts, told)?;
         let Opened { landing, lane_pairs, tethering } = opened;
@@ -189,7 +195,7 @@ impl Destination<'_> {
         }
         self.parts = shard_parts(self.config, lane_pairs, &self.uffds)?;
         (self.happened, self.happenings) = (happened, happenings);
-        let engine = Arc::new(self.start_engine(Some(states))?);
+        let engine = self.start_engine(Some(states))?;
         self.engine = Some(Arc::clone(&engine));
         self.all_landed_at = None;
         self.release_asked_at = None;
@@ -235,10 +241,6 @@ impl Destination<'_> {
     }
 }
 
-fn unexpected(got: &ToDestination, wanted: &'static str) -> DestinationError {
-    ProtocolError::Unexpected { got: format!("{got:?}"), wanted }.into()
-}
-
 /// The next message, within `bound`.
 fn hear(
     inbox: &Inbox<ToDestination>,
@@ -247,7 +249,7 @@ fn hear(
 ) -> Result<ToDestination, DestinationError> {
     match inbox.messages().recv_timeout(bound) {
         Ok(Listened::Message(message)) => Ok(message),
-        Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
+        Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(harmless(&why))),
         Err(_) => Err(DestinationError::TimedOut { waiting_for, bound }),
     }
 }
