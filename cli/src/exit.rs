@@ -18,12 +18,18 @@ pub enum Exit {
     NotMoved = 5,
     /// The fabric could not be set up between the two hosts; the guest runs at the source.
     NoFabric = 6,
-    /// There is no migration of a dead process to take over, or nothing of it is left that could be.
+    /// No VMM or memory of a process that died waits to be taken over.
     NothingToTakeOver = 7,
-    /// The migration is held by a process that runs.
+    /// What is to be taken over is still held by a process that runs.
     StillHeld = 8,
-    /// The journal or the kept memory is damaged, or cannot be read.
+    /// What a process that died left behind is damaged or does not fit together.
     Damaged = 9,
+    /// No belay process of that name runs here.
+    NoSuchMigration = 30,
+    /// The order was refused; nothing was changed.
+    OrderRefused = 31,
+    /// The order was accepted, and has not come to pass (in the time given).
+    NotInTime = 32,
     /// The destination was lost and the guest runs at the source again, from the newest committed checkpoint.
     Caught = 10,
     /// The guest is stopped here with its memory kept, because the other host could not be heard.
@@ -50,12 +56,13 @@ impl Exit {
 /// The table for `--help` and the README.
 pub const TABLE: &str = "\
 Exit codes:
-    0  done as asked                        9   what was left to be taken over is damaged
-    1  a failure none of the others names   10  caught: the guest runs at the source again
-    2  wrong command line or configuration  11  fenced: guest stopped here, memory kept
-    3  this host lacks something needed     12  lost: neither host can run the guest
-    4  no session with the peer             13  retired: the source has taken the guest back
-    5  not moved: guest runs at the source  14  a catch waits for the operator's word
-    6  no fabric: RDMA could not be set up  20  the witness found wrong memory or output
-    7  nothing there to take over           130  ended by SIGINT or SIGTERM
-    8  still held by a process that runs";
+    0  done as asked                        10  caught: the guest runs at the source again
+    1  a failure none of the others names   11  fenced: guest stopped here, memory kept
+    2  wrong command line or configuration  12  lost: neither host can run the guest
+    3  this host lacks something needed     13  retired: the source has taken the guest back
+    4  no session with the peer             14  a catch waits for the operator's word
+    5  not moved: guest runs at the source  20  the witness found wrong memory or output
+    6  no fabric: RDMA could not be set up  30  no such migration on this host
+    7  nothing there to take over           31  order refused, nothing was changed
+    8  still held by a process that runs    32  order accepted, not come to pass
+    9  what was left is damaged             130 ended by SIGINT or SIGTERM";

@@ -16,11 +16,11 @@ use belay_vmm_glue::kvm::registration::{features, register};
 use belay_vmm_glue::kvm::{DEFAULT_RING_ENTRIES, HostGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
 use belay_vmm_glue::migrate::destination::{Built, Host, Ram, VMM_SLOT, shard_ranges};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
+use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
 use belay_vmm_glue::witness::proof;
-use crossbeam_channel::Receiver;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -70,7 +70,8 @@ pub fn default_run_dir() -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/run/belay");
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("belay")
+    let own = || std::env::temp_dir().join(format!("belay-{}", rustix::process::geteuid().as_raw()));
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(own, |directory| PathBuf::from(directory).join("belay"))
 }
 
 /// How long a guest may take to come to a point where it can be checked.
@@ -247,8 +248,14 @@ impl Held {
         Ok(Self { guest, spec: spec.clone(), nonces })
     }
 
-    /// Waits until the guest has filled its memory, and then for as long as it shall run here; whether a signal ended the wait.
-    pub fn warm_up(&self, run: Duration, words: &Receiver<i32>) -> Result<bool, HolderError> {
+    /// Waits until the guest has filled its memory, and then for as long as it shall run here; what ended the wait.
+    pub fn warm_up(&self, run: Duration, words: &Words) -> Result<WaitEnded, HolderError> {
+        let taken = |ask| match ask {
+            Ask::Cancel => Ok("the guest is not moved and runs on here".to_owned()),
+            ask => Err(format!(
+                "the guest has not been moved yet, so there is nothing to {ask}; `belay cancel` calls it off"
+            )),
+        };
         let begun = Instant::now();
         while self.guest.steps().contains(&0) && self.spec.program != Program::Scanner {
             if let Some(failure) = self.guest.lock().failure() {
@@ -257,11 +264,12 @@ impl Held {
             if begun.elapsed() > FILL_BOUND {
                 return Err(HolderError::NotFilled { bound: FILL_BOUND });
             }
-            if words.recv_timeout(Duration::from_millis(5)).is_ok() {
-                return Ok(true);
+            match words.wait(Some(Duration::from_millis(5)), taken) {
+                WaitEnded::Time => {}
+                ended => return Ok(ended),
             }
         }
-        Ok(words.recv_timeout(run).is_ok())
+        Ok(words.wait(Some(run), taken))
     }
 
     /// Stands the guest still, compares all of its RAM, and notes what was found; whether all is as it must be.
@@ -303,17 +311,13 @@ impl Held {
         run_on: Option<Span>,
         checked: bool,
         output: &Outbox,
-        words: &Receiver<i32>,
+        words: &Words,
         observer: &Observer,
         exit: Exit,
     ) -> Exit {
-        let interrupted = match run_on {
-            Some(span) => words.recv_timeout(span.0).is_ok(),
-            None => {
-                let _ = words.recv();
-                false
-            }
-        };
+        let over = |ask| Err(format!("the migration is over and the guest runs here: there is nothing to {ask}"));
+        let ended = words.wait(run_on.map(|span| span.0), over);
+        let interrupted = run_on.is_some() && ended == WaitEnded::Signal;
         let good = !checked || self.check(output, observer);
         cpu_time(observer);
         match (good, interrupted) {

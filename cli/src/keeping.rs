@@ -2,6 +2,7 @@
 
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
+use crate::operate::console::Console;
 use crate::options::{FabricOptions, GuestOptions, SecurityOptions, TetherOptions};
 use crate::quantity::Span;
 use crate::send::{Going, SendArgs, SessionRefused, see_through, session};
@@ -11,13 +12,16 @@ use belay_checkpoint::outbox::Outbox;
 use belay_transport::RegionId;
 use belay_transport::session::Address;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
 use belay_vmm_glue::migrate::source::keep::{GivenAway, Keep, KeepError, Written};
 use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig};
+use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What outlives the process, and where.
 #[derive(Debug, Clone, Args)]
@@ -102,7 +106,7 @@ pub fn refused(error: &KeepError, observer: &Observer) -> Exit {
             (Exit::Missing, "Nothing was started. --memory-dir must be on tmpfs or hugetlbfs with room for the guest.")
         }
         KeepError::Journal(_) | KeepError::Damaged { .. } | KeepError::Memory { .. } => (
-            Exit::Damaged,
+            Exit::KeptDamaged,
             "Nothing was started and nothing was changed. A destination that still has the guest keeps it fenced; promote it there.",
         ),
     };
@@ -129,7 +133,7 @@ pub fn released(mut keep: Keep, heard: bool, observer: &Observer) {
 }
 
 /// Takes over and goes on.
-pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, observer: &Observer) -> Exit {
+pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit
@@ -141,7 +145,7 @@ pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, observer: &Observe
     let written = keep.written().clone();
     let damaged = |what: &str| {
         report::failed_text(observer, what, "Nothing was started and nothing was changed.");
-        Exit::Damaged
+        Exit::KeptDamaged
     };
     let Some(proposal) = written.proposal.clone() else { return damaged("the journal has no proposal") };
     let remembered: Remembered = match serde_json::from_slice(&written.extra) {
@@ -164,20 +168,26 @@ pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, observer: &Observe
         }
         Err(SessionRefused::Fabric(refused)) => return refused.told(observer),
     };
-    let words = match signals::termination() {
-        Ok(words) => words,
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let words = &console.words;
     let address = args.output_to.clone().or(proposal.output_to.clone());
     let output = holder::output(address.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
-        Ok(output) => output,
+        Ok(output) => Arc::new(output),
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
+    board.emits_through(&output);
     let config = config(&args, &written, proposal, session, to);
-    if written.released.is_some() {
+    if keep.is_released() {
         let mut keep = keep;
-        return tell_release(&mut keep, &config, &output, &words, observer).map_or_else(
+        return tell_release(&mut keep, &config, &output, words, observer).map_or_else(
             |exit| exit,
             |heard| {
                 released(keep, heard, observer);
@@ -196,7 +206,7 @@ pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, observer: &Observe
         Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };
-    see_through(&args, Going { config: &config, keep, held, taken_over: true }, &output, &words, observer)
+    see_through(&args, Going { config: &config, keep, held, taken_over: true }, &output, words, observer)
 }
 
 fn config(
@@ -227,7 +237,7 @@ fn tell_release(
     keep: &mut Keep,
     config: &SourceConfig,
     output: &Outbox,
-    words: &crossbeam_channel::Receiver<i32>,
+    words: &Words,
     observer: &Observer,
 ) -> Result<bool, Exit> {
     let given = Given { config, keep, guest: &mut GivenAway, output, steps: &Vec::new, observer, words };

@@ -2,16 +2,20 @@
 
 use crate::exit::Exit;
 use crate::holder::{self, Doors, Held, ThisHost};
+use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::{fabric, report, signals, takeover};
+use crate::soak::points::StopAt;
+use crate::{fabric, logs, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Inherited, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
+use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Wait for a guest, pull its memory, send checkpoints back
 #[derive(Debug, Clone, Args)]
@@ -55,6 +59,11 @@ pub struct ReceiveArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
+    #[command(flatten)]
+    console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -86,10 +95,10 @@ SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's me
 
 /// Runs the command.
 pub fn run(mut args: ReceiveArgs) -> Exit {
-    let observer = report::reporter("destination", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
+                args.console = args.console.or(file.operate);
                 let place = GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
                 let place = place.or(file.guest);
                 args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
@@ -97,16 +106,24 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
+                let observer = report::reporter("destination", args.json);
                 report::failed(&observer, &error, "Nothing was started.");
                 return report::ended(&observer, Exit::Usage);
             }
         }
     }
-    let exit = receive(&args, &observer);
+    args.stop_at.iter().for_each(StopAt::arm);
+    let logs = match logs::start(args.console.log.as_deref(), args.console.log_format) {
+        Ok(logs) => logs,
+        Err(exit) => return exit,
+    };
+    let board = args.console.board("destination");
+    let observer = report::watched("destination", args.json, Some(Arc::clone(&board)), Some(logs));
+    let exit = receive(&args, &board, &observer);
     report::ended(&observer, exit)
 }
 
-fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
+fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit
@@ -119,10 +136,15 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         Ok(session) => session,
         Err(refused) => return refused.told(observer),
     };
-    let words = match signals::termination() {
-        Ok(signals) => signals,
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let words = &console.words;
     let state_dir = args.state_dir.clone().unwrap_or_else(holder::default_run_dir);
     // First of all: once the seat of a dead page server is free, so is its address.
     let estate = match args.takeover.map(|asked| takeover::enter(&state_dir, asked)).transpose() {
@@ -133,6 +155,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
+    board.phase("listening", format!("at {}", listener.address()));
     observer.note(None, Kind::Listening { address: listener.address().to_string() });
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
@@ -146,18 +169,18 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
     let doors = Doors { directory: config.state_dir.clone(), linger };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);
     let ended = match estate {
-        None => destination::run(&config, &listener, &mut host, observer, &words),
+        None => destination::run(&config, &listener, &mut host, observer, words),
         Some(mut estate) => Inherited::of(&mut estate).and_then(|inherited| {
             host.adopt_from(estate);
             let how = (&config, args.promote);
-            destination::take_over(how, inherited, &listener, &mut host, observer, &words)
+            destination::take_over(how, inherited, &listener, &mut host, observer, words)
         }),
     };
     match ended {
         Ok(Ended { outcome: Outcome::Owner, output: Some(output), nonces, spec: Some(VmmSpec::Kvm(spec)), .. }) => {
             let guest = host.built.take().expect("an owned guest was built here");
             let held = Held { guest, spec, nonces };
-            held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Done)
+            held.run_on(args.run_on, args.check, &output, words, observer, Exit::Done)
         }
         Ok(Ended { outcome, why, faults, .. }) => {
             // A guest that waits for a page which will not come must wait until this process has ended (P1).
@@ -177,6 +200,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
             let exit = match &error {
                 DestinationError::Connect(_) => Exit::NoSession,
                 DestinationError::Interrupted => Exit::Interrupted,
+                DestinationError::Cancelled => Exit::NotMoved,
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
@@ -186,6 +210,7 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
             };
             let advice = match &error {
                 DestinationError::Fabric(error) => fabric::advice(error),
+                DestinationError::Cancelled => "A guest that was to come runs on at the source.",
                 _ if args.takeover.is_some() => {
                     "The guest waits in its VMM as before, and its source may still catch it. Its memory is given up by ending that process."
                 }

@@ -3,11 +3,13 @@
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
 use crate::keeping::{self, KeepOptions};
+use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
-use crate::{fabric, report, signals};
+use crate::soak::points::StopAt;
+use crate::{fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
@@ -15,14 +17,17 @@ use belay_transport::session::{Address, SessionConfig, SessionError};
 use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
+use belay_vmm_glue::migrate::operator::Ended as WaitEnded;
+use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
 use belay_vmm_glue::migrate::source::keep::Keep;
 use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig, SourceError};
+use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
-use crossbeam_channel::Receiver;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Run a guest and move it to a waiting `belay receive`, tethered
@@ -54,9 +59,14 @@ pub struct SendArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     pub check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
     /// Under --output lease: order the catch as soon as the destination is lost. You then vouch that it shows no more output
     #[arg(long)]
     pub catch_on_loss: bool,
+    #[command(flatten)]
+    pub console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -79,29 +89,37 @@ SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught
 
 /// Runs the command.
 pub fn run(mut args: SendArgs) -> Exit {
-    let observer = report::reporter("source", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
+                args.console = args.console.or(file.operate);
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
+                let observer = report::reporter("source", args.json);
                 report::failed(&observer, &error, "Nothing was started.");
                 return report::ended(&observer, Exit::Usage);
             }
         }
     }
+    args.stop_at.iter().for_each(StopAt::arm);
+    let logs = match logs::start(args.console.log.as_deref(), args.console.log_format) {
+        Ok(logs) => logs,
+        Err(exit) => return exit,
+    };
+    let board = args.console.board("source");
+    let observer = report::watched("source", args.json, Some(Arc::clone(&board)), Some(logs));
     let exit = match args.keep.takeover {
-        Some(id) => keeping::take_over(args, id, &observer),
-        None => send(&args, &observer),
+        Some(id) => keeping::take_over(args, id, &board, &observer),
+        None => send(&args, &board, &observer),
     };
     report::ended(&observer, exit)
 }
 
-fn send(args: &SendArgs, observer: &Observer) -> Exit {
+fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit
@@ -118,10 +136,15 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         }
         Err(SessionRefused::Fabric(refused)) => return refused.told(observer),
     };
-    let words = match signals::termination() {
-        Ok(signals) => signals,
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let words = &console.words;
     let driver = Driver::choose(args.guest.drive);
     let tether = tether_settings(&args.tether, driver.tracker());
     let mut proposal = Proposal {
@@ -150,9 +173,10 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
     let output =
         holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
-        Ok(output) => output,
+        Ok(output) => Arc::new(output),
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
+    board.emits_through(&output);
     let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
     let keep = match keeping::begin(&args.keep, proposal.identity, observer) {
         Ok(keep) => keep,
@@ -175,17 +199,29 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
             return exit;
         }
     };
-    match held.warm_up(args.run_before.0, &words) {
-        Ok(false) => {}
-        Ok(true) => {
+    board.phase("filling", "the guest fills its memory before it is moved");
+    match held.warm_up(args.run_before.0, words) {
+        Ok(WaitEnded::Time) => {}
+        Ok(WaitEnded::Signal) => {
             keeping::close(keep, observer);
             return Exit::Interrupted;
+        }
+        Ok(WaitEnded::Order) => {
+            keeping::close(keep, observer);
+            board.phase("running", "the operator cancelled the migration");
+            report::failed_text(
+                observer,
+                "the operator cancelled the migration",
+                "The guest never left and runs on here.",
+            );
+            return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
         }
         Err(error) => {
             keeping::close(keep, observer);
             return fail(&error, "The guest was not moved.", Exit::Failed);
         }
     }
+    board.phase("running", "everything before the switch is being made ready");
     proposal.nonces = held.nonces.clone();
     let config = SourceConfig {
         address: to,
@@ -199,7 +235,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
     };
-    see_through(args, Going { config: &config, keep, held, taken_over: false }, &output, &words, observer)
+    see_through(args, Going { config: &config, keep, held, taken_over: false }, &output, words, observer)
 }
 
 /// A migration that is about to go on.
@@ -216,7 +252,7 @@ pub fn see_through(
     args: &SendArgs,
     Going { config, mut keep, mut held, taken_over }: Going<'_>,
     output: &Outbox,
-    words: &Receiver<i32>,
+    words: &Words,
     observer: &Observer,
 ) -> Exit {
     let (mut guest, steps_of) = (held.guest.clone(), held.guest.clone());
@@ -245,12 +281,39 @@ pub fn see_through(
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
-            let exit = not_moved(&error, observer);
-            // What was there to be taken over still is.
-            if !taken_over {
-                keeping::close(keep, observer);
+            let (exit, advice) = match &error {
+                SourceError::Connect { source, .. } => {
+                    (Exit::NoSession, fabric::no_session(source).unwrap_or(
+                        "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
+                    ))
+                }
+                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
+                SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
+                SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
+                SourceError::Fold(_) | SourceError::Spool(_) => {
+                    (Exit::KeptDamaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
+                }
+                SourceError::Keep(error) => (keeping::refused(error, observer), ""),
+                _ => (
+                    Exit::NotMoved,
+                    "The guest was not touched. `belay check`, there and here, says what a host lacks.",
+                ),
+            };
+            if !matches!(error, SourceError::Keep(_)) {
+                report::failed(observer, &error, advice);
             }
-            return exit;
+            if taken_over {
+                // What was there to be taken over still is.
+                return exit;
+            }
+            keeping::close(keep, observer);
+            // The guest runs here as it did. Where it was said how long it shall, it does; else it has nobody to run for.
+            return match (&error, args.run_on) {
+                (SourceError::Cancelled, _) | (_, Some(_)) => {
+                    held.run_on(args.run_on, args.check, output, words, observer, exit)
+                }
+                (_, None) => exit,
+            };
         }
     };
     report::failed_text(observer, &why, advice);
@@ -258,27 +321,6 @@ pub fn see_through(
         Exit::NotMoved => held.run_on(args.run_on, args.check, output, words, observer, exit),
         exit => exit,
     }
-}
-
-/// Why nothing happened: before the switch, or before anything was taken over.
-fn not_moved(error: &SourceError, observer: &Observer) -> Exit {
-    let (exit, advice) = match error {
-        SourceError::Connect { source, .. } => (
-            Exit::NoSession,
-            fabric::no_session(source).unwrap_or(
-                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
-            ),
-        ),
-        SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
-        SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
-        SourceError::Keep(error) => return keeping::refused(error, observer),
-        SourceError::Fold(_) | SourceError::Spool(_) => {
-            (Exit::Damaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
-        }
-        _ => (Exit::NotMoved, "The guest was not touched. `belay check`, there and here, says what a host lacks."),
-    };
-    report::failed(observer, error, advice);
-    exit
 }
 
 /// Why no session can be had with these options.

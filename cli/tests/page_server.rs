@@ -323,7 +323,7 @@ mod kvm {
         scene.source.crash();
         let took = scene.take_over(&["--promote"]);
         let refused = scene.server.wait_for_state("pages-missing");
-        let missing = format!("{} of ", took["missing_frames"]);
+        let missing = format!("{} pages are missing", took["missing_frames"]);
         assert!(refused["why"].as_str().unwrap().contains(&missing), "{refused}");
         scene.server.signal(libc::SIGTERM);
         assert_eq!(scene.server.end(), 11, "{}", scene.server.story());

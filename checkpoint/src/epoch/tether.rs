@@ -10,6 +10,7 @@ use crate::policy::{Decision, EpochFacts, Policy};
 use crate::record::{DEVICE_VMM, Limits, PacketHeader, RECORD_OVERHEAD_BYTES, RECORD_PAGE_BYTES, kind, largest_record};
 use crate::ring::RingWriter;
 use crate::staging::{Exchange, Slot, StageError, Stager};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PAGE_SIZE, RegionId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::VecDeque;
@@ -434,6 +435,7 @@ impl TetherLoop {
             if wait.is_zero() {
                 return true;
             }
+            reached("between-epochs");
             // Commits wake this too, so the policy sees them.
             drop(self.shared.changed.wait_timeout(state, wait));
         }
@@ -500,20 +502,24 @@ impl TetherLoop {
         }
         self.paused = true;
         self.tries = 0;
+        reached("epoch-stopped");
         let instant = Instant::now();
         pause.stop = clock.lap();
         self.device_state.clear();
         self.guest.save(&mut self.device_state).map_err(guest_error("saving the state"))?;
         pause.save = clock.lap();
         self.harvest().map_err(guest_error("the harvest"))?;
+        reached("epoch-harvested");
         pause.harvest = clock.lap();
         let (slot, mut stats) = self.stage(slot, epoch)?;
         let next = self.emptied.pop().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
         self.outstanding.push_back((epoch, std::mem::replace(&mut self.pages, next)));
         self.harvesting = false;
+        reached("epoch-staged");
         pause.stage = clock.lap();
         self.guest.resume().map_err(guest_error("resuming the guest after the checkpoint"))?;
         self.paused = false;
+        reached("epoch-resumed");
         pause.resume = clock.lap();
         stats.pause = pause;
         stats.lasted = instant - self.closed_at;

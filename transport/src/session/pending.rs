@@ -6,7 +6,6 @@
 //!   Preamble ──────────────────────> Arrived::Guard
 //! ```
 
-use super::binding::BindingKey;
 use super::hello::{Hello, MAX_HELLO_BYTES, decode_hello, encode_no_common_fabric, encode_refusal};
 use super::listen::Shared;
 use super::preamble::{
@@ -125,7 +124,7 @@ impl Pending {
             }
             Phase::Hello(_) => {
                 let versions = shared.config.versions;
-                let ours = shared.config.offers(&shared.address, BindingKey::possible(&self.stream));
+                let ours = shared.config.offers_over(&shared.address, &self.stream);
                 return match decode_hello(&self.buffer, self.session, versions, &ours) {
                     Ok((hello, token)) => Ok(Some(What::Control { hello, token })),
                     Err(error) => {

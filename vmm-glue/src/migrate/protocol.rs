@@ -105,6 +105,8 @@ impl ToDestination {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Prepare { .. } => "Prepare",
+            Self::Reattach { .. } => "Reattach",
+            Self::PrepareAgain { .. } => "PrepareAgain",
             Self::Switch { .. } => "Switch",
             Self::Go { .. } => "Go",
             Self::Released { .. } => "Released",

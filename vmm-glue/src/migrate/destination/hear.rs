@@ -10,6 +10,7 @@ use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
+use belay_transport::stop_point::reached;
 use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
@@ -53,7 +54,8 @@ impl Destination<'_> {
                     self.tick()
                 }
             },
-            recv(self.words) -> _ => self.interrupted(),
+            recv(self.words.signals) -> _ => self.interrupted(),
+            recv(self.words.orders) -> order => self.order(order.ok()?),
             default(TICK) => self.tick(),
         }
     }
@@ -108,11 +110,13 @@ impl Destination<'_> {
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
+                reached("release-heard");
                 self.last = because;
                 Some(Event::ReleaseAcknowledged)
             }
             ToDestination::ReleaseRefused { because } => {
                 self.last = because;
+                self.release_refused();
                 Some(Event::ReleaseRefused)
             }
             ToDestination::Fate { fate, because } => {
@@ -169,6 +173,8 @@ impl Destination<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        let lease_ends = self.tethering.as_ref().map(|tethering| tethering.lease_ends_at_ns());
+        self.words.board.turned(lease_ends.filter(|&ends| ends > 0));
         if self.leaving.is_some_and(|due| due.expired()) {
             self.outcome = Some(Outcome::Fenced);
             return None;

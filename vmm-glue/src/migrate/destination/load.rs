@@ -8,6 +8,7 @@ use crate::migrate::switch_map::PageClass;
 use belay_checkpoint::guest::TrackerKind;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
 use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, pull};
 use crossbeam_channel::Sender;
 use std::os::fd::AsFd;
@@ -36,26 +37,30 @@ impl Destination<'_> {
             other => return Err(heard::unexpected(&other, "Switch")),
         };
         self.last = because;
+        reached("switch-heard");
         let begun = Instant::now();
         self.map = map;
-        let engine = Arc::new(self.start_engine(None)?);
+        let engine = self.start_engine(None)?;
         self.engine = Some(Arc::clone(&engine));
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
         if let Some(tethering) = &mut self.tethering {
             tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
         }
+        reached("state-loading");
         guest.load(&device_state)?;
         guest.set_incarnation(nonce)?;
         self.nonces.push(nonce);
         let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
+        reached("state-loaded");
         self.tell(&ToSource::Loaded { because })?;
+        reached("loaded-told");
         self.go_due = Some(Deadline::after(self.config.bounds.switch));
         Ok(())
     }
 
     /// Serves faults from now on, over the lanes of the session. `states`: what an engine before this one has come to.
-    pub(super) fn start_engine(&mut self, states: Option<PageStates>) -> Result<Engine, DestinationError> {
+    pub(super) fn start_engine(&mut self, states: Option<PageStates>) -> Result<Arc<Engine>, DestinationError> {
         let mut regions = Vec::new();
         let mut frames = Vec::new();
         for (ram, local, remote, vmm_address) in &self.ram {
@@ -91,13 +96,15 @@ impl Destination<'_> {
             Some(states) => states,
             None => PageStates::in_memory(&frames)?,
         });
-        self.states = Some(Arc::clone(&states));
         if let Some(keeper) = &self.keeper {
             keeper.keep(Kept::PageStates, states.file().as_fd())?;
         }
+        self.states = Some(Arc::clone(&states));
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
         let plan = PullPlan { regions, install, tuning, start_paused: true };
-        Ok(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?)
+        let engine = Arc::new(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?);
+        self.words.board.pulls_with(&engine);
+        Ok(engine)
     }
 }

@@ -7,6 +7,7 @@ mod act;
 mod hear;
 mod heard;
 mod load;
+mod order;
 mod prepare;
 mod resume;
 mod takeover;
@@ -14,13 +15,14 @@ mod warden;
 mod will;
 
 use super::observation::{Kind, ObservationId, Observer};
+use super::operator::{Pending, Words};
 use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
 use super::switch_map::{RegionClasses, SwitchMapError};
 use super::tethering::{Leftover, Tethering, TetheringError};
-use crate::guard::{GuardCommand, GuardError, LifePage};
+use crate::guard::{Arms, GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
@@ -196,6 +198,8 @@ pub enum DestinationError {
     TimedOut { waiting_for: &'static str, bound: Duration },
     #[error("ended by a signal")]
     Interrupted,
+    #[error("the operator cancelled the migration")]
+    Cancelled,
 }
 
 fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> DestinationError {
@@ -220,7 +224,7 @@ pub fn run(
     listener: &Listener,
     host: &mut dyn Host,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Ended, DestinationError> {
     let Some((session, proposal)) = await_source(listener, config.bounds, observer, words)? else {
         return Ok(Ended {
@@ -264,12 +268,14 @@ struct Destination<'a> {
     config: &'a DestinationConfig,
     /// Where the source dials again.
     listener: &'a Listener,
-    guard_command: Option<GuardCommand>,
+    /// How the guard beside a session is started, and what it may do.
+    guard: Option<(GuardCommand, Arms)>,
     placement: Placement,
     proposal: Proposal,
     geometry: Vec<RegionGeometry>,
     observer: &'a Observer,
-    words: &'a Receiver<i32>,
+    words: &'a Words,
+    pending: Pending,
     /// The session; `None` where this page server took over and the source has not come back.
     link: Option<Link>,
     happenings: Receiver<Happening>,
@@ -356,7 +362,8 @@ impl Destination<'_> {
                 Ok(step) => step,
                 // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
-                    self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
+                    let state = self.state.name().to_lowercase();
+                    self.observer.note_provoked(Some(&self.last), &state, illegal.to_string());
                     continue;
                 }
             };
@@ -364,6 +371,8 @@ impl Destination<'_> {
             self.state = next;
             if entered {
                 self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
+                let why = if self.why.is_empty() { event.name() } else { &self.why };
+                self.words.board.entered(next.name(), self.owner_epoch().map(|epoch| epoch.0), why);
             }
             for action in actions {
                 events.extend(self.carry_out(action));
@@ -378,10 +387,12 @@ impl Destination<'_> {
                 State::Preparing { .. } | State::Tethered { .. } | State::Fenced(_) => None,
             };
         }
+        self.settle_orders();
     }
 
     /// The role is over: what was started is ended, what is left is handed on.
     fn end(mut self) -> Ended {
+        self.settle_orders();
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted);
         if outcome == Outcome::Owner {
             let _ = self.tell(&ToSource::Farewell);
@@ -392,6 +403,7 @@ impl Destination<'_> {
         }
         if let Some(engine) = self.engine.take() {
             self.report_latencies(&engine);
+            self.words.board.pull_over(&engine);
             if let Ok(engine) = Arc::try_unwrap(engine).map_err(|_| ()) {
                 // Threads that do not end in time end on their own; their lanes are closed by the session's end.
                 let _ = engine.stop(Deadline::after(self.config.bounds.stop));

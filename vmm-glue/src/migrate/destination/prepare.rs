@@ -1,10 +1,12 @@
 //! Everything before the downtime: a source, RAM, lanes, VMM, guard.
 
+use super::order::NO_GUEST_YET;
 use super::warden::{self, Warden};
 use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Link, Ram, VMM_SLOT, heard, io};
-use crate::guard::Arms;
+use crate::guard::GuardError;
 use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::operator::{Ask, Ended, Pending, Words};
 use crate::migrate::peer::Inbox;
 use crate::migrate::protocol::{RingOffer, ToDestination, ToSource};
 use crate::migrate::reattach::decode_proposal;
@@ -21,9 +23,10 @@ use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::stop_point::reached;
 use belay_transport::uffd::{Uffd, UffdError};
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -33,12 +36,17 @@ pub(super) fn await_source(
     listener: &Listener,
     bounds: Bounds,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
-    let turned_away = |why: String| observer.note(None, Kind::State { state: "turned-away".to_owned(), why });
+    let turned_away = |why: String| drop(observer.note_provoked(None, "turned-away", why));
     loop {
-        if words.try_recv().is_ok() {
-            return Ok(None);
+        match words.wait(Some(Duration::ZERO), |ask| match ask {
+            Ask::Cancel => Ok("it listens no more".to_owned()),
+            _ => Err(NO_GUEST_YET.to_owned()),
+        }) {
+            Ended::Time => {}
+            Ended::Signal => return Ok(None),
+            Ended::Order => return Err(DestinationError::Cancelled),
         }
         let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
         for rejection in listener.take_rejections() {
@@ -47,7 +55,7 @@ pub(super) fn await_source(
         match incoming {
             Ok(incoming) => match agree(incoming, bounds) {
                 Ok(agreed) => return Ok(Some(agreed)),
-                Err(error) => drop(turned_away(protocol::explain(&error))),
+                Err(error) => turned_away(protocol::explain(&error)),
             },
             Err(SessionError::TimedOut { .. }) => {}
             Err(error) => return Err(DestinationError::Connect(error)),
@@ -105,7 +113,7 @@ pub(super) type Prepare = (Vec<(RegionId, ReadKey)>, RingKeys, RingOffer, Observ
 pub(super) fn await_prepare(
     inbox: &Inbox<ToDestination>,
     bound: Duration,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Prepare, DestinationError> {
     match heard::next(inbox, "Prepare", Some(bound), words)? {
         ToDestination::Prepare { ram, ring, ring_geometry, because } => Ok((ram, ring, ring_geometry, because)),
@@ -167,6 +175,8 @@ pub(super) struct Joined {
     pub offer: RingOffer,
     /// Newest epoch that the source has.
     pub committed: Epoch,
+    /// Longest wait for one lane.
+    pub bound: Duration,
     pub deadline: Deadline,
 }
 
@@ -189,7 +199,7 @@ pub(super) fn open_lanes(
     (placement, happened): (&Placement, &Sender<Happening>),
     (observer, because): (&Observer, &ObservationId),
 ) -> Result<Opened, DestinationError> {
-    let Joined { ring, offer, committed, deadline } = joined;
+    let Joined { ring, offer, committed, bound, deadline } = joined;
     let registrations = Registrations::new(observer, because);
     initiator.observe_registration(registrations.ears());
     let registering = Instant::now();
@@ -204,7 +214,7 @@ pub(super) fn open_lanes(
     if let Some(registered) = registrations.take(registering.elapsed()) {
         observer.note(Some(because), registered);
     }
-    let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
+    let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(bound));
     let mut lane_pairs: Vec<LanePair> = Vec::new();
     let mut checkpoint_lanes = Vec::new();
     for id in lanes(proposal) {
@@ -249,18 +259,26 @@ impl<'a> Destination<'a> {
         proposal: Proposal,
         host: &mut dyn Host,
         observer: &'a Observer,
-        words: &'a Receiver<i32>,
+        words: &'a Words,
     ) -> Result<Self, DestinationError> {
         let bounds = config.bounds;
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        reached("prepare-heard");
+        words.board.session(offer.nonce);
+        words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
-        let guard_command = proposal.tether.as_ref().map(|_| host.guard_command()).transpose()?;
-        let arms = proposal.tether.as_ref().map_or(Arms::None, |tether| warden::arms(tether, host.vmm_is_apart()));
-        let mut warden = match &guard_command {
-            Some(command) => Some(Warden::start(command, session.lanes.take_guard(deadline)?, arms, deadline)?),
+        let guard = proposal.tether.as_ref();
+        let guard = guard.map(|tether| Ok((host.guard_command()?, warden::arms(tether, host.vmm_is_apart()))));
+        let guard = guard.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
+        let mut warden = match &guard {
+            Some((command, arms)) => {
+                // The source dials all of these right after Prepare: one that has died must not be waited for as long as RAM is.
+                let connection = session.lanes.take_guard(Deadline::after(bounds.handshake))?;
+                Some(Warden::start(command, connection, *arms, deadline)?)
+            }
             None => None,
         };
         let mut initiator = fabric::initiator(&session)?;
@@ -268,7 +286,7 @@ impl<'a> Destination<'a> {
         let ram = allocate(&session.hello.geometry, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
-        let joined = Joined { ring, offer, committed: Epoch(0), deadline };
+        let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
         let opened = open_lanes(&mut *initiator, &proposal, &ram, joined, (&placement, &happened), (observer, &last))?;
         let Opened { landing, lane_pairs, tethering } = opened;
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
@@ -278,6 +296,7 @@ impl<'a> Destination<'a> {
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
+        words.board.emits_through(&output);
         let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
         let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
         if let Some(keeper) = &built.keeper {
@@ -307,6 +326,7 @@ impl<'a> Destination<'a> {
         if let Some(details) = initiator.details() {
             observer.note(Some(&last), Kind::Fabric(details));
         }
+        reached("prepared");
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
         let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
         let prepared = ToSource::Prepared { secrets, because: last.clone() };
@@ -314,13 +334,14 @@ impl<'a> Destination<'a> {
         Ok(Self {
             config,
             listener,
-            guard_command,
+            guard,
             placement,
             nonces: proposal.nonces.clone(),
             proposal,
             geometry: session.hello.geometry.clone(),
             observer,
             words,
+            pending: Pending::default(),
             link: Some(Link { control, inbox }),
             happenings,
             happened,

@@ -1,8 +1,10 @@
 //! A new page server goes on with the VMM that a dead one left waiting: what it finds there, and what it lays down for the next.
 
-use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io};
+use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io, warden};
+use crate::guard::GuardError;
 use crate::kvm::apart::{Estate, Kept, Ledger};
 use crate::migrate::observation::{Kind, Observer};
+use crate::migrate::operator::{Pending, Words};
 use crate::migrate::protocol::explain;
 use crate::migrate::settings::Proposal;
 use crate::migrate::tethering::OUTBOX;
@@ -16,7 +18,7 @@ use belay_transport::pull::ShardRange;
 use belay_transport::region::RamFile;
 use belay_transport::session::{Listener, RegionGeometry};
 use belay_transport::uffd::Uffd;
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::bounded;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -83,7 +85,7 @@ pub fn take_over(
     listener: &Listener,
     host: &mut dyn Host,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Ended, DestinationError> {
     let missing_frames = inherited.missing();
     let Inherited { will, states, ram, shards, ledger, guard, pid, vmm_address } = inherited;
@@ -94,7 +96,11 @@ pub fn take_over(
     // Before anything is put into it.
     output.shut();
     let placement = Placement::decide(config.numa, None)?;
-    let guard_command = proposal.tether.as_ref().map(|_| host.guard_command()).transpose()?;
+    let tether = proposal.tether.as_ref();
+    let guard_beside = tether.map(|tether| Ok((host.guard_command()?, warden::arms(tether, true))));
+    let guard_beside = guard_beside.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
+    let output = Arc::new(output);
+    words.board.emits_through(&output);
     let (guest, keeper) = host.adopt(Arc::clone(&ram[0].alias), output.sink())?;
     let landed_frames = states.counts().landed + states.counts().discarded;
     let held_packets = output.facts().held_packets as u64;
@@ -108,19 +114,20 @@ pub fn take_over(
     let mut destination = Destination {
         config,
         listener,
-        guard_command,
+        guard: guard_beside,
         placement,
         geometry: ram.iter().map(geometry).collect(),
         proposal,
         observer,
         words,
+        pending: Pending::default(),
         link: None,
         happenings,
         happened,
         state: State::Fenced(fenced),
         last,
         guest: Some(guest),
-        output: Arc::new(output),
+        output,
         warden: None,
         keeper: Some(keeper),
         // Keys are a session's; there is none yet, and no engine without one.
@@ -151,6 +158,7 @@ pub fn take_over(
         outcome: None,
     };
     let why = destination.why.clone();
+    words.board.entered(destination.state.name(), Some(owner_epoch.0), &why);
     destination.note(Kind::State { state: "fenced".to_owned(), why });
     if owned {
         // The source had let go before: there is nobody to ask.

@@ -7,14 +7,15 @@ use crate::migrate::lease::{Silence, boot_time};
 use crate::migrate::observation::{Kind, named_state, us};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
+use crate::migrate::release::ReleaseError;
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
-use belay_checkpoint::journal::WriteError;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
 use belay_transport::Deadline;
 use belay_transport::session::SessionError;
+use belay_transport::stop_point::reached;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,7 @@ impl Source<'_> {
                     self.paused_at = Instant::now();
                     let steps = (self.steps)();
                     self.note(Kind::Paused { steps });
+                    reached("switch-paused");
                     None
                 }
                 Err(error) => Some(self.failed_switch(&error)),
@@ -38,8 +40,12 @@ impl Source<'_> {
             },
             Action::SendGo { owner_epoch } => {
                 let go = ToDestination::Go { owner_epoch, because: self.last.clone() };
+                reached("go-due");
                 match self.tell(&go) {
-                    Ok(()) => None,
+                    Ok(()) => {
+                        reached("go-told");
+                        None
+                    }
                     Err(error) => Some(self.lost(Event::ConnectionClosed, &error.to_string())),
                 }
             }
@@ -80,7 +86,9 @@ impl Source<'_> {
             Action::RecordRelease => self.record_release(),
             Action::AcknowledgeRelease => {
                 let released = ToDestination::Released { because: self.last.clone() };
+                reached("release-recorded");
                 let _ = self.tell(&released);
+                reached("release-told");
                 self.answer_due = Some(Deadline::after(bounds.release));
                 None
             }
@@ -169,6 +177,7 @@ impl Source<'_> {
         let because = self.note(Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes });
         self.answer_due = Some(Deadline::after(bounds.switch));
         self.tell(&ToDestination::Switch { map, device_state, nonce, because })?;
+        reached("switch-told");
         Ok(())
     }
 
@@ -189,21 +198,23 @@ impl Source<'_> {
     }
 
     pub(super) fn record_release(&mut self) -> Option<Event> {
-        match self.keep.release(self.state.owner_epoch()) {
+        reached("release-due");
+        let session = self.live.as_ref().map_or(0, |live| live.nonce);
+        match self.keep.release(session, self.state.owner_epoch()) {
             Ok(path) => {
                 self.note(Kind::ReleaseRecorded { path: path.display().to_string() });
                 self.note(Kind::Released { total_us: us(self.paused_at.elapsed()) });
                 Some(Event::ReleaseRecorded)
             }
-            Err(error @ WriteError::NotWritten { .. }) => {
+            Err(error @ ReleaseError::NotWritten { .. }) => {
                 self.note(Kind::Failed {
-                    what: format!("the release record: {}", protocol::explain(&error)),
+                    what: protocol::explain(&error),
                     advice: "The tether is kept; make room or mend the directory, and the destination asks again."
                         .to_owned(),
                 });
                 Some(Event::ReleaseFailed)
             }
-            Err(error @ WriteError::Unknown { .. }) => {
+            Err(error @ ReleaseError::Unknown { .. }) => {
                 let what = protocol::explain(&error);
                 self.why = what.clone();
                 let advice = "This host will not resume the guest; it runs on at the destination, tethered. Look at the file and mend the disk. \

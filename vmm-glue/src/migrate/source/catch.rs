@@ -10,12 +10,14 @@ use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::Deadline;
 use belay_transport::fabric::OWNER_EPOCH_OFFSET;
 use belay_transport::region::Mapping;
+use belay_transport::stop_point::reached;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
     /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
     pub(super) fn revoke(&mut self) -> Option<Event> {
+        reached("catch-begun");
         let begun = Instant::now();
         // Nothing that comes back from here on is listened to but to be told so.
         self.herald = None;
@@ -23,6 +25,7 @@ impl Source<'_> {
         if let Some(folder) = self.folder.take() {
             self.catch = Some(folder.stop());
         }
+        reached("catch-unrevoked");
         let (catch, recovered) = (&mut self.catch, &mut self.last_read);
         let mut folding = Duration::ZERO;
         let mut last_read = |ring: &Mapping| {
@@ -44,6 +47,7 @@ impl Source<'_> {
         };
         match revoked {
             Ok(()) => {
+                reached("catch-revoked");
                 self.note(Kind::Revoked { took_us: us(begun.elapsed() - folding) });
                 Some(Event::Revoked)
             }
@@ -72,6 +76,7 @@ impl Source<'_> {
             self.why = format!("cannot load {}: {}", recovered.epoch, protocol::explain(&error));
             return Some(Event::CatchFailed { can_retry: false });
         }
+        reached("catch-loaded");
         self.note(Kind::Recovered {
             epoch: recovered.epoch.0,
             pages: recovered.timings.pages,
@@ -97,6 +102,8 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
+        let steps = (self.steps)();
+        reached("catch-resume");
         // Kept before it is so: a guest that has run here is never caught from a checkpoint again.
         let home = State::Running { owner_epoch: self.state.owner_epoch() };
         let since = self.config.proposal.nonces.len().min(self.nonces.len());
@@ -105,12 +112,12 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
-        let steps = (self.steps)();
         if let Err(error) = self.guest.resume() {
             return self.cannot_resume(protocol::explain(&error));
         }
         if let Some(recovered) = &self.recovered {
             let epoch = recovered.epoch.0;
+            reached("catch-resumed");
             let noticed_to_running_us = self.noticed_at.map_or(0, |at| us(at.elapsed()));
             self.nonces.push(nonce);
             self.note(Kind::Caught { epoch, nonce, noticed_to_running_us, steps });

@@ -1,7 +1,7 @@
 //! What happens to a source: messages, the guard, lanes, the heartbeat and the operator, turned into events.
 
 use super::herald::NO_SESSION;
-use super::{Happening, Outcome, Source, TICK};
+use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
@@ -43,8 +43,12 @@ impl Source<'_> {
                 }
             },
             // A signal takes back a switch that has not happened, and a guest that has left.
-            recv(self.words) -> word => match word {
+            recv(self.words.signals) -> signal => match signal {
                 Ok(_) => self.ordered(),
+                Err(_) => self.tick(),
+            },
+            recv(self.words.orders) -> order => match order {
+                Ok(order) => self.order(order),
                 Err(_) => self.tick(),
             },
             default(TICK) => self.tick(),
@@ -103,7 +107,7 @@ impl Source<'_> {
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
             }
-            _ => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
+            _ => Some(self.lost(Event::OperatorCatch, BY_ORDER)),
         }
     }
 
@@ -165,6 +169,7 @@ impl Source<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        self.show();
         if self.answer_due.is_some_and(|due| due.expired())
             && matches!(self.state, State::Switching { .. } | State::Released { .. })
         {

@@ -8,12 +8,14 @@ mod catch;
 mod hear;
 mod herald;
 pub mod keep;
+mod order;
 mod prepare;
 mod resume;
 
 use super::lane_watch::LaneWatch;
 use super::lease::Silence;
 use super::observation::{Kind, ObservationId, Observer};
+use super::operator::{Pending, Words};
 use super::peer::Inbox;
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
@@ -119,7 +121,9 @@ pub enum SourceError {
     Illegal(#[from] Illegal),
     #[error(transparent)]
     Numa(#[from] NumaError),
-    #[error("the operator cancelled")]
+    #[error("ended by a signal")]
+    Interrupted,
+    #[error("the operator cancelled the migration")]
     Cancelled,
     #[error("this migration makes no sense: {0}")]
     Proposal(String),
@@ -181,7 +185,8 @@ pub struct Source<'a> {
     /// How far each vCPU's program has run, for reports.
     steps: &'a dyn Fn() -> Vec<u64>,
     observer: &'a Observer,
-    words: &'a Receiver<i32>,
+    words: &'a Words,
+    pending: Pending,
     state: State,
     /// `None` where a process has taken over and the destination has not come back.
     live: Option<Live>,
@@ -229,8 +234,8 @@ pub struct Given<'a> {
     /// How far each vCPU's program has run, for reports.
     pub steps: &'a dyn Fn() -> Vec<u64>,
     pub observer: &'a Observer,
-    /// A word (the number of a signal) takes the guest back.
-    pub words: &'a Receiver<i32>,
+    /// A signal takes the guest back; orders are answered.
+    pub words: &'a Words,
 }
 
 /// Moves the guest and sees the migration to its end. An error means that the guest was not touched and runs on; whatever happens after
@@ -285,6 +290,9 @@ fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> SourceError {
     move |source| SourceError::Io { doing, source }
 }
 
+/// What noticed a loss that is none: somebody wants the guest back.
+pub(super) const BY_ORDER: &str = "the operator ordered the catch";
+
 /// How often the main loop looks at what has no channel: the heartbeat and the folder.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -304,6 +312,7 @@ impl<'a> Source<'a> {
             steps,
             observer,
             words,
+            pending: Pending::default(),
             state,
             live: None,
             left: None,
@@ -335,6 +344,7 @@ impl<'a> Source<'a> {
     fn see_to_the_end(mut self) -> Result<Outcome, SourceError> {
         loop {
             if let Some(outcome) = self.outcome.take() {
+                self.settle_orders(Some(&outcome));
                 return Ok(outcome);
             }
             if let Some(event) = self.next_event() {
@@ -385,7 +395,8 @@ impl<'a> Source<'a> {
                 Ok(step) => step,
                 // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
-                    self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
+                    let state = self.state.name().to_lowercase();
+                    self.observer.note_provoked(Some(&self.last), &state, illegal.to_string());
                     continue;
                 }
             };
@@ -409,6 +420,8 @@ impl<'a> Source<'a> {
         self.state = next;
         if entered {
             self.note(Kind::State { state: next.name().to_lowercase(), why: why.to_owned() });
+            let why = if self.why.is_empty() { why } else { &self.why };
+            self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
         }
         let mut events = Vec::new();
         for action in actions {
@@ -422,6 +435,7 @@ impl<'a> Source<'a> {
             }
         }
         self.settle();
+        self.settle_orders(None);
         events
     }
 

@@ -5,6 +5,7 @@ use super::{Happened, Happening, Live, SourceConfig, SourceError, fresh_nonce, i
 use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
 use crate::migrate::lane_watch::LaneWatch;
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::operator::{Ask, Words};
 use crate::migrate::peer::{Inbox, Listened, listen_to};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
@@ -17,8 +18,9 @@ use belay_transport::fabric::{LaneId, LaneKind, Owner, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::region::Mapping;
 use belay_transport::session::{Offer, RegionGeometry, SourceSession};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, RegionId, fabric, session};
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::select;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -48,7 +50,7 @@ pub(super) fn prepare(
     guest: &mut dyn Guest,
     observer: &Observer,
     happened: &Happened,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Prepared, SourceError> {
     let bounds = config.bounds;
     config.proposal.check().map_err(SourceError::Proposal)?;
@@ -60,9 +62,11 @@ pub(super) fn prepare(
     keep.agree(to, config.proposal.clone(), guest.memory(), config.extra.clone())?;
     let connected = connected(config.address.to_string(), &session.agreed, session.lanes.is_encrypted());
     let connected = observer.note(None, connected);
+    reached("source-connected");
     let begun = Instant::now();
     let inbox = listen_to::<ToSource>(Arc::clone(&session.control)).map_err(io("start the control thread"))?;
     let exported = Exported::new(config, keep, guest, &session, observer, &connected)?;
+    words.board.session(exported.nonce);
     let reserved = match config.proposal.tether {
         Some(_) => {
             let reader = keep.reader(exported.ring.len(), exported.nonce, config.overflow_bytes as usize)?;
@@ -87,6 +91,7 @@ pub(super) fn prepare(
     if let Some(registered) = live.registrations.take(again.elapsed()) {
         observer.note(Some(&prepared), registered);
     }
+    reached("source-prepared");
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     Ok(Prepared { live, reserved, last })
 }
@@ -169,7 +174,7 @@ impl Live {
         &mut self,
         config: &SourceConfig,
         happened: &Happened,
-        words: &Receiver<i32>,
+        words: &Words,
     ) -> Result<ObservationId, SourceError> {
         let bounds = config.bounds;
         let deadline = Deadline::after(bounds.prepare);
@@ -226,22 +231,36 @@ pub(super) fn watch_guard(
 pub(super) fn await_prepared(
     inbox: &Inbox<ToSource>,
     bound: Duration,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<(Option<Secrets>, ObservationId), SourceError> {
-    select! {
-        recv(inbox.messages()) -> heard => match heard {
-            Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
-            Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
-            Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: other.kind().to_owned(), wanted: "Prepared" }.into())
-            }
-            Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
-            Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
-        },
-        recv(words) -> _ => Err(SourceError::Cancelled),
-        default(bound) => Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
+    let deadline = Deadline::after(bound);
+    loop {
+        select! {
+            recv(inbox.messages()) -> heard => return match heard {
+                Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
+                Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
+                Ok(Listened::Message(other)) => {
+                    Err(ProtocolError::Unexpected { got: other.kind().to_owned(), wanted: "Prepared" }.into())
+                }
+                Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
+                Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
+            },
+            recv(words.signals) -> _ => return Err(SourceError::Interrupted),
+            recv(words.orders) -> order => match order {
+                Ok(order) if order.ask == Ask::Cancel => {
+                    order.done("the guest was not touched and runs on here");
+                    return Err(SourceError::Cancelled);
+                }
+                Ok(order) => order.refuse(NOT_LEFT_YET),
+                Err(_) => return Err(SourceError::Interrupted),
+            },
+            default(deadline.left()) => return Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
+        }
     }
 }
+
+/// Why most orders mean nothing yet.
+pub(super) const NOT_LEFT_YET: &str = "the guest has not left this host; `belay cancel` calls the migration off";
 
 /// Every lane of a session, in the order in which the source dials and the destination takes them. None that nobody would hold: a
 /// lane that is closed says that the other host is lost.
