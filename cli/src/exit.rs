@@ -18,12 +18,12 @@ pub enum Exit {
     NotMoved = 5,
     /// The fabric could not be set up between the two hosts; the guest runs at the source.
     NoFabric = 6,
-    /// There is no migration of a dead process to take over, or nothing of it is left that could be.
+    /// No VMM or memory of a process that died waits to be taken over.
     NothingToTakeOver = 7,
-    /// The migration is held by a process that runs.
+    /// What is to be taken over is still held by a process that runs.
     StillHeld = 8,
-    /// The journal or the kept memory is damaged, or does not fit together.
-    Damaged = 9,
+    /// What a process that died left behind is damaged or does not fit together.
+    KeptDamaged = 9,
     /// No belay process of that name runs here.
     NoSuchMigration = 30,
     /// The order was refused; nothing was changed.

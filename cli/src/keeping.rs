@@ -106,7 +106,7 @@ pub fn refused(error: &KeepError, observer: &Observer) -> Exit {
             (Exit::Missing, "Nothing was started. --memory-dir must be on tmpfs or hugetlbfs with room for the guest.")
         }
         KeepError::Journal(_) | KeepError::Damaged { .. } | KeepError::Memory { .. } => (
-            Exit::Damaged,
+            Exit::KeptDamaged,
             "Nothing was started and nothing was changed. A destination that still has the guest keeps it fenced; promote it there.",
         ),
     };
@@ -145,7 +145,7 @@ pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>
     let written = keep.written().clone();
     let damaged = |what: &str| {
         report::failed_text(observer, what, "Nothing was started and nothing was changed.");
-        Exit::Damaged
+        Exit::KeptDamaged
     };
     let Some(proposal) = written.proposal.clone() else { return damaged("the journal has no proposal") };
     let remembered: Remembered = match serde_json::from_slice(&written.extra) {
@@ -185,7 +185,7 @@ pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>
     };
     board.emits_through(&output);
     let config = config(&args, &written, proposal, session, to);
-    if written.released.is_some() {
+    if keep.is_released() {
         let mut keep = keep;
         return tell_release(&mut keep, &config, &output, words, observer).map_or_else(
             |exit| exit,

@@ -17,7 +17,8 @@ use belay_transport::session::{Address, SessionConfig, SessionError};
 use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
-use belay_vmm_glue::migrate::operator::{Ended as WaitEnded, Words};
+use belay_vmm_glue::migrate::operator::Ended as WaitEnded;
+use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
@@ -206,10 +207,13 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
             return Exit::Interrupted;
         }
         Ok(WaitEnded::Order) => {
-            board.phase("running", "the operator cancelled the migration");
-            let what = "the operator cancelled the migration";
-            report::failed_text(observer, what, "The guest never left and runs on here.");
             keeping::close(keep, observer);
+            board.phase("running", "the operator cancelled the migration");
+            report::failed_text(
+                observer,
+                "the operator cancelled the migration",
+                "The guest never left and runs on here.",
+            );
             return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
         }
         Err(error) => {
@@ -277,18 +281,38 @@ pub fn see_through(
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
-            let exit = not_moved(&error, observer);
-            // What was there to be taken over still is.
-            if !taken_over {
-                keeping::close(keep, observer);
+            let (exit, advice) = match &error {
+                SourceError::Connect { source, .. } => {
+                    (Exit::NoSession, fabric::no_session(source).unwrap_or(
+                        "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
+                    ))
+                }
+                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
+                SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
+                SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
+                SourceError::Fold(_) | SourceError::Spool(_) => {
+                    (Exit::KeptDamaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
+                }
+                SourceError::Keep(error) => (keeping::refused(error, observer), ""),
+                _ => (
+                    Exit::NotMoved,
+                    "The guest was not touched. `belay check`, there and here, says what a host lacks.",
+                ),
+            };
+            if !matches!(error, SourceError::Keep(_)) {
+                report::failed(observer, &error, advice);
             }
-            // The guest runs here as it did. Where it was said how long it shall, or its move was called off, it does; else it has
-            // nobody to run for.
-            let cancelled = matches!(error, SourceError::Cancelled);
-            return match args.run_on {
-                _ if taken_over => exit,
-                None if !cancelled => exit,
-                _ => held.run_on(args.run_on, args.check, output, words, observer, exit),
+            if taken_over {
+                // What was there to be taken over still is.
+                return exit;
+            }
+            keeping::close(keep, observer);
+            // The guest runs here as it did. Where it was said how long it shall, it does; else it has nobody to run for.
+            return match (&error, args.run_on) {
+                (SourceError::Cancelled, _) | (_, Some(_)) => {
+                    held.run_on(args.run_on, args.check, output, words, observer, exit)
+                }
+                (_, None) => exit,
             };
         }
     };
@@ -297,28 +321,6 @@ pub fn see_through(
         Exit::NotMoved => held.run_on(args.run_on, args.check, output, words, observer, exit),
         exit => exit,
     }
-}
-
-/// Why nothing happened: before the switch, or before anything was taken over.
-fn not_moved(error: &SourceError, observer: &Observer) -> Exit {
-    let (exit, advice) = match error {
-        SourceError::Connect { source, .. } => (
-            Exit::NoSession,
-            fabric::no_session(source).unwrap_or(
-                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
-            ),
-        ),
-        SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
-        SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
-        SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
-        SourceError::Keep(error) => return keeping::refused(error, observer),
-        SourceError::Fold(_) | SourceError::Spool(_) => {
-            (Exit::Damaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
-        }
-        _ => (Exit::NotMoved, "The guest was not touched. `belay check`, there and here, says what a host lacks."),
-    };
-    report::failed(observer, error, advice);
-    exit
 }
 
 /// Why no session can be had with these options.

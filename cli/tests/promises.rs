@@ -186,9 +186,10 @@ mod kvm {
     #[test]
     fn p6_a_release_that_cannot_be_written_down_is_refused_and_the_tether_kept() {
         needs_kvm!("p6");
-        let place = Place::new();
-        std::fs::write(place.path("source"), "in the way").unwrap();
-        let mut road = Road::start_in(place, "local", &[], &["--run-on", "200ms"]);
+        let mut road = Road::start("local", &[], &["--run-on", "200ms"]);
+        let kept = road.source.wait_for_event("kept");
+        let name = format!("source/released-{}.json", kept["migration"].as_str().unwrap());
+        std::fs::create_dir(road.place.path(&name)).unwrap();
         road.destination.wait_for_event("all-landed");
         let failed = road.source.wait_for_event("failed");
         assert!(failed["what"].as_str().unwrap().contains("release record"), "{failed}");

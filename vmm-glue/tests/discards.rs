@@ -15,9 +15,9 @@ use belay_vmm_glue::migrate::destination;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::settings::ReleasePolicy;
-use belay_vmm_glue::migrate::source::{self, Outcome};
+use belay_vmm_glue::migrate::source::Outcome;
 use common::no_kvm;
-use common::roles::{Seen, TestHost, be_a_guard_if_asked, destination_config, running_guest, source_config};
+use common::roles::{Seen, TestHost, be_a_guard_if_asked, destination_config, move_away, running_guest, source_config};
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use std::time::Duration;
 
@@ -134,7 +134,7 @@ fn pages_are_never_stale(when: When) {
     let listener = Listener::bind(&Address::Unix(place.join("sock")), SessionConfig::new(Security::LoopbackOnly));
     let listener = listener.expect("listen");
     // Only async write-protection sees what is written through the mapping by others than vCPUs.
-    let mut config = source_config(place, listener.address().clone(), &spec, TrackerKind::UffdWp);
+    let mut config = source_config(listener.address().clone(), &spec, TrackerKind::UffdWp);
     config.proposal.release = ReleasePolicy::Never;
     let (tell, events) = unbounded();
     let observer = Observer::new("discards", move |observation| drop(tell.send(observation.kind.clone())));
@@ -148,10 +148,7 @@ fn pages_are_never_stale(when: When) {
         let destination = scope
             .spawn(|| destination::run(&destination_place, &listener, &mut host, &observer, &Words::none()).map(drop));
         let (guest, output, config) = (&mut guest, &output, &config);
-        let source = scope.spawn(move || {
-            let steps = guest.clone();
-            source::run(config, guest, output, &|| steps.steps(), &Observer::silent(), &words)
-        });
+        let source = scope.spawn(move || move_away(place, config, guest, output, &Observer::silent(), &words));
         wait_for(&events, "the guest to run there", |kind| matches!(kind, Kind::Resumed { .. }));
         if when == When::After {
             wait_for(&events, "all to have landed", |kind| matches!(kind, Kind::AllLanded { .. }));

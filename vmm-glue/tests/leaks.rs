@@ -11,8 +11,7 @@ use belay_vmm_glue::kvm::guests::{Filler, GuestSpec};
 use belay_vmm_glue::migrate::destination;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
-use belay_vmm_glue::migrate::source;
-use common::roles::{TestHost, be_a_guard_if_asked, destination_config, running_guest, source_config};
+use common::roles::{TestHost, be_a_guard_if_asked, destination_config, move_away, running_guest, source_config};
 use crossbeam_channel::bounded;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -155,7 +154,7 @@ fn send(n: usize, to: &str, place: &Path) -> String {
         ..GuestSpec::default()
     };
     let (mut guest, output, _) = running_guest(&spec);
-    let config = source_config(place, to.parse().expect("an address"), &spec, tracker);
+    let config = source_config(to.parse().expect("an address"), &spec, tracker);
     let (word, signals) = bounded(1);
     let words = Words { signals, ..Words::none() };
     let order = move |kind: &Kind| match end {
@@ -168,8 +167,7 @@ fn send(n: usize, to: &str, place: &Path) -> String {
             let _ = word.try_send(2);
         }
     });
-    let steps_of = guest.clone();
-    let outcome = source::run(&config, &mut guest, &output, &|| steps_of.steps(), &observer, &words);
+    let outcome = move_away(place, &config, &mut guest, &output, &observer, &words);
     match outcome {
         Ok(outcome) => format!("{outcome:?}"),
         Err(error) => format!("Failed: {error}"),

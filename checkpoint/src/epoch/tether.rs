@@ -512,10 +512,10 @@ impl TetherLoop {
         reached("epoch-harvested");
         pause.harvest = clock.lap();
         let (slot, mut stats) = self.stage(slot, epoch)?;
-        reached("epoch-staged");
         let next = self.emptied.pop().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
         self.outstanding.push_back((epoch, std::mem::replace(&mut self.pages, next)));
         self.harvesting = false;
+        reached("epoch-staged");
         pause.stage = clock.lap();
         self.guest.resume().map_err(guest_error("resuming the guest after the checkpoint"))?;
         self.paused = false;

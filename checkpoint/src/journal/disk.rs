@@ -1,7 +1,6 @@
 //! The part that survives everything: one small file a migration, and the lock beside it.
 
 use super::MigrationId;
-use belay_transport::stop_point::reached;
 use crc_fast::{CrcAlgorithm, Digest};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -127,24 +126,18 @@ impl Journal {
 
     /// Replaces what is written down, and returns once it is on disk, directory entry included.
     pub fn write(&self, body: &[u8]) -> Result<(), WriteError> {
-        self.write_past(body, ["journal-unsynced", "journal-renamed"])
-    }
-
-    /// As [`Journal::write`], by way of stop points of the caller's: all is written and nothing synced, and the new text has its name.
-    pub fn write_past(&self, body: &[u8], [unsynced, renamed]: [&str; 2]) -> Result<(), WriteError> {
         let path = self.path();
         let draft = self.folder.join("journal.draft");
-        let directory = self.draft(&draft, body, unsynced).map_err(|source| {
+        let directory = self.draft(&draft, body).map_err(|source| {
             let _ = fs::remove_file(&draft);
             WriteError::NotWritten { path: path.clone(), source }
         })?;
         fs::rename(&draft, &path).map_err(|source| WriteError::NotWritten { path: path.clone(), source })?;
-        reached(renamed);
         // From here on it is there; only a directory that was synced says for how long.
         directory.sync_all().map_err(|source| WriteError::Unknown { path, source })
     }
 
-    fn draft(&self, draft: &Path, body: &[u8], unsynced: &str) -> io::Result<File> {
+    fn draft(&self, draft: &Path, body: &[u8]) -> io::Result<File> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
         let mut bytes = Vec::with_capacity(HEAD + body.len());
         bytes.extend_from_slice(&MAGIC);
@@ -154,7 +147,6 @@ impl Journal {
         bytes.extend_from_slice(&crc(body).to_le_bytes());
         bytes.extend_from_slice(body);
         file.write_all(&bytes)?;
-        reached(unsynced);
         file.sync_all()?;
         File::open(&self.folder)
     }

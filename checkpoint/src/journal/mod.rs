@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! STATE_DIR/migrations/ID/lock       held (flock(2)) by the one process that has the migration
-//!                        journal     what was agreed on, and whether it was released; fsynced, replaced whole
+//!                        journal     what was agreed on; fsynced, replaced whole
+//! STATE_DIR/released-ID.json          the release record of the layer above: nothing here resumes this guest
 //! MEMORY_DIR/belay-ID/ram-0 …        guest RAM
 //!                    ring-NONCE      the ring of one session, and beside it
 //!                    owner-NONCE     the region that only the source writes

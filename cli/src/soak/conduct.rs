@@ -8,10 +8,7 @@ use super::relay::Relay;
 use super::verdict::{self, Evidence, RunReport, Said};
 use super::{LEASE_MS, stage, strike};
 use crate::options::FabricChoice;
-use belay_checkpoint::journal::{self, Listed};
 use belay_vmm_glue::migrate::observation::Kind;
-use belay_vmm_glue::migrate::protocol;
-use belay_vmm_glue::migrate::source::keep::Written;
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -94,7 +91,7 @@ pub fn run(case: Case, lies: &[Lie]) -> Result<RunReport, ConductError> {
         destination: Said::of(&logs[Role::Destination as usize]),
         observer_exit: logs[Role::Observer as usize].ended,
         seen: crate::observe::read_log(&path("packets")).map_err(io("read the observer's log"))?,
-        released: released(&logs[Role::Source as usize]),
+        released: stage::files().iter().any(|file| file.contains("/source/released-") && file.ends_with(".json")),
         left,
         forgotten,
         took: begun.elapsed(),
@@ -209,16 +206,6 @@ impl Run {
         }
         Ok(forgotten)
     }
-}
-
-/// Whether the release is on disk: the source said so, or its journal does.
-fn released(source: &Log) -> bool {
-    let said = source.find(|kind| matches!(kind, Kind::ReleaseRecorded { .. }).then_some(())).is_some();
-    let written = |listed: Listed| {
-        let body = listed.body.ok().flatten()?;
-        protocol::decode::<Written>(&body).ok()?.released
-    };
-    said || journal::list(&path("source")).is_ok_and(|all| all.into_iter().any(|listed| written(listed).is_some()))
 }
 
 /// Where the observer or the destination listens.

@@ -15,6 +15,7 @@ use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal,
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use std::ffi::CStr;
 use std::io;
+use std::path::Path;
 use std::process::Command;
 
 /// Where a run's sockets, records and logs are: a tmpfs that nobody else sees.
@@ -65,4 +66,20 @@ pub fn running() -> Vec<(i32, String)> {
 fn state(pid: i32) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit(") ").next()?.chars().next()
+}
+
+/// Files of the run that are there now.
+pub fn files() -> Vec<String> {
+    let mut found = Vec::new();
+    let mut directories = vec![Path::new(PLACE).to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => directories.push(entry.path()),
+                _ => found.push(entry.path().display().to_string()),
+            }
+        }
+    }
+    found.sort();
+    found
 }

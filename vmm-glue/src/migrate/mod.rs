@@ -12,6 +12,7 @@ pub mod peer;
 pub mod protocol;
 pub mod reattach;
 mod registering;
+pub mod release;
 pub mod settings;
 pub mod source;
 pub mod status;

@@ -105,14 +105,14 @@ impl ToDestination {
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Prepare { .. } => "Prepare",
+            Self::Reattach { .. } => "Reattach",
+            Self::PrepareAgain { .. } => "PrepareAgain",
             Self::Switch { .. } => "Switch",
             Self::Go { .. } => "Go",
             Self::Released { .. } => "Released",
             Self::ReleaseRefused { .. } => "ReleaseRefused",
             Self::Fate { .. } => "Fate",
             Self::Failed { .. } => "Failed",
-            Self::Reattach { .. } => "Reattach",
-            Self::PrepareAgain { .. } => "PrepareAgain",
         }
     }
 }

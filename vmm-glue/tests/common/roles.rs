@@ -15,9 +15,13 @@ use belay_vmm_glue::kvm::guests::GuestSpec;
 use belay_vmm_glue::kvm::registration::register;
 use belay_vmm_glue::kvm::{BareGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
 use belay_vmm_glue::migrate::destination::{Built, DestinationConfig, Host, Ram, shard_ranges};
+use belay_vmm_glue::migrate::observation::Observer;
+use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
+use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
-use belay_vmm_glue::migrate::source::SourceConfig;
+use belay_vmm_glue::migrate::source::keep::Keep;
+use belay_vmm_glue::migrate::source::{self, Given, SourceConfig, SourceError};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -113,7 +117,6 @@ impl Host for TestHost {
     }
 }
 
-
 /// A destination without anything special about it.
 pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> DestinationConfig {
     DestinationConfig {
@@ -127,7 +130,7 @@ pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> Destinatio
 }
 
 /// A source that moves `spec` to `address`, tethered.
-pub fn source_config(place: &Path, address: Address, spec: &GuestSpec, tracker: TrackerKind) -> SourceConfig {
+pub fn source_config(address: Address, spec: &GuestSpec, tracker: TrackerKind) -> SourceConfig {
     SourceConfig {
         address,
         session: SessionConfig::new(Security::LoopbackOnly),
@@ -144,10 +147,13 @@ pub fn source_config(place: &Path, address: Address, spec: &GuestSpec, tracker: 
             release: ReleasePolicy::WhenLanded,
             shards: 1,
             nonces: vec![NONCE],
+            identity: Identity::random().expect("random bytes"),
+            reattach: None,
         },
         ring_bytes: 4 << 20,
         overflow_bytes: 48 << 20,
-        state_dir: place.join("source"),
+        extra: Vec::new(),
+        grace: Duration::from_secs(5),
         bounds: Bounds::default(),
         numa: NumaChoice::Off,
         catch_on_loss: false,
@@ -167,4 +173,22 @@ pub fn running_guest(spec: &GuestSpec) -> (SharedGuest, Outbox, Arc<Mapping>) {
     guest.set_incarnation(NONCE).expect("nonce");
     guest.resume().expect("resume");
     (SharedGuest::new(Box::new(guest)), output, alias)
+}
+
+/// Moves a guest away from here, and lets go of what was kept for whoever might have taken over.
+pub fn move_away(
+    place: &Path,
+    config: &SourceConfig,
+    guest: &mut SharedGuest,
+    output: &Outbox,
+    observer: &Observer,
+    words: &Words,
+) -> Result<source::Outcome, SourceError> {
+    let mut keep = Keep::begin(&place.join("source"), None, config.proposal.identity)?;
+    let steps_of = guest.clone();
+    let steps = || steps_of.steps();
+    let given = Given { config, keep: &mut keep, guest, output, steps: &steps, observer, words };
+    let outcome = source::run(given);
+    keep.close()?;
+    outcome
 }

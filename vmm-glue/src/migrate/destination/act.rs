@@ -106,13 +106,8 @@ impl Destination<'_> {
                         .to_owned();
                     self.note(Kind::Failed { what, advice });
                 }
-                let why = match (named, &self.states) {
-                    (Named::PagesMissing, Some(states)) => {
-                        let counts = states.counts();
-                        let missing = counts.absent + counts.in_flight + counts.failed;
-                        let all = missing + counts.landed + counts.discarded;
-                        format!("{named}: {missing} of {all} pages are missing")
-                    }
+                let why = match named {
+                    Named::PagesMissing => format!("{named}: {} pages are missing", self.pages_missing()),
                     _ => named.to_string(),
                 };
                 self.note(Kind::State { state: named_state(named), why });

@@ -40,8 +40,7 @@ impl Destination<'_> {
         reached("switch-heard");
         let begun = Instant::now();
         self.map = map;
-        let engine = Arc::new(self.start_engine(None)?);
-        self.words.board.pulls_with(&engine);
+        let engine = self.start_engine(None)?;
         self.engine = Some(Arc::clone(&engine));
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
@@ -61,7 +60,7 @@ impl Destination<'_> {
     }
 
     /// Serves faults from now on, over the lanes of the session. `states`: what an engine before this one has come to.
-    pub(super) fn start_engine(&mut self, states: Option<PageStates>) -> Result<Engine, DestinationError> {
+    pub(super) fn start_engine(&mut self, states: Option<PageStates>) -> Result<Arc<Engine>, DestinationError> {
         let mut regions = Vec::new();
         let mut frames = Vec::new();
         for (ram, local, remote, vmm_address) in &self.ram {
@@ -97,13 +96,15 @@ impl Destination<'_> {
             Some(states) => states,
             None => PageStates::in_memory(&frames)?,
         });
-        self.states = Some(Arc::clone(&states));
         if let Some(keeper) = &self.keeper {
             keeper.keep(Kept::PageStates, states.file().as_fd())?;
         }
+        self.states = Some(Arc::clone(&states));
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
         let plan = PullPlan { regions, install, tuning, start_paused: true };
-        Ok(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?)
+        let engine = Arc::new(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?);
+        self.words.board.pulls_with(&engine);
+        Ok(engine)
     }
 }

@@ -22,7 +22,7 @@ use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
 use super::switch_map::{RegionClasses, SwitchMapError};
 use super::tethering::{Leftover, Tethering, TetheringError};
-use crate::guard::{GuardCommand, GuardError, LifePage};
+use crate::guard::{Arms, GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
@@ -268,7 +268,8 @@ struct Destination<'a> {
     config: &'a DestinationConfig,
     /// Where the source dials again.
     listener: &'a Listener,
-    guard_command: Option<GuardCommand>,
+    /// How the guard beside a session is started, and what it may do.
+    guard: Option<(GuardCommand, Arms)>,
     placement: Placement,
     proposal: Proposal,
     geometry: Vec<RegionGeometry>,

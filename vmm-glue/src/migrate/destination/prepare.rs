@@ -3,7 +3,7 @@
 use super::order::NO_GUEST_YET;
 use super::warden::{self, Warden};
 use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Link, Ram, VMM_SLOT, heard, io};
-use crate::guard::Arms;
+use crate::guard::GuardError;
 use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
 use crate::migrate::operator::{Ask, Ended, Pending, Words};
@@ -175,9 +175,9 @@ pub(super) struct Joined {
     pub offer: RingOffer,
     /// Newest epoch that the source has.
     pub committed: Epoch,
+    /// Longest wait for one lane.
+    pub bound: Duration,
     pub deadline: Deadline,
-    /// The source dials every lane at once: one that has died must not be waited for as long as RAM is.
-    pub dialled_within: Duration,
 }
 
 /// A session's lanes, and what they land in.
@@ -199,7 +199,7 @@ pub(super) fn open_lanes(
     (placement, happened): (&Placement, &Sender<Happening>),
     (observer, because): (&Observer, &ObservationId),
 ) -> Result<Opened, DestinationError> {
-    let Joined { ring, offer, committed, deadline, dialled_within } = joined;
+    let Joined { ring, offer, committed, bound, deadline } = joined;
     let registrations = Registrations::new(observer, because);
     initiator.observe_registration(registrations.ears());
     let registering = Instant::now();
@@ -214,7 +214,7 @@ pub(super) fn open_lanes(
     if let Some(registered) = registrations.take(registering.elapsed()) {
         observer.note(Some(because), registered);
     }
-    let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(dialled_within));
+    let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(bound));
     let mut lane_pairs: Vec<LanePair> = Vec::new();
     let mut checkpoint_lanes = Vec::new();
     for id in lanes(proposal) {
@@ -270,13 +270,14 @@ impl<'a> Destination<'a> {
         words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
-        let guard_command = proposal.tether.as_ref().map(|_| host.guard_command()).transpose()?;
-        let arms = proposal.tether.as_ref().map_or(Arms::None, |tether| warden::arms(tether, host.vmm_is_apart()));
-        let mut warden = match &guard_command {
-            Some(command) => {
+        let guard = proposal.tether.as_ref();
+        let guard = guard.map(|tether| Ok((host.guard_command()?, warden::arms(tether, host.vmm_is_apart()))));
+        let guard = guard.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
+        let mut warden = match &guard {
+            Some((command, arms)) => {
                 // The source dials all of these right after Prepare: one that has died must not be waited for as long as RAM is.
                 let connection = session.lanes.take_guard(Deadline::after(bounds.handshake))?;
-                Some(Warden::start(command, connection, arms, deadline)?)
+                Some(Warden::start(command, connection, *arms, deadline)?)
             }
             None => None,
         };
@@ -285,7 +286,7 @@ impl<'a> Destination<'a> {
         let ram = allocate(&session.hello.geometry, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
-        let joined = Joined { ring, offer, committed: Epoch(0), deadline, dialled_within: bounds.handshake };
+        let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
         let opened = open_lanes(&mut *initiator, &proposal, &ram, joined, (&placement, &happened), (observer, &last))?;
         let Opened { landing, lane_pairs, tethering } = opened;
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
@@ -333,7 +334,7 @@ impl<'a> Destination<'a> {
         Ok(Self {
             config,
             listener,
-            guard_command,
+            guard,
             placement,
             nonces: proposal.nonces.clone(),
             proposal,

@@ -4,7 +4,7 @@
 //! new session closed; the source then decides as for any loss.
 
 use super::prepare::{Joined, Opened, open_lanes, shard_parts};
-use super::warden::{self, Warden};
+use super::warden::Warden;
 use super::{Destination, DestinationError, Link, VMM_SLOT, heard, io};
 use crate::guard::dismiss;
 use crate::kvm::apart::Kept;
@@ -163,14 +163,14 @@ impl Destination<'_> {
                 }
             }
         }
-        self.replace_guard(proved.session.lanes.take_guard(deadline)?, deadline)?;
+        self.replace_guard(proved.session.lanes.take_guard(Deadline::after(bounds.handshake))?, deadline)?;
         // What the old session's threads may still say is said to nobody.
         let (happened, happenings) = bounded(64);
         let mut initiator = fabric::initiator(&proved.session)?;
         let agreed = proved.session.agreed.fabric;
         self.placement = place(self.config.numa, agreed, initiator.numa_node(), self.observer, &self.last)?;
         let own: Vec<_> = self.ram.iter().map(|(ram, ..)| ram.clone()).collect();
-        let joined = Joined { ring, offer, committed, deadline, dialled_within: bounds.handshake };
+        let joined = Joined { ring, offer, committed, bound: bounds.handshake, deadline };
         let (whereabouts, told) = ((&self.placement, &happened), (self.observer, &self.last));
         let opened = open_lanes(&mut *initiator, &self.proposal, &own, joined, whereabouts, told)?;
         let Opened { landing, lane_pairs, tethering } = opened;
@@ -183,8 +183,7 @@ impl Destination<'_> {
         }
         self.parts = shard_parts(self.config, lane_pairs, &self.uffds)?;
         (self.happened, self.happenings) = (happened, happenings);
-        let engine = Arc::new(self.start_engine(Some(states))?);
-        self.words.board.pulls_with(&engine);
+        let engine = self.start_engine(Some(states))?;
         self.engine = Some(Arc::clone(&engine));
         self.all_landed_at = None;
         self.release_asked_at = None;
@@ -213,9 +212,8 @@ impl Destination<'_> {
         if let Some(warden) = self.warden.take() {
             warden.stand_down(Deadline::after(Duration::from_millis(200)));
         }
-        let (Some(command), Some(tether)) = (&self.guard_command, &self.proposal.tether) else { return Ok(()) };
-        let arms = warden::arms(tether, self.keeper.is_some());
-        let mut warden = Warden::start(command, connection, arms, deadline)?;
+        let Some((command, arms)) = &self.guard else { return Ok(()) };
+        let mut warden = Warden::start(command, connection, *arms, deadline)?;
         if let Some(keeper) = &self.keeper {
             keeper.give_sign(warden.page.fd(), VMM_SLOT)?;
             warden.guard.watch(VMM_SLOT, deadline)?;

@@ -1,6 +1,7 @@
 //! A new page server goes on with the VMM that a dead one left waiting: what it finds there, and what it lays down for the next.
 
-use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io};
+use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io, warden};
+use crate::guard::GuardError;
 use crate::kvm::apart::{Estate, Kept, Ledger};
 use crate::migrate::observation::{Kind, Observer};
 use crate::migrate::operator::{Pending, Words};
@@ -95,7 +96,11 @@ pub fn take_over(
     // Before anything is put into it.
     output.shut();
     let placement = Placement::decide(config.numa, None)?;
-    let guard_command = proposal.tether.as_ref().map(|_| host.guard_command()).transpose()?;
+    let tether = proposal.tether.as_ref();
+    let guard_beside = tether.map(|tether| Ok((host.guard_command()?, warden::arms(tether, true))));
+    let guard_beside = guard_beside.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
+    let output = Arc::new(output);
+    words.board.emits_through(&output);
     let (guest, keeper) = host.adopt(Arc::clone(&ram[0].alias), output.sink())?;
     let landed_frames = states.counts().landed + states.counts().discarded;
     let held_packets = output.facts().held_packets as u64;
@@ -109,7 +114,7 @@ pub fn take_over(
     let mut destination = Destination {
         config,
         listener,
-        guard_command,
+        guard: guard_beside,
         placement,
         geometry: ram.iter().map(geometry).collect(),
         proposal,
@@ -122,7 +127,7 @@ pub fn take_over(
         state: State::Fenced(fenced),
         last,
         guest: Some(guest),
-        output: Arc::new(output),
+        output,
         warden: None,
         keeper: Some(keeper),
         // Keys are a session's; there is none yet, and no engine without one.
@@ -153,6 +158,7 @@ pub fn take_over(
         outcome: None,
     };
     let why = destination.why.clone();
+    words.board.entered(destination.state.name(), Some(owner_epoch.0), &why);
     destination.note(Kind::State { state: "fenced".to_owned(), why });
     words.board.emits_through(&destination.output);
     words.board.entered(destination.state.name(), Some(owner_epoch.0), &destination.why);

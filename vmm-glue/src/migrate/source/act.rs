@@ -7,9 +7,9 @@ use crate::migrate::lease::{Silence, boot_time};
 use crate::migrate::observation::{Kind, named_state, us};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
+use crate::migrate::release::ReleaseError;
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
-use belay_checkpoint::journal::WriteError;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
@@ -199,21 +199,22 @@ impl Source<'_> {
 
     pub(super) fn record_release(&mut self) -> Option<Event> {
         reached("release-due");
-        match self.keep.release(self.state.owner_epoch()) {
+        let session = self.live.as_ref().map_or(0, |live| live.nonce);
+        match self.keep.release(session, self.state.owner_epoch()) {
             Ok(path) => {
                 self.note(Kind::ReleaseRecorded { path: path.display().to_string() });
                 self.note(Kind::Released { total_us: us(self.paused_at.elapsed()) });
                 Some(Event::ReleaseRecorded)
             }
-            Err(error @ WriteError::NotWritten { .. }) => {
+            Err(error @ ReleaseError::NotWritten { .. }) => {
                 self.note(Kind::Failed {
-                    what: format!("the release record: {}", protocol::explain(&error)),
+                    what: protocol::explain(&error),
                     advice: "The tether is kept; make room or mend the directory, and the destination asks again."
                         .to_owned(),
                 });
                 Some(Event::ReleaseFailed)
             }
-            Err(error @ WriteError::Unknown { .. }) => {
+            Err(error @ ReleaseError::Unknown { .. }) => {
                 let what = protocol::explain(&error);
                 self.why = what.clone();
                 let advice = "This host will not resume the guest; it runs on at the destination, tethered. Look at the file and mend the disk. \

@@ -102,6 +102,8 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
+        let steps = (self.steps)();
+        reached("catch-resume");
         // Kept before it is so: a guest that has run here is never caught from a checkpoint again.
         let home = State::Running { owner_epoch: self.state.owner_epoch() };
         let since = self.config.proposal.nonces.len().min(self.nonces.len());
@@ -110,8 +112,6 @@ impl Source<'_> {
         {
             return self.cannot_resume(protocol::explain(&error));
         }
-        let steps = (self.steps)();
-        reached("catch-resume");
         if let Err(error) = self.guest.resume() {
             return self.cannot_resume(protocol::explain(&error));
         }

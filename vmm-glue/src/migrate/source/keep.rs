@@ -6,6 +6,7 @@
 use super::SourceError;
 use crate::migrate::protocol::{self, explain};
 use crate::migrate::reattach::Identity;
+use crate::migrate::release::{ReleaseError, ReleaseRecord};
 use crate::migrate::settings::Proposal;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::fold::{Catch, FoldError, FoldState, FoldTarget};
@@ -38,8 +39,6 @@ pub struct Written {
     pub memory: Option<PathBuf>,
     /// Whatever else whoever starts a source again wants to know (the command's options).
     pub extra: Vec<u8>,
-    /// The owner epoch under which the guest was given away. From when this is on disk nothing here resumes the guest (P6).
-    pub released: Option<OwnerEpoch>,
 }
 
 /// What moves: in kept memory.
@@ -98,9 +97,12 @@ struct Memory {
 /// One migration's journal and memory, this process's until it is dropped.
 #[derive(Debug)]
 pub struct Keep {
+    state_dir: PathBuf,
     journal: Journal,
     identity: Identity,
     written: Written,
+    /// The owner epoch under which an earlier process gave the guest away for good.
+    released: Option<OwnerEpoch>,
     memory: Option<Memory>,
     /// Of what was taken over.
     marked: Option<Marked>,
@@ -126,13 +128,14 @@ impl Keep {
         sweep(state_dir);
         let journal = Journal::create(state_dir, identity.migration)?;
         let memory = memory_dir.map(|directory| MemoryFolder::path_in(directory, identity.migration));
-        let (to, proposal, regions, extra, released) = (String::new(), None, Vec::new(), Vec::new(), None);
-        let written = Written { identity, to, proposal, regions, memory, extra, released };
+        let (to, proposal, regions, extra) = (String::new(), None, Vec::new(), Vec::new());
+        let written = Written { identity, to, proposal, regions, memory, extra };
+        let state_dir = state_dir.to_owned();
         // Where memory will be is on disk before there is any, so that whatever is left of it is found.
         let made = journal.write(&protocol::encode(&written)).map_err(KeepError::from);
         let make = || memory_dir.map(|directory| Memory::create(directory, identity.migration)).transpose();
         match made.and_then(|()| make()) {
-            Ok(memory) => Ok(Self { journal, identity, written, memory, marked: None }),
+            Ok(memory) => Ok(Self { state_dir, journal, identity, written, released: None, memory, marked: None }),
             Err(error) => {
                 // Nothing was kept yet; the first error is the one to tell.
                 let _ = journal.remove();
@@ -156,32 +159,34 @@ impl Keep {
         if written.proposal.is_none() {
             return Err(nothing(NOWHERE));
         }
+        let state_dir = state_dir.to_owned();
+        let released = ReleaseRecord::find(&state_dir, id);
+        let released = released.map_err(|error| damaged(format!("its release record cannot be read: {error}")))?;
+        if let Some(record) = released {
+            // It stands without any memory, and before it.
+            let released = Some(OwnerEpoch(record.owner_epoch));
+            return Ok(Self { state_dir, journal, identity, written, released, memory: None, marked: None });
+        }
         let Some(path) = &written.memory else {
-            if written.released.is_some() {
-                return Ok(Self { journal, identity, written, memory: None, marked: None });
-            }
             return Err(nothing(
                 "its memory was anonymous and died with its process (it was started without --memory-dir)",
             ));
         };
-        let taken = Memory::open(path, id);
-        let (memory, marked) = match taken {
-            Ok((memory, marked)) => (Some(memory), marked),
-            // A release stands without any memory.
-            Err(_) if written.released.is_some() => (None, None),
-            Err(error) => return Err(error),
-        };
-        if written.released.is_none() {
-            match marked.as_ref().map(|marked| marked.state) {
-                None => return Err(nothing(NOWHERE)),
-                Some(State::Running { .. }) => {
-                    return Err(nothing("the guest ran here when its process died, and ended with it"));
-                }
-                Some(State::Lost { .. }) => return Err(nothing("it was given up as lost")),
-                Some(_) => {}
+        let (memory, marked) = Memory::open(path, id)?;
+        match marked.as_ref().map(|marked| marked.state) {
+            None => return Err(nothing(NOWHERE)),
+            Some(State::Running { .. }) => {
+                return Err(nothing("the guest ran here when its process died, and ended with it"));
             }
+            Some(State::Lost { .. }) => return Err(nothing("it was given up as lost")),
+            Some(_) => {}
         }
-        Ok(Self { journal, identity, written, memory, marked })
+        Ok(Self { state_dir, journal, identity, written, released: None, memory: Some(memory), marked })
+    }
+
+    /// Whether an earlier process released the guest: nothing here resumes it.
+    pub fn is_released(&self) -> bool {
+        self.released.is_some()
     }
 
     /// By what both hosts know the migration.
@@ -300,7 +305,7 @@ impl Keep {
     /// Who owned the guest when the process before this one died, and the incarnations it had.
     pub(super) fn left(&self) -> (State, Vec<u64>) {
         let nonces = self.marked.as_ref().map(|marked| marked.nonces.clone()).unwrap_or_default();
-        match (self.written.released, &self.marked) {
+        match (self.released, &self.marked) {
             (Some(owner_epoch), _) => (State::Released { owner_epoch }, nonces),
             (None, Some(marked)) => (marked.state, nonces),
             (None, None) => (State::new(), nonces),
@@ -325,12 +330,10 @@ impl Keep {
         Ok(Some(LeftBehind { ring, owner_region, catch: Catch::resume(reader, state)? }))
     }
 
-    /// Writes down, fsynced, that nothing here resumes this guest ever again.
-    pub(super) fn release(&mut self, owner_epoch: OwnerEpoch) -> Result<PathBuf, WriteError> {
-        let written = Written { released: Some(owner_epoch), ..self.written.clone() };
-        self.journal.write_past(&protocol::encode(&written), ["release-unsynced", "release-renamed"])?;
-        self.written = written;
-        Ok(self.journal.path())
+    /// Writes down, fsynced, that nothing here resumes this guest ever again; where.
+    pub(super) fn release(&mut self, session: u64, owner_epoch: OwnerEpoch) -> Result<PathBuf, ReleaseError> {
+        let record = ReleaseRecord::new(self.identity.migration, session, owner_epoch.0, self.written.to.clone());
+        record.write(&self.state_dir)
     }
 
     /// Makes sure that nobody takes over any more, without a word on disk: memory without names cannot be found again. Who has it
@@ -408,15 +411,17 @@ enum Standing {
     Leave,
 }
 
-fn standing(listed: &Listed) -> Standing {
+fn standing(state_dir: &Path, listed: &Listed) -> Standing {
     let body = match &listed.body {
         Err(_) => return Standing::Takeable,
         Ok(None) => return Standing::Leave,
         Ok(Some(body)) => body,
     };
     let Ok(written) = protocol::decode::<Written>(body) else { return Standing::Takeable };
+    if !matches!(ReleaseRecord::find(state_dir, listed.id), Ok(None)) {
+        return Standing::Takeable;
+    }
     match (&written.proposal, &written.memory) {
-        _ if written.released.is_some() => Standing::Takeable,
         (None, _) | (_, None) => Standing::Nothing,
         (Some(_), Some(path)) => match Memory::open(path, listed.id) {
             Err(KeepError::NothingLeft { .. }) => Standing::Nothing,
@@ -431,7 +436,7 @@ fn standing(listed: &Listed) -> Standing {
 }
 
 fn only_one(state_dir: &Path) -> Result<MigrationId, KeepError> {
-    let takeable = list(state_dir)?.into_iter().filter(|listed| standing(listed) == Standing::Takeable);
+    let takeable = list(state_dir)?.into_iter().filter(|listed| standing(state_dir, listed) == Standing::Takeable);
     let (mut free, mut held): (Vec<_>, Vec<_>) = takeable.partition(|listed| listed.holder.is_none());
     match (free.len(), held.pop()) {
         (1, _) => Ok(free.remove(0).id),
@@ -447,7 +452,9 @@ fn only_one(state_dir: &Path) -> Result<MigrationId, KeepError> {
 /// Removes what processes left of which nothing can be taken over.
 fn sweep(state_dir: &Path) {
     let Ok(all) = list(state_dir) else { return };
-    for listed in all.iter().filter(|listed| listed.holder.is_none() && standing(listed) == Standing::Nothing) {
+    for listed in
+        all.iter().filter(|listed| listed.holder.is_none() && standing(state_dir, listed) == Standing::Nothing)
+    {
         let Ok((journal, Some(body))) = Journal::open(state_dir, listed.id) else { continue };
         let memory = protocol::decode::<Written>(&body).ok().and_then(|written| written.memory);
         if let Some(folder) = memory.and_then(|path| MemoryFolder::open(&path).ok()) {

@@ -408,7 +408,6 @@ impl<'a> Source<'a> {
     /// Begins where a process that died has left off.
     fn begin(&mut self, state: State, actions: Vec<Action>) -> Result<(), SourceError> {
         let events = self.enter(state, "taken over", actions);
-        self.on_board("taken over");
         events.into_iter().try_for_each(|event| self.drive(event))
     }
 
@@ -421,7 +420,8 @@ impl<'a> Source<'a> {
         self.state = next;
         if entered {
             self.note(Kind::State { state: next.name().to_lowercase(), why: why.to_owned() });
-            self.on_board(why);
+            let why = if self.why.is_empty() { why } else { &self.why };
+            self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
         }
         let mut events = Vec::new();
         for action in actions {
@@ -437,12 +437,6 @@ impl<'a> Source<'a> {
         self.settle();
         self.settle_orders(None);
         events
-    }
-
-    /// What the operator sees of the state that was entered.
-    fn on_board(&self, why: &str) {
-        let why = if self.why.is_empty() { why } else { &self.why };
-        self.words.board.entered(self.state.name(), Some(self.state.owner_epoch().0), why);
     }
 
     /// Without a tether there is nothing to catch the guest with; and under a lease nothing but the operator's word may.

@@ -19,7 +19,7 @@ impl Source<'_> {
             (Ask::Cancel, State::Switching { handed_over: false, .. }) => {
                 Ok((Event::Cancelled, "the switch is being taken back"))
             }
-            (Ask::Cancel, State::Switching { .. } | State::Serving(_)) => {
+            (Ask::Cancel, State::Switching { .. } | State::Serving(_) | State::Resuming(_)) => {
                 Err("the guest has left this host; `belay catch` takes it back".to_owned())
             }
             (Ask::Catch, State::Switching { handed_over: false, .. }) => Err(NOT_LEFT_YET.to_owned()),
@@ -32,7 +32,7 @@ impl Source<'_> {
             }
             // Sent on its way, and nobody has said yet that it runs: taken back like a switch that fails late.
             (Ask::Catch, State::Switching { .. }) => Ok((Event::Cancelled, "the guest is being taken back")),
-            (Ask::Catch, State::Serving(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
+            (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
             (Ask::Catch, State::Revoking { stuck, .. }) => {
                 self.ordered_again = stuck;
                 Ok((Event::OperatorCatch, if stuck { "the catch is tried again" } else { "a catch is under way" }))
@@ -86,6 +86,7 @@ impl Source<'_> {
         }
         let ends = match self.state {
             State::Serving(_) => self.lease_ends.or_else(|| self.silence.as_ref().map(|silence| silence.ends())),
+            State::Resuming(_) => self.lease_ends,
             _ => None,
         };
         self.words.board.turned(ends.map(|ends| ends.as_nanos() as u64));
