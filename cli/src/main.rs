@@ -4,11 +4,14 @@ mod check;
 mod demo;
 mod exit;
 mod fabric;
+#[cfg(test)]
+mod fuzzing;
 mod holder;
 mod judge;
 mod keygen;
 mod observe;
 mod options;
+mod privileges;
 mod quantity;
 mod receive;
 mod report;
@@ -18,6 +21,7 @@ mod vmm;
 
 use clap::{Parser, Subcommand};
 use exit::Exit;
+use privileges::Part;
 use std::process::ExitCode;
 
 /// Post-copy live migration that survives the loss of its destination.
@@ -69,6 +73,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli.command,
         Err(error) => return ExitCode::from(wrong_command_line(&error).code()),
     };
+    match &command {
+        Command::Send(_) | Command::Receive(_) | Command::Vmm(_) => privileges::give_up(Part::Host),
+        Command::Guard(_) => privileges::give_up(Part::Guard),
+        // The demo's children are sends and receives; the others only look.
+        Command::Demo(_) | Command::Keygen(_) | Command::Check(_) | Command::Observe(_) | Command::Judge(_) => {}
+    }
     let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(args),

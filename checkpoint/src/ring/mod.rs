@@ -142,4 +142,6 @@ impl OwnerRegion {
 }
 
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod tests;

@@ -74,7 +74,7 @@ pub enum RingError {
 
 /// Reads one session's ring.
 #[derive(Debug)]
-#[cfg_attr(test, derive(Clone))]
+#[cfg_attr(any(test, feature = "fuzzing"), derive(Clone))]
 pub struct RingReader {
     shape: RingShape,
     nonce: u64,
@@ -114,6 +114,12 @@ impl RingReader {
     /// The newest epoch whose record was complete; 0 before the first.
     pub fn committed(&self) -> Epoch {
         self.epoch
+    }
+
+    /// The sequence number of the last segment taken.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
     }
 
     /// The complete record, from [`Step::Committed`] to [`RingReader::clear`].

@@ -52,7 +52,7 @@ impl Place {
     }
 
     /// Processes of this test that run: pid and command line.
-    fn running(&self) -> Vec<(i32, String)> {
+    pub fn running(&self) -> Vec<(i32, String)> {
         let mark = format!("{MARK}={}", self.mark);
         let entries = std::fs::read_dir("/proc").expect("/proc is there").flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());

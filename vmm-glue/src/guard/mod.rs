@@ -23,6 +23,8 @@
 //! * The guard maps next to nothing and frees nothing on the way: the thread that gets the mutex says so itself.
 
 mod death_watch;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod page;
 mod process;
 mod sign_of_life;
@@ -37,14 +39,22 @@ pub use watcher::guard_main;
 use rustix::rand::GetRandomFlags;
 use serde::{Deserialize, Serialize};
 use std::io;
+use zeroize::Zeroize;
 
-/// What the guard says, known to source and guard alone.
+/// What the guard says, known to source and guard alone. Wiped when dropped.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secrets {
     /// Sent when a watched process begins to die.
     pub sign: [u8; 32],
     /// Sent when every watched process that did not stand down has provably ended.
     pub proof: [u8; 32],
+}
+
+impl Drop for Secrets {
+    fn drop(&mut self) {
+        self.sign.zeroize();
+        self.proof.zeroize();
+    }
 }
 
 impl Secrets {

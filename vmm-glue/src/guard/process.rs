@@ -16,6 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
 
 /// How the guard process is started: a command that ends up in [`super::guard_main`].
 #[derive(Debug, Clone)]
@@ -74,13 +75,13 @@ impl Guard {
         let guard = Self { child, hand_over: ours };
         let mut fds = vec![page.fd()];
         fds.extend_from_slice(connections);
-        let mut bytes = [0; 64];
+        let mut bytes = Zeroizing::new([0; 64]);
         bytes[..32].copy_from_slice(&secrets.sign);
         bytes[32..].copy_from_slice(&secrets.proof);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_CONNECTIONS + 1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "the space is made for this many");
-        rustix::net::sendmsg(&guard.hand_over, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)
+        rustix::net::sendmsg(&guard.hand_over, &[IoSlice::new(&bytes[..])], &mut control, SendFlags::NOSIGNAL)
             .map_err(io_error("hand over to the guard process"))?;
         Ok(guard)
     }

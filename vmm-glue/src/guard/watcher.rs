@@ -19,6 +19,7 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// Most connections a guard speaks on.
 pub(super) const MOST_CONNECTIONS: usize = 8;
@@ -90,12 +91,13 @@ pub(super) fn run_soon() {
     unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &parameter) };
 }
 
-fn take_over(stdin: impl AsFd) -> Result<(Secrets, LifePage, Vec<OwnedFd>), GuardError> {
-    let mut bytes = [0; 64];
+pub(super) fn take_over(stdin: impl AsFd) -> Result<(Secrets, LifePage, Vec<OwnedFd>), GuardError> {
+    let mut bytes = Zeroizing::new([0; 64]);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_CONNECTIONS + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got = rustix::net::recvmsg(stdin, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
-        .map_err(io_error("receive the hand-over"))?;
+    let got =
+        rustix::net::recvmsg(stdin, &mut [IoSliceMut::new(&mut bytes[..])], &mut control, RecvFlags::CMSG_CLOEXEC)
+            .map_err(io_error("receive the hand-over"))?;
     if got.bytes != bytes.len() {
         return Err(GuardError::BadHandOver { what: "secrets of the wrong length" });
     }

@@ -30,7 +30,8 @@ use crate::guard::Secrets;
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::RegionId;
 use belay_transport::fabric::{ReadKey, RingKeys};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
+use std::fmt;
 
 /// Version of the messages below, beside the session's own.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -38,27 +39,85 @@ pub const PROTOCOL_VERSION: u16 = 1;
 /// From source to destination.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToDestination {
-    Prepare { ram: Vec<(RegionId, ReadKey)>, ring: RingKeys, ring_geometry: RingOffer, because: ObservationId },
-    Switch { map: Vec<RegionClasses>, device_state: Vec<u8>, nonce: u64, because: ObservationId },
-    Go { owner_epoch: OwnerEpoch, because: ObservationId },
-    Released { because: ObservationId },
-    ReleaseRefused { because: ObservationId },
-    Fate { fate: Fate, because: ObservationId },
-    Failed { reason: String, because: ObservationId },
+    Prepare {
+        ram: Vec<(RegionId, ReadKey)>,
+        ring: RingKeys,
+        ring_geometry: RingOffer,
+        because: ObservationId,
+    },
+    Switch {
+        map: Vec<RegionClasses>,
+        device_state: Vec<u8>,
+        nonce: u64,
+        because: ObservationId,
+    },
+    Go {
+        owner_epoch: OwnerEpoch,
+        because: ObservationId,
+    },
+    Released {
+        because: ObservationId,
+    },
+    ReleaseRefused {
+        because: ObservationId,
+    },
+    Fate {
+        fate: Fate,
+        because: ObservationId,
+    },
+    Failed {
+        #[serde(deserialize_with = "told")]
+        reason: String,
+        because: ObservationId,
+    },
 }
 
 /// From destination to source.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToSource {
-    Prepared { secrets: Option<Secrets>, because: ObservationId },
-    Loaded { because: ObservationId },
-    Resumed { because: ObservationId },
-    AllLanded { because: ObservationId },
-    ReleaseAsked { all_landed: bool, because: ObservationId },
+    Prepared {
+        secrets: Option<Secrets>,
+        because: ObservationId,
+    },
+    Loaded {
+        because: ObservationId,
+    },
+    Resumed {
+        because: ObservationId,
+    },
+    AllLanded {
+        because: ObservationId,
+    },
+    ReleaseAsked {
+        all_landed: bool,
+        because: ObservationId,
+    },
     Farewell,
-    FateAsked { owner_epoch: OwnerEpoch },
-    GuestGone { because: ObservationId },
-    Failed { reason: String, because: ObservationId },
+    FateAsked {
+        owner_epoch: OwnerEpoch,
+    },
+    GuestGone {
+        because: ObservationId,
+    },
+    Failed {
+        #[serde(deserialize_with = "told")]
+        reason: String,
+        because: ObservationId,
+    },
+}
+
+/// Longest reason of a peer's that is kept.
+pub(super) const MAX_REASON_BYTES: usize = 4096;
+
+/// A peer's text as an operator's terminal may have it: not endless, and nothing in it moves the cursor.
+fn told<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let mut text = String::deserialize(from)?;
+    let mut end = text.len().min(MAX_REASON_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    Ok(text.replace(char::is_control, "?"))
 }
 
 /// The source's checkpoint ring.
@@ -99,6 +158,24 @@ pub enum ProtocolError {
     Trailing { bytes: usize, rest: usize },
     #[error("the peer sent {got} where {wanted} was due")]
     Unexpected { got: String, wanted: &'static str },
+}
+
+/// Which kind of message (or of anything that derives `Debug`) this is, without what is in it: a message may hold device state,
+/// keys and secrets, and errors end up in logs.
+pub fn kind_of(message: &impl fmt::Debug) -> String {
+    /// Takes letters and fails at the first character that is none, which ends the formatting there.
+    struct Name(String);
+    impl fmt::Write for Name {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
+            self.0.push_str(&text[..end]);
+            if end == text.len() { Ok(()) } else { Err(fmt::Error) }
+        }
+    }
+    let mut name = Name(String::new());
+    // It fails at the name's end.
+    let _ = fmt::Write::write_fmt(&mut name, format_args!("{message:?}"));
+    name.0
 }
 
 /// An error with everything that caused it, on one line.

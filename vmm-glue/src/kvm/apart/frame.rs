@@ -42,7 +42,7 @@ pub(super) fn send<T: Serialize>(mut stream: &UnixStream, message: &T, fd: Optio
 }
 
 /// Receives one frame; `None` when the other side has closed between two frames.
-pub(super) fn receive<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Option<OwnedFd>)>> {
     let (mut head, mut filled, mut fd) = ([0; 4], 0, None);
     while filled < head.len() {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -67,8 +67,12 @@ pub(super) fn receive<T: DeserializeOwned>(mut stream: &UnixStream) -> io::Resul
     if len > MAX_BODY_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a frame of {len} bytes")));
     }
-    let mut body = vec![0; len];
-    stream.read_exact(&mut body)?;
+    // Memory follows what has arrived, never what a length promises.
+    let mut body = Vec::new();
+    stream.take(len as u64).read_to_end(&mut body)?;
+    if body.len() < len {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let message = postcard::from_bytes(&body).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Some((message, fd)))
 }

@@ -14,6 +14,10 @@
 //! the guest and keeps its memory until it is told to end (SIGTERM) or its time to linger is over.
 
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+pub(crate) mod golden;
 mod remote;
 mod server;
 

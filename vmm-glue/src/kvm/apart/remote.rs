@@ -3,6 +3,7 @@
 use super::{Answer, Ask, FromClient, FromVmm, VERSION, frame};
 use crate::kvm::guests::GuestSpec;
 use crate::kvm::{BareGuest, KvmOptions};
+use crate::migrate::protocol::kind_of;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, Packet, PacketSink, RamBlock, TrackerKind};
 use belay_transport::region::{Mapping, RamFile};
@@ -103,7 +104,7 @@ impl Channel {
 }
 
 fn unexpected(answer: &Answer) -> GuestError {
-    GuestError::VmmGone(format!("it answered {answer:?} to another question"))
+    GuestError::VmmGone(format!("it answered {} to another question", kind_of(answer)))
 }
 
 /// A guest whose VMM is a process of its own.

@@ -3,7 +3,7 @@
 use super::{Destination, DestinationError, Happening};
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::Listened;
-use crate::migrate::protocol::{ProtocolError, ToDestination, ToSource};
+use crate::migrate::protocol::{self, ProtocolError, ToDestination, ToSource};
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::guest::TrackerKind;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
@@ -37,7 +37,7 @@ impl Destination<'_> {
                 }
                 Ok(Listened::Message(ToDestination::Failed { reason, .. })) => return Err(DestinationError::PeerFailed(reason)),
                 Ok(Listened::Message(other)) => {
-                    return Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Switch" }.into());
+                    return Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Switch" }.into());
                 }
                 Ok(Listened::Closed(why)) => return Err(DestinationError::PeerClosed(why)),
                 Err(_) => return Err(DestinationError::PeerClosed("the control thread ended".to_owned())),

@@ -110,7 +110,7 @@ pub(super) fn await_prepare(
             }
             Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
             Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepare" }.into())
+                Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Prepare" }.into())
             }
             Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
             Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),

@@ -165,7 +165,7 @@ pub(super) fn await_prepared(
             Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
             Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
             Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: format!("{other:?}"), wanted: "Prepared" }.into())
+                Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Prepared" }.into())
             }
             Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
             Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
