@@ -16,6 +16,8 @@ pub use resend::{Resend, ResendError};
 
 use crate::guest::{Epoch, Packet, PacketSink};
 use belay_transport::Deadline;
+use hdrhistogram::Histogram;
+use belay_transport::stop_point::reached;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt;
@@ -23,13 +25,15 @@ use std::io;
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// First and longest pause between two tries to emit a packet that the emitter would not take.
 const FIRST_RETRY: Duration = Duration::from_millis(1);
 const LONGEST_RETRY: Duration = Duration::from_millis(100);
 /// How often a lease that is not valid is asked again while packets wait for it.
 const LEASE_LOOK: Duration = Duration::from_millis(1);
+/// Longest delay of a packet that is told from a longer one: an hour.
+const LONGEST_DELAY_NS: u64 = 3_600_000_000_000;
 
 /// When a tethered guest's output may leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -117,6 +121,10 @@ struct State {
     stopping: bool,
     /// All that has not left, in order: first what may leave (`cleared` packets), then closed epochs, then the open one.
     held: VecDeque<Packet>,
+    /// When each of `held` came, by position.
+    came: VecDeque<Instant>,
+    /// How long packets waited here until they had left, in nanoseconds.
+    delays: Histogram<u64>,
     held_bytes: u64,
     cleared: usize,
     /// Epochs closed and not committed, with their number of packets.
@@ -169,6 +177,8 @@ impl Outbox {
             shut: false,
             stopping: false,
             held: VecDeque::new(),
+            came: VecDeque::new(),
+            delays: Histogram::new_with_max(LONGEST_DELAY_NS, 2).expect("bounds that hdrhistogram takes"),
             held_bytes: 0,
             cleared: 0,
             closed: VecDeque::new(),
@@ -245,6 +255,7 @@ impl Outbox {
         );
         state.cleared = packets.len();
         state.held_bytes = packets.iter().map(|packet| packet.bytes.len() as u64).sum();
+        state.came = std::iter::repeat_n(Instant::now(), packets.len()).collect();
         state.held = packets.into();
         drop(state);
         self.shared.work.notify_all();
@@ -294,6 +305,11 @@ impl Outbox {
         self.shared.wait(deadline, |state| state.has_room(bounds))
     }
 
+    /// How long packets waited from the guest's emitting them until the world had taken them, in nanoseconds, to two digits.
+    pub fn delays(&self) -> Histogram<u64> {
+        self.shared.lock().delays.clone()
+    }
+
     /// What it holds and has done.
     pub fn facts(&self) -> OutboxFacts {
         let state = self.shared.lock();
@@ -331,6 +347,7 @@ impl PacketSink for Sink {
             at -= 1;
         }
         state.held.insert(at, packet);
+        state.came.insert(at, Instant::now());
         drop(state);
         self.0.work.notify_all();
     }
@@ -378,6 +395,8 @@ impl State {
     /// The first packet has left.
     fn sent(&mut self) {
         let packet = self.held.pop_front().expect("the packet that was sent is held until it is");
+        let came = self.came.pop_front().expect("every packet held has come");
+        self.delays.saturating_record(u64::try_from(came.elapsed().as_nanos()).unwrap_or(u64::MAX));
         self.held_bytes -= packet.bytes.len() as u64;
         self.cleared = self.cleared.saturating_sub(1);
         self.released_up_to = self.released_up_to.max(Some(packet.sequence));
@@ -401,7 +420,9 @@ impl Shared {
         let mut retry = FIRST_RETRY;
         while let Some(packet) = self.next_to_send() {
             // The lock is not held here; `sending` says that the first packet is on its way.
+            reached("output-cleared");
             let result = out.send(&packet);
+            reached("output-shown");
             let mut state = self.lock();
             state.sending = false;
             let had_room = state.has_room(self.bounds);

@@ -18,6 +18,18 @@ pub enum Exit {
     NotMoved = 5,
     /// The fabric could not be set up between the two hosts; the guest runs at the source.
     NoFabric = 6,
+    /// No VMM or memory of a process that died waits to be taken over.
+    NothingToTakeOver = 7,
+    /// What is to be taken over is still held by a process that runs.
+    StillHeld = 8,
+    /// What a process that died left behind is damaged or does not fit together.
+    KeptDamaged = 9,
+    /// No belay process of that name runs here.
+    NoSuchMigration = 30,
+    /// The order was refused; nothing was changed.
+    OrderRefused = 31,
+    /// The order was accepted, and has not come to pass (in the time given).
+    NotInTime = 32,
     /// The destination was lost and the guest runs at the source again, from the newest committed checkpoint.
     Caught = 10,
     /// The guest is stopped here with its memory kept, because the other host could not be heard.
@@ -50,4 +62,7 @@ Exit codes:
     3  this host lacks something needed     13  retired: the source has taken the guest back
     4  no session with the peer             14  a catch waits for the operator's word
     5  not moved: guest runs at the source  20  the witness found wrong memory or output
-    6  no fabric: RDMA could not be set up  130  ended by SIGINT or SIGTERM";
+    6  no fabric: RDMA could not be set up  30  no such migration on this host
+    7  nothing there to take over           31  order refused, nothing was changed
+    8  still held by a process that runs    32  order accepted, not come to pass
+    9  what was left is damaged             130 ended by SIGINT or SIGTERM";

@@ -6,21 +6,21 @@ use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
-use belay_transport::region::{RamFile, RegionError};
+use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{Deadline, PageSize, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
-use belay_vmm_glue::kvm::apart::{FaultSource, RemoteGuest, VmmFaults};
+use belay_vmm_glue::kvm::apart::{Estate, FaultSource, Keeper, RemoteGuest, VmmFaults};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::kvm::registration::{features, register};
 use belay_vmm_glue::kvm::{DEFAULT_RING_ENTRIES, HostGuest, KvmGuest, KvmOptions, SharedGuest, Tracking};
-use belay_vmm_glue::migrate::destination::{Built, Host, Ram, shard_ranges};
+use belay_vmm_glue::migrate::destination::{Built, Host, Ram, VMM_SLOT, shard_ranges};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
+use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
 use belay_vmm_glue::witness::proof;
-use crossbeam_channel::Receiver;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -70,7 +70,8 @@ pub fn default_run_dir() -> PathBuf {
     if rustix::process::geteuid().is_root() {
         return PathBuf::from("/run/belay");
     }
-    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(std::env::temp_dir, PathBuf::from).join("belay")
+    let own = || std::env::temp_dir().join(format!("belay-{}", rustix::process::geteuid().as_raw()));
+    std::env::var_os("XDG_RUNTIME_DIR").map_or_else(own, |directory| PathBuf::from(directory).join("belay"))
 }
 
 /// How long a guest may take to come to a point where it can be checked.
@@ -123,13 +124,20 @@ impl Driver {
     }
 }
 
-/// How long a VMM whose page server has died keeps the guest's memory.
-pub const LINGER: Duration = Duration::from_secs(600);
+/// How long a VMM whose page server has died keeps the guest's memory, unless it is told otherwise.
+pub const LINGER: Duration = Duration::from_secs(3600);
+
+/// Where another page server can come in to a VMM of its own, and for how long it is waited for.
+#[derive(Debug, Clone)]
+pub struct Doors {
+    pub directory: PathBuf,
+    pub linger: Duration,
+}
 
 /// A VMM, its guest paused and empty; beside it the guest's other face where it runs in a process of its own.
 fn build(
     driver: &Driver,
-    place: VmmPlace,
+    (place, doors): (VmmPlace, Option<&Doors>),
     spec: &GuestSpec,
     tracker: Option<TrackerKind>,
     ram: &Ram,
@@ -154,9 +162,12 @@ fn build(
             let mut command = Command::new(program);
             // Its own group: a SIGINT from the terminal is for whoever holds the guest, who then decides.
             command.arg("vmm").process_group(0);
+            if let Some(Doors { directory, linger }) = doors {
+                command.arg("--doors").arg(directory).arg("--linger").arg(Span(*linger).to_string());
+            }
             let guest = RemoteGuest::spawn(command, spec, &options, file, alias, sink)?;
-            let (pid, faults) = (guest.pid().unwrap_or(own), guest.faults());
-            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(faults), pid }
+            let (pid, hands) = (guest.pid().unwrap_or(own), (guest.faults(), guest.keeper()));
+            Vmm { guest: SharedGuest::new(Box::new(guest)), remote: Some(hands), pid }
         }
         (Driver::Threads(_), VmmPlace::InProcess) => {
             let guest = HostGuest::new(spec, file, alias, sink)?;
@@ -173,7 +184,8 @@ fn build(
 /// What [`build`] built.
 struct Vmm {
     guest: SharedGuest,
-    remote: Option<FaultSource>,
+    /// By which a VMM of its own is asked for its faults, and to keep things.
+    remote: Option<(FaultSource, Keeper)>,
     pid: u32,
 }
 
@@ -197,7 +209,8 @@ impl Held {
         let file = Arc::new(RamFile::memfd("belay-guest-ram", spec.memory_bytes as usize, page_size)?);
         let alias = Arc::new(file.map().map_err(HolderError::Map)?);
         let place = place.unwrap_or(VmmPlace::InProcess);
-        let Vmm { mut guest, pid, .. } = build(driver, place, spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
+        let Vmm { mut guest, pid, .. } =
+            build(driver, (place, None), spec, None, &Ram { id: RegionId(0), file, alias }, sink)?;
         if pid != std::process::id() {
             observer.note(None, Kind::VmmStarted { pid });
         }
@@ -209,8 +222,14 @@ impl Held {
         Ok(Self { guest, spec: spec.clone(), nonces: vec![nonce] })
     }
 
-    /// Waits until the guest has filled its memory, and then for as long as it shall run here; whether a signal ended the wait.
-    pub fn warm_up(&self, run: Duration, words: &Receiver<i32>) -> Result<bool, HolderError> {
+    /// Waits until the guest has filled its memory, and then for as long as it shall run here; what ended the wait.
+    pub fn warm_up(&self, run: Duration, words: &Words) -> Result<WaitEnded, HolderError> {
+        let taken = |ask| match ask {
+            Ask::Cancel => Ok("the guest is not moved and runs on here".to_owned()),
+            ask => Err(format!(
+                "the guest has not been moved yet, so there is nothing to {ask}; `belay cancel` calls it off"
+            )),
+        };
         let begun = Instant::now();
         while self.guest.steps().contains(&0) && self.spec.program != Program::Scanner {
             if let Some(failure) = self.guest.lock().failure() {
@@ -219,11 +238,12 @@ impl Held {
             if begun.elapsed() > FILL_BOUND {
                 return Err(HolderError::NotFilled { bound: FILL_BOUND });
             }
-            if words.recv_timeout(Duration::from_millis(5)).is_ok() {
-                return Ok(true);
+            match words.wait(Some(Duration::from_millis(5)), taken) {
+                WaitEnded::Time => {}
+                ended => return Ok(ended),
             }
         }
-        Ok(words.recv_timeout(run).is_ok())
+        Ok(words.wait(Some(run), taken))
     }
 
     /// Stands the guest still, compares all of its RAM, and notes what was found; whether all is as it must be.
@@ -265,17 +285,13 @@ impl Held {
         run_on: Option<Span>,
         checked: bool,
         output: &Outbox,
-        words: &Receiver<i32>,
+        words: &Words,
         observer: &Observer,
         exit: Exit,
     ) -> Exit {
-        let interrupted = match run_on {
-            Some(span) => words.recv_timeout(span.0).is_ok(),
-            None => {
-                let _ = words.recv();
-                false
-            }
-        };
+        let over = |ask| Err(format!("the migration is over and the guest runs here: there is nothing to {ask}"));
+        let ended = words.wait(run_on.map(|span| span.0), over);
+        let interrupted = run_on.is_some() && ended == WaitEnded::Signal;
         let good = !checked || self.check(output, observer);
         cpu_time(observer);
         match (good, interrupted) {
@@ -290,14 +306,23 @@ impl Held {
 pub struct ThisHost {
     drive: Option<Drive>,
     place: VmmPlace,
+    doors: Doors,
+    /// A VMM that a dead page server left.
+    estate: Option<Estate>,
     /// The guest, once it was built.
     pub built: Option<SharedGuest>,
 }
 
 impl ThisHost {
     /// A host that drives guests as asked.
-    pub fn new(drive: Option<Drive>, place: Option<VmmPlace>) -> Self {
-        Self { drive, place: place.unwrap_or(VmmPlace::InProcess), built: None }
+    pub fn new(drive: Option<Drive>, place: Option<VmmPlace>, doors: Doors) -> Self {
+        Self { drive, place: place.unwrap_or(VmmPlace::InProcess), doors, estate: None, built: None }
+    }
+
+    /// Goes on with the VMM of `estate`.
+    pub fn adopt_from(&mut self, estate: Estate) {
+        self.place = VmmPlace::Apart;
+        self.estate = Some(estate);
     }
 }
 
@@ -309,14 +334,14 @@ impl Host for ThisHost {
         shards: u16,
         tracker: Option<TrackerKind>,
         sink: Arc<dyn PacketSink>,
-        _life: Option<&LifePage>,
+        life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
         let VmmSpec::Kvm(spec) = spec;
         let [region] = ram else {
             return Err(GuestError::Unsupported(format!("{} regions of RAM; this VMM has one", ram.len())));
         };
         let driver = Driver::choose(self.drive);
-        let Vmm { guest, remote, pid } = build(&driver, self.place, spec, tracker, region, sink)?;
+        let Vmm { guest, remote, pid } = build(&driver, (self.place, Some(&self.doors)), spec, tracker, region, sink)?;
         let parts = shard_ranges(ram, shards);
         let page_size = region.file.page_size();
         let bytes: Vec<_> = parts
@@ -336,11 +361,11 @@ impl Host for ThisHost {
         };
         let address = guest.memory()[0].vmm_address;
         let protect = tracker == Some(TrackerKind::UffdWp);
-        let uffds = match remote {
-            Some(remote) => {
+        let uffds = match &remote {
+            Some((faults, _)) => {
                 let features = features(page_size, protect);
                 let one = |part: &std::ops::Range<u64>| {
-                    remote.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
+                    faults.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
                 };
                 bytes.iter().map(one).collect()
             }
@@ -351,11 +376,34 @@ impl Host for ThisHost {
         }?;
         self.built = Some(guest.clone());
         let shards = uffds.into_iter().zip(parts).collect();
-        Ok(Built { guest: Box::new(guest), shards, pid, gives_sign: false })
+        let keeper = remote.map(|(_, keeper)| keeper);
+        let gives_sign = match (&keeper, life) {
+            (Some(keeper), Some(life)) => keeper.give_sign(life.fd(), VMM_SLOT).map(|()| true)?,
+            _ => false,
+        };
+        Ok(Built { guest: Box::new(guest), shards, pid, gives_sign, keeper })
+    }
+
+    fn adopt(
+        &mut self,
+        alias: Arc<Mapping>,
+        sink: Arc<dyn PacketSink>,
+    ) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+        let estate = self.estate.take();
+        let estate = estate.ok_or_else(|| GuestError::Unsupported("there is no VMM to take over".into()))?;
+        let guest = RemoteGuest::take_over(estate, alias, sink)?;
+        let keeper = guest.keeper();
+        let guest = SharedGuest::new(Box::new(guest));
+        self.built = Some(guest.clone());
+        Ok((Box::new(guest), keeper))
     }
 
     fn output(&mut self, address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
         output(address, "destination")
+    }
+
+    fn vmm_is_apart(&self) -> bool {
+        self.place == VmmPlace::Apart
     }
 
     fn guard_command(&self) -> Result<GuardCommand, GuardError> {

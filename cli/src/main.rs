@@ -9,7 +9,11 @@ mod fuzzing;
 mod holder;
 mod judge;
 mod keygen;
+mod logs;
+mod manual;
+mod metrics;
 mod observe;
+mod operate;
 mod options;
 mod privileges;
 mod quantity;
@@ -17,8 +21,11 @@ mod receive;
 mod report;
 mod send;
 mod signals;
+mod soak;
+mod takeover;
 mod vmm;
 
+use belay_vmm_glue::migrate::operator::Ask;
 use clap::{Parser, Subcommand};
 use exit::Exit;
 use privileges::Part;
@@ -52,14 +59,32 @@ enum Command {
     Send(send::SendArgs),
     /// Wait for a guest, pull its memory, send checkpoints back
     Receive(receive::ReceiveArgs),
+    /// List the migrations that run on this host
+    List(operate::ListArgs),
+    /// Say how a migration stands: state, pages left, checkpoint age, output delay, last error and what led to it
+    Status(operate::StatusArgs),
+    /// Have a destination ask its source to let go of the guest
+    Release(operate::OrderArgs),
+    /// Take the guest back to the source, from the newest committed checkpoint
+    Catch(operate::OrderArgs),
+    /// Call a migration off while the guest has not left
+    Cancel(operate::OrderArgs),
+    /// Give a guest to a destination that is cut off from a source that is gone for good
+    Promote(operate::PromoteArgs),
     /// Make the certificates two hosts need to trust each other
     Keygen(keygen::KeygenArgs),
     /// Say what this host can do, and for each thing missing the command that mends it
     Check(check::CheckArgs),
+    /// Print completions for a shell
+    Completions(manual::CompletionsArgs),
+    /// Print the manual page of belay, or write those of all commands
+    Man(manual::ManArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
     Judge(judge::JudgeArgs),
+    /// Break seeded migrations in known places and judge what becomes of each
+    Soak(soak::SoakArgs),
     /// The VMM in a process of its own (started by send and receive with --vmm apart)
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -76,17 +101,26 @@ fn main() -> ExitCode {
     match &command {
         Command::Send(_) | Command::Receive(_) | Command::Vmm(_) => privileges::give_up(Part::Host),
         Command::Guard(_) => privileges::give_up(Part::Guard),
-        // The demo's children are sends and receives; the others only look.
-        Command::Demo(_) | Command::Keygen(_) | Command::Check(_) | Command::Observe(_) | Command::Judge(_) => {}
+        // The demo's and the soak's children are sends and receives; the others only look or ask.
+        _ => {}
     }
     let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(args),
         Command::Receive(args) => receive::run(args),
+        Command::List(args) => operate::list(&args),
+        Command::Status(args) => operate::status(&args),
+        Command::Release(args) => operate::order(&args, Ask::Release),
+        Command::Catch(args) => operate::order(&args, Ask::Catch),
+        Command::Cancel(args) => operate::order(&args, Ask::Cancel),
+        Command::Promote(args) => operate::promote(&args),
         Command::Keygen(args) => keygen::run(args),
         Command::Check(args) => check::run(args),
+        Command::Completions(args) => manual::completions(&args),
+        Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
         Command::Judge(args) => judge::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
     };

@@ -3,6 +3,8 @@
 //! Precedence: command line, then the file named by `--config`, then the built-in defaults. A key the file has and belay does not
 //! know is an error, because a misspelt `output = "commit"` must not silently mean something else.
 
+use crate::metrics::MetricsAddress;
+use crate::operate::console::ConsoleOptions;
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
@@ -228,6 +230,7 @@ macro_rules! text_serde {
 text_serde!(PolicyChoice);
 text_serde!(ReleaseChoice);
 text_serde!(NumaWish);
+text_serde!(MetricsAddress);
 
 macro_rules! choice {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident),+ $(,)? }) => {
@@ -356,6 +359,7 @@ pub struct ConfigFile {
     pub guest: GuestOptions,
     pub fabric: FabricOptions,
     pub security: SecurityOptions,
+    pub operate: ConsoleOptions,
 }
 
 /// Why a configuration file was refused.
@@ -527,7 +531,7 @@ mod tests {
 
     #[test]
     fn a_key_nobody_knows_is_an_error_in_every_table() {
-        for table in ["tether", "guest", "fabric", "security"] {
+        for table in ["tether", "guest", "fabric", "security", "operate"] {
             let error = toml::from_str::<ConfigFile>(&format!("[{table}]\ntrusted-fabrik = true\n")).expect_err(table);
             assert!(error.to_string().contains("trusted-fabrik"), "{error}");
         }

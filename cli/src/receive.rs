@@ -1,17 +1,21 @@
 //! `belay receive`: waits for a guest, pulls its memory, tethers it, and owns it once the source has let go.
 
 use crate::exit::Exit;
-use crate::holder::{self, Held, ThisHost};
+use crate::holder::{self, Doors, Held, ThisHost};
+use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
-use crate::{fabric, report, signals};
+use crate::soak::points::StopAt;
+use crate::{fabric, logs, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
-use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Outcome};
+use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Inherited, Outcome};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
+use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Wait for a guest, pull its memory, send checkpoints back
 #[derive(Debug, Clone, Args)]
@@ -32,6 +36,13 @@ pub struct ReceiveArgs {
     /// Where page states are kept [default: /run/belay, or a directory of the user's without root]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Go on with the guest of a `belay receive --vmm apart` that has died: of the one VMM that waits in --state-dir, or of the one with this
+    /// process number. Listen where the dead one did: the source dials there
+    #[arg(long, value_name = "PID", num_args = 0..=1, default_missing_value = "0")]
+    takeover: Option<u32>,
+    /// With --vmm apart: how long the guest's memory is kept without a page server, for a --takeover [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    linger: Option<Span>,
     /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     engine_cores: Vec<usize>,
@@ -44,6 +55,11 @@ pub struct ReceiveArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
+    #[command(flatten)]
+    console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -68,16 +84,17 @@ Examples:
   belay receive --listen 127.0.0.1:7700                    for a `belay send` on this host
   belay receive --listen unix:/run/belay/receive.sock      over shared memory
   belay receive --listen 0.0.0.0:7700 --cert destination.crt --key destination.key --peer-cert source.crt
+  belay receive --listen 127.0.0.1:7700 --takeover         go on with the guest of one that was started with --vmm apart and has died
   belay receive --listen 0.0.0.0:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
 
 SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's memory is given up; an owned guest is ended.";
 
 /// Runs the command.
 pub fn run(mut args: ReceiveArgs) -> Exit {
-    let observer = report::reporter("destination", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
+                args.console = args.console.or(file.operate);
                 let place = GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
                 let place = place.or(file.guest);
                 args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
@@ -85,16 +102,24 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
+                let observer = report::reporter("destination", args.json);
                 report::failed(&observer, &error, "Nothing was started.");
                 return report::ended(&observer, Exit::Usage);
             }
         }
     }
-    let exit = receive(&args, &observer);
+    args.stop_at.iter().for_each(StopAt::arm);
+    let logs = match logs::start(args.console.log.as_deref(), args.console.log_format) {
+        Ok(logs) => logs,
+        Err(exit) => return exit,
+    };
+    let board = args.console.board("destination");
+    let observer = report::watched("destination", args.json, Some(Arc::clone(&board)), Some(logs));
+    let exit = receive(&args, &board, &observer);
     report::ended(&observer, exit)
 }
 
-fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
+fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit
@@ -107,14 +132,20 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         Ok(session) => session,
         Err(refused) => return refused.told(observer),
     };
-    let words = match signals::termination() {
-        Ok(signals) => signals,
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let words = &console.words;
     let listener = match Listener::bind(&args.listen, session) {
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
+    board.phase("listening", format!("at {}", listener.address()));
     observer.note(None, Kind::Listening { address: listener.address().to_string() });
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
@@ -124,12 +155,24 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
     };
-    let mut host = ThisHost::new(args.guest.drive, args.guest.vmm);
-    match destination::run(&config, &listener, &mut host, observer, &words) {
+    let linger = args.linger.map_or(holder::LINGER, |linger| linger.0);
+    let doors = Doors { directory: config.state_dir.clone(), linger };
+    let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);
+    let ended = match args.takeover {
+        None => destination::run(&config, &listener, &mut host, observer, words),
+        Some(asked) => match takeover::enter(&config.state_dir, asked) {
+            Ok(mut estate) => Inherited::of(&mut estate).and_then(|inherited| {
+                host.adopt_from(estate);
+                destination::take_over(&config, inherited, &listener, &mut host, observer, words)
+            }),
+            Err(error) => return fail(&error, error.advice(), error.exit()),
+        },
+    };
+    match ended {
         Ok(Ended { outcome: Outcome::Owner, output: Some(output), nonces, spec: Some(VmmSpec::Kvm(spec)), .. }) => {
             let guest = host.built.take().expect("an owned guest was built here");
             let held = Held { guest, spec, nonces };
-            held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Done)
+            held.run_on(args.run_on, args.check, &output, words, observer, Exit::Done)
         }
         Ok(Ended { outcome, why, faults, .. }) => {
             // A guest that waits for a page which will not come must wait until this process has ended (P1).
@@ -149,14 +192,20 @@ fn receive(args: &ReceiveArgs, observer: &Observer) -> Exit {
             let exit = match &error {
                 DestinationError::Connect(_) => Exit::NoSession,
                 DestinationError::Interrupted => Exit::Interrupted,
+                DestinationError::Cancelled => Exit::NotMoved,
                 // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 DestinationError::Fabric(error) => fabric::exit(error),
+                _ if args.takeover.is_some() => Exit::KeptDamaged,
                 _ => Exit::NotMoved,
             };
             let advice = match &error {
                 DestinationError::Fabric(error) => fabric::advice(error),
+                DestinationError::Cancelled => "A guest that was to come runs on at the source.",
+                _ if args.takeover.is_some() => {
+                    "The guest waits in its VMM as before, and its source may still catch it. Its memory is given up by ending that process."
+                }
                 _ => "The guest runs on at the source. `belay check` says what this host lacks.",
             };
             report::failed(observer, &error, advice);

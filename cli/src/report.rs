@@ -1,18 +1,35 @@
 //! How observations reach the person or the program that runs belay: sentences on a terminal, JSON lines for programs.
 
 use crate::exit::Exit;
+use crate::logs::{self, Logs};
 use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
 use belay_vmm_glue::migrate::protocol::explain;
+use belay_vmm_glue::migrate::status::Board;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// An observer that prints what is noted: one JSON object a line on stdout with `json`, else a sentence a line on stderr, with a
 /// progress bar under them on a terminal.
 pub fn reporter(role: &'static str, json: bool) -> Observer {
+    watched(role, json, None, None)
+}
+
+/// The same, where what is noted is shown on `board` too, and logged. Log lines take the place of sentences.
+pub fn watched(role: &'static str, json: bool, board: Option<Arc<Board>>, logs: Option<Logs>) -> Observer {
+    let logged = logs.is_some_and(Logs::on);
+    let also = move |observation: &Observation| {
+        if let Some(board) = &board {
+            board.heard(observation);
+        }
+        if logged {
+            logs::observed(observation);
+        }
+    };
     if json {
-        return Observer::new(role, |observation| {
+        return Observer::new(role, move |observation| {
+            also(observation);
             let line = serde_json::to_string(observation).expect("an observation is plain data");
             // A reader that went away must not end the migration; the exit code still tells how it went.
             let _ = writeln!(std::io::stdout().lock(), "{line}");
@@ -21,6 +38,10 @@ pub fn reporter(role: &'static str, json: bool) -> Observer {
     let started = Instant::now();
     let bar = Mutex::new(None);
     Observer::new(role, move |observation| {
+        also(observation);
+        if logged {
+            return;
+        }
         let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
         advance(&mut bar, &observation.kind);
         let Some(sentence) = sentence(&observation.kind) else { return };
@@ -65,7 +86,7 @@ pub fn progress_bar(what: &'static str, unit: &str) -> ProgressBar {
 }
 
 /// Text that may have come from the peer, without what would steer a terminal.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let steers = |c: char| c.is_control() && c != '\n';
     text.chars().map(|c| if steers(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
@@ -111,16 +132,21 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// What a person is told, or nothing for what only programs want.
-fn sentence(kind: &Kind) -> Option<String> {
+pub fn sentence(kind: &Kind) -> Option<String> {
     Some(match kind {
         // An event's name, or a sentence for people.
         Kind::State { state, why } if !why.contains(' ') => format!("now {state} ({why})"),
         Kind::State { why, .. } => why.clone(),
+        Kind::Operable { id, socket } => format!("`belay status {id}` tells how it stands ({socket})"),
+        Kind::Metrics { address } => format!("metrics at http://{address}/metrics"),
         Kind::Listening { address } => format!("listening on {address}"),
         Kind::GuestStarted { driven_by, spec, .. } => {
             format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)
         }
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
+        Kind::TookOver { pid, landed_frames, missing_frames, held_packets } => format!(
+            "took over VMM {pid}: {landed_frames} pages are here, {missing_frames} missing, {held_packets} packets held; the guest is stopped"
+        ),
         Kind::Connected { peer, fabric, tls, protocol, without_verbs } => {
             let how = match (&**fabric, *tls) {
                 ("verbs", true) => "control by TLS 1.3, memory in clear",

@@ -2,11 +2,13 @@
 
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
+use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::quantity::Span;
-use crate::{fabric, report, signals};
+use crate::soak::points::StopAt;
+use crate::{fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
@@ -14,11 +16,14 @@ use belay_transport::PageSize;
 use belay_transport::session::Address;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
+use belay_vmm_glue::migrate::operator::Ended as WaitEnded;
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, ReleasePolicy, TetherSettings, VmmSpec};
 use belay_vmm_glue::migrate::source::{self, Outcome, SourceConfig, SourceError};
+use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Run a guest and move it to a waiting `belay receive`, tethered
@@ -51,9 +56,14 @@ pub struct SendArgs {
     /// At the end compare all of guest RAM with what it must be
     #[arg(long)]
     check: bool,
+    /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
+    #[arg(long, value_name = "NAME[:N]", hide = true)]
+    stop_at: Option<StopAt>,
     /// Under --output lease: order the catch as soon as the destination is lost. You then vouch that it shows no more output
     #[arg(long)]
     catch_on_loss: bool,
+    #[command(flatten)]
+    console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -74,26 +84,34 @@ SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught
 
 /// Runs the command.
 pub fn run(mut args: SendArgs) -> Exit {
-    let observer = report::reporter("source", args.json);
     if let Some(path) = &args.config {
         match ConfigFile::read(path) {
             Ok(file) => {
+                args.console = args.console.or(file.operate);
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
             Err(error) => {
+                let observer = report::reporter("source", args.json);
                 report::failed(&observer, &error, "Nothing was started.");
                 return report::ended(&observer, Exit::Usage);
             }
         }
     }
-    let exit = send(&args, &observer);
+    args.stop_at.iter().for_each(StopAt::arm);
+    let logs = match logs::start(args.console.log.as_deref(), args.console.log_format) {
+        Ok(logs) => logs,
+        Err(exit) => return exit,
+    };
+    let board = args.console.board("source");
+    let observer = report::watched("source", args.json, Some(Arc::clone(&board)), Some(logs));
+    let exit = send(&args, &board, &observer);
     report::ended(&observer, exit)
 }
 
-fn send(args: &SendArgs, observer: &Observer) -> Exit {
+fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit
@@ -108,10 +126,15 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         Err(refused) => return refused.told(observer),
     };
     session.pace_bytes_per_s = args.tether.pace.map(|pace| pace.bits_per_s / 8);
-    let words = match signals::termination() {
-        Ok(signals) => signals,
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let words = &console.words;
     let driver = Driver::choose(args.guest.drive);
     let tether = tether_settings(&args.tether, driver.tracker());
     let mut proposal = Proposal {
@@ -130,19 +153,31 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
     let output =
         holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
-        Ok(output) => output,
+        Ok(output) => Arc::new(output),
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
+    board.emits_through(&output);
     let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
     let mut held = match Held::start(&spec, page_size, (&driver, args.guest.vmm), output.sink(), observer) {
         Ok(held) => held,
         Err(error) => return fail(&error, "`belay check` says what this host lacks.", Exit::Missing),
     };
-    match held.warm_up(args.run_before.0, &words) {
-        Ok(false) => {}
-        Ok(true) => return Exit::Interrupted,
+    board.phase("filling", "the guest fills its memory before it is moved");
+    match held.warm_up(args.run_before.0, words) {
+        Ok(WaitEnded::Time) => {}
+        Ok(WaitEnded::Signal) => return Exit::Interrupted,
+        Ok(WaitEnded::Order) => {
+            board.phase("running", "the operator cancelled the migration");
+            report::failed_text(
+                observer,
+                "the operator cancelled the migration",
+                "The guest never left and runs on here.",
+            );
+            return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
+        }
         Err(error) => return fail(&error, "The guest was not moved.", Exit::Failed),
     }
+    board.phase("running", "everything before the switch is being made ready");
     proposal.nonces = held.nonces.clone();
     let config = SourceConfig {
         address: args.to.clone(),
@@ -157,7 +192,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
     };
     let (mut guest, steps_of) = (held.guest.clone(), held.guest.clone());
     let steps = || steps_of.steps();
-    let outcome = source::run(&config, &mut guest, &output, &steps, observer, &words);
+    let outcome = source::run(&config, &mut guest, &output, &steps, observer, words);
     let (why, advice, exit) = match outcome {
         Ok(Outcome::Released) => {
             holder::cpu_time(observer);
@@ -165,7 +200,7 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
         }
         Ok(Outcome::Caught { nonces, .. }) => {
             held.nonces = nonces;
-            return held.run_on(args.run_on, args.check, &output, &words, observer, Exit::Caught);
+            return held.run_on(args.run_on, args.check, &output, words, observer, Exit::Caught);
         }
         Ok(Outcome::NotMoved { why }) => (why, "The guest never left and runs on here.", Exit::NotMoved),
         Ok(Outcome::AwaitsOperator { why }) => {
@@ -181,18 +216,27 @@ fn send(args: &SendArgs, observer: &Observer) -> Exit {
                     ))
                 }
                 SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
-                SourceError::Cancelled => (Exit::Interrupted, "The guest was not touched."),
+                SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
+                SourceError::Cancelled => {
+                    report::failed(observer, &error, "The guest was not touched and runs on here.");
+                    return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
+                }
                 _ => (
                     Exit::NotMoved,
                     "The guest was not touched. `belay check`, there and here, says what a host lacks.",
                 ),
             };
-            return fail(&error, advice, exit);
+            fail(&error, advice, exit);
+            // The guest runs here as it did. Where it was said how long it shall, it does; else it has nobody to run for.
+            return match args.run_on {
+                Some(_) => held.run_on(args.run_on, args.check, &output, &words, observer, exit),
+                None => exit,
+            };
         }
     };
     report::failed_text(observer, &why, advice);
     match exit {
-        Exit::NotMoved => held.run_on(args.run_on, args.check, &output, &words, observer, exit),
+        Exit::NotMoved => held.run_on(args.run_on, args.check, &output, words, observer, exit),
         exit => exit,
     }
 }

@@ -1,20 +1,31 @@
 //! Hidden subcommands: processes that belay starts beside itself.
 
 use crate::exit::Exit;
+use crate::quantity::Span;
 use crate::{complain, holder};
 use belay_vmm_glue::kvm::apart;
 use clap::Args;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
 /// The VMM takes everything over its standard input, a socket.
 #[derive(Debug, Clone, Args)]
-pub struct VmmArgs {}
+pub struct VmmArgs {
+    /// Directory of the door by which another page server can come in
+    #[arg(long, value_name = "DIR")]
+    doors: Option<PathBuf>,
+    /// How long the guest's memory is kept without a page server
+    #[arg(long, value_name = "TIME")]
+    linger: Option<Span>,
+}
 
 /// Runs the VMM.
-pub fn run(_args: VmmArgs) -> Exit {
+pub fn run(args: VmmArgs) -> Exit {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from);
-    let served = socket.map_err(apart::ServeError::from).and_then(|socket| apart::serve(socket, Some(holder::LINGER)));
+    let linger = args.linger.map_or(holder::LINGER, |linger| linger.0);
+    let serve = |socket| apart::serve(socket, Some(linger), args.doors.as_deref());
+    let served = socket.map_err(apart::ServeError::from).and_then(serve);
     match served {
         Ok(()) => Exit::Done,
         Err(error) => {

@@ -14,6 +14,7 @@ pub mod pages;
 pub mod pull;
 pub mod region;
 pub mod session;
+pub mod stop_point;
 #[cfg(test)]
 mod testing;
 pub mod uffd;

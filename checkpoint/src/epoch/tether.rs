@@ -10,6 +10,7 @@ use crate::policy::{Decision, EpochFacts, Policy};
 use crate::record::{DEVICE_VMM, Limits, PacketHeader, RECORD_OVERHEAD_BYTES, RECORD_PAGE_BYTES, kind, largest_record};
 use crate::ring::RingWriter;
 use crate::staging::{Exchange, Slot, StageError, Stager};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PAGE_SIZE};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -412,6 +413,7 @@ impl TetherLoop {
             if wait.is_zero() {
                 return true;
             }
+            reached("between-epochs");
             // Commits wake this too, so the policy sees them.
             drop(self.shared.changed.wait_timeout(state, wait));
         }
@@ -478,6 +480,7 @@ impl TetherLoop {
         }
         self.paused = true;
         self.tries = 0;
+        reached("epoch-stopped");
         let instant = Instant::now();
         pause.stop = clock.lap();
         self.device_state.clear();
@@ -485,11 +488,14 @@ impl TetherLoop {
         pause.save = clock.lap();
         let (guest, tracker, arrivals) = (self.guest.as_mut(), self.tracker.as_mut(), self.arrivals.as_mut());
         harvest(guest, tracker, arrivals, &mut self.dirty, &mut self.discards).map_err(guest_error("the harvest"))?;
+        reached("epoch-harvested");
         pause.harvest = clock.lap();
         let (slot, mut stats) = self.stage(slot, epoch)?;
+        reached("epoch-staged");
         pause.stage = clock.lap();
         self.guest.resume().map_err(guest_error("resuming the guest after the checkpoint"))?;
         self.paused = false;
+        reached("epoch-resumed");
         pause.resume = clock.lap();
         stats.pause = pause;
         stats.lasted = instant - self.closed_at;

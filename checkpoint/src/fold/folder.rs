@@ -6,6 +6,7 @@ use crate::guest::Epoch;
 use crate::ring::{HEARTBEAT_OFFSET, OwnerRegion, RingReader, Step};
 use belay_transport::Deadline;
 use belay_transport::region::Mapping;
+use belay_transport::stop_point::reached;
 use rustix::time::{ClockId, clock_gettime};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -224,7 +225,13 @@ impl Work {
         }
         if let (Step::Committed(_), Some(image)) = (step, self.reader.record()) {
             let (ring, owner, shared, lease) = (&self.ring, &self.owner, &self.shared, self.config.lease);
-            self.state.fold(image, || listen(ring, owner, shared, lease))?;
+            reached("fold-begun");
+            let between = || {
+                reached("fold-mid");
+                listen(ring, owner, shared, lease);
+            };
+            self.state.fold(image, between)?;
+            reached("fold-done");
             self.reader.clear();
             self.owner.set_folded(self.state.epoch());
             let mut status = self.shared.status();

@@ -8,6 +8,7 @@ use crate::record::{
 use crate::staging::{Slot, Staged};
 use belay_transport::fabric::{FabricError, Initiator, Lane, LocalKey, OWNER_EPOCH_OFFSET, Read, RingKeys, Write};
 use belay_transport::region::{Mapping, RamFile, RegionError};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PAGE_SIZE, PageSize};
 use crc_fast::{CrcAlgorithm, Digest};
 use std::io;
@@ -271,8 +272,13 @@ impl RingWriter {
             len: stride as u32,
         };
         if section.kind.get() == kind::TRAILER {
+            reached("commit-due");
             self.lane.commit(&write, deadline)?;
+            reached("committed");
         } else {
+            if self.segments > 0 {
+                reached("mid-record");
+            }
             make_room(self.lane.as_mut(), deadline)?;
             self.lane.post_writes(&[write])?;
         }

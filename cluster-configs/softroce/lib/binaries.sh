@@ -9,10 +9,10 @@ built_executables() { sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | sort -u; }
 
 cargo_here() { (cd "$REPOSITORY" && cargo "$@"); }
 
-# Puts a program into the hosts' reach. Without its symbols it is a tenth of the size, and the hosts hold it in memory.
+# Puts a program into the hosts' reach, without what only a debugger needs; its functions keep their names for profiles.
 share_binary() { # path, name
   mkdir -p "$OUT/bin"
-  strip -o "$OUT/bin/$2" "$1"
+  strip --strip-debug -o "$OUT/bin/$2" "$1"
 }
 
 # Builds what a suite needs: belay, bench, transport-tests. Once a run each.

@@ -2,6 +2,8 @@
 # The two hosts: started, listened to over their serial lines, cut off, powered off, and never left behind.
 #
 # A host is a QEMU with software emulation. Two FIFO pairs join it to the lab: the agent's serial line and QEMU's own monitor.
+# The two cards are joined by Unix datagrams, a frame each: with a stream, a peer that is powered off in the middle of a frame leaves the
+# other card waiting for its rest, and rxe's queue pairs, which count the frames they have sent, can then not be destroyed.
 # Needs from the lab: OUT (results folder, shared with the hosts), WORK (sockets and FIFOs), KERNEL_IMAGE, INITRAMFS.
 
 # shellcheck source=hosts.conf
@@ -15,27 +17,27 @@ declare -A HOST_PID=() AGENT_IN=() AGENT_OUT=() MONITOR_IN=()
 of_host() { local name=${1^^}_$2; printf '%s' "${!name}"; }
 
 start_host() { # a or b
-  local host=$1 number=${BOOTS[$1]:-0} server fifo console=()
+  local host=$1 peer=b number=${BOOTS[$1]:-0} fifo console=() alone=(setpriv --pdeathsig KILL)
+  [ "$host" = a ] || peer=a
   BOOTS[$host]=$((number + 1))
   mkdir -p "$OUT/$host" "$OUT/orders"
   for fifo in agent monitor; do
     rm -f "$WORK/$host.$fifo".{in,out}
     mkfifo "$WORK/$host.$fifo".{in,out}
   done
-  # Host a listens, because only a listening QEMU takes its peer again after that has been powered off.
-  case $host in a) server=on ;; *) server=off ;; esac
-  [ -z "${KEEP-}" ] || console=(-chardev "pty,id=console" -serial chardev:console)
-  qemu-system-x86_64 -name "belay-lab-$host" -nodefaults -no-user-config -display none -no-reboot \
-    -machine q35 -accel tcg,thread=multi -cpu max -smp "$HOST_CPUS" -m "$HOST_MEMORY_MIB" \
+  # A host ends with its lab, however that ends, unless it is to be kept.
+  [ -z "${KEEP-}" ] || { console=(-chardev "pty,id=console" -serial chardev:console); alone=(); }
+  bounded_files "${alone[@]}" qemu-system-x86_64 -name "belay-lab-$host" -nodefaults -no-user-config -display none -no-reboot \
+    -machine q35 -accel "tcg,thread=multi,tb-size=$HOST_TRANSLATION_MIB" -cpu max -smp "$HOST_CPUS" -m "$HOST_MEMORY_MIB" \
     -kernel "$KERNEL_IMAGE" -initrd "$INITRAMFS" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
+    -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
     -chardev "file,id=log,path=$OUT/$host/console.log,append=on" -serial chardev:log \
     -chardev "pipe,id=agent,path=$WORK/$host.agent" -serial chardev:agent \
     ${console[@]+"${console[@]}"} \
     -chardev "pipe,id=monitor,path=$WORK/$host.monitor" -mon chardev=monitor,mode=readline \
     -fsdev "local,id=lab,path=$OUT,security_model=none" -device virtio-9p-pci,fsdev=lab,mount_tag=lab \
     -device virtio-rng-pci \
-    -netdev "stream,id=data,addr.type=unix,addr.path=$WORK/data,server=$server" \
+    -netdev "dgram,id=data,local.type=unix,local.path=$WORK/data.$host,remote.type=unix,remote.path=$WORK/data.$peer" \
     -device "virtio-net-pci,id=eth0,netdev=data,mac=$(of_host "$host" MAC),romfile=,addr=0x8" \
     -netdev user,id=out \
     -device "virtio-net-pci,id=eth1,netdev=out,mac=$(of_host "$host" OUT_MAC),romfile=,addr=0x9" \
@@ -58,11 +60,8 @@ is_up() { [ -n "${HOST_PID[$1]-}" ] && kill -0 "${HOST_PID[$1]}" 2>/dev/null; }
 # Makes sure that both hosts are up, whole and joined, whatever a suite before this one did to them.
 need_hosts() {
   local host started=''
-  # A host that lost its peer keeps the socket, the other way round it does not: host b goes with host a.
-  if ! is_up a && is_up b; then power_off b; fi
   for host in $HOSTS; do
     is_up "$host" && continue
-    [ "$host" = a ] || wait_for_file "$WORK/data" 20 || die "host a does not listen for host b" "Its QEMU says: $(tail -3 "$OUT/a/qemu.log")"
     start_host "$host"
     started+=" $host"
   done
@@ -72,13 +71,22 @@ need_hosts() {
   note "hosts up:$started (kernel $KERNEL_RELEASE)"
 }
 
-wait_for_file() { # path, seconds
-  local end=$((SECONDS + $2))
-  until [ -e "$1" ]; do
-    [ "$SECONDS" -lt "$end" ] || return 1
-    pause_a_moment
-  done
+# Runs a program, in the background only, whose files cannot grow beyond a bound: a host's logs come through its QEMU. What is
+# beyond it fails with EFBIG where it is written.
+bounded_files() { # command...
+  trap '' XFSZ
+  ulimit -c 0 -f "$((LOG_LIMIT_MIB * 1024))"
+  exec "$@"
 }
+readonly LOG_LIMIT_MIB=128
+
+# The most memory that a host's QEMU has had, in MiB; 0 for one that is gone.
+peak_memory_mib() { # host
+  local kib
+  kib=$(sed -n 's/^VmHWM:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/${HOST_PID[$1]-none}/status" 2>/dev/null) || true
+  printf '%d' $((${kib:-0} / 1024))
+}
+declare -A PEAK_MIB=([a]=0 [b]=0)
 
 # Between two looks at something that cannot be waited for otherwise.
 pause_a_moment() { read -rt 0.02 _ <>"$WORK/nothing" || true; }
@@ -115,8 +123,10 @@ monitor() { printf '%s\n' "$2" >&"${MONITOR_IN[$1]}"; }
 
 # Power gone: no FIN, no flush, nothing said to anybody.
 power_off() { # host
-  local pid=${HOST_PID[$1]-}
+  local pid=${HOST_PID[$1]-} peak
   [ -n "$pid" ] || return 0
+  peak=$(peak_memory_mib "$1")
+  [ "$peak" -le "${PEAK_MIB[$1]}" ] || PEAK_MIB[$1]=$peak
   kill -KILL "$pid" 2>/dev/null || true
   wait "$pid" 2>/dev/null || true
   [ -z "${MONITOR_CAT[$1]-}" ] || { kill "${MONITOR_CAT[$1]}" 2>/dev/null; wait "${MONITOR_CAT[$1]}" 2>/dev/null; } || true
@@ -124,9 +134,7 @@ power_off() { # host
   HALF_HEARD[$1]=''
   local orders=${AGENT_IN[$1]} words=${AGENT_OUT[$1]} monitor=${MONITOR_IN[$1]}
   exec {orders}>&- {words}>&- {monitor}>&-
-  rm -f "$WORK/$1.ready" "$WORK/$1.pid"
-  # A host's listening socket is made anew with it.
-  [ "$1" != a ] || rm -f "$WORK/data"
+  rm -f "$WORK/$1.ready" "$WORK/$1.pid" "$WORK/data.$1"
 }
 
 stop_hosts() {

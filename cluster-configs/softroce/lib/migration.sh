@@ -44,7 +44,7 @@ TCP_OPTIONS=''
 
 start_observer() {
   local end=$((SECONDS + 20))
-  "$OUT/bin/belay" observe --json --listen 127.0.0.1:0 --log "$STORY/packets.log" >"$STORY/observer.out" 2>"$STORY/observer.err" </dev/null &
+  bounded_files setpriv --pdeathsig KILL "$OUT/bin/belay" observe --json --listen 127.0.0.1:0 --log "$STORY/packets.log" >"$STORY/observer.out" 2>"$STORY/observer.err" </dev/null &
   OBSERVER_PID=$!
   OBSERVER_PORT=''
   until [ -e "$STORY/observer.out" ] && OBSERVER_PORT=$(sed -n 's/.*"event":"listening","address":"127.0.0.1:\([0-9]*\)".*/\1/p' "$STORY/observer.out") && [ -n "$OBSERVER_PORT" ]; do

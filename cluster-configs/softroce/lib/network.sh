@@ -42,7 +42,7 @@ heal() {
   done
 }
 
-# netem on both ends, for example `loss 1%` or `delay 20ms 5ms`.
+# netem on both ends, for example `loss 1%` or `delay 20ms 5ms rate 1gbit` (without a rate, jitter reorders frames).
 disturb() { # netem arguments
   local host
   for host in $HOSTS; do LABEL=disturb on "$host" 20 "/usr/bin/tc qdisc replace dev eth0 root netem $*" || return; done

@@ -80,8 +80,8 @@ end_suite() { # seconds, arguments as text
 }
 
 results_json() {
-  printf '{"lab":1,"belay":%s,"kernel":%s,"qemu":%s,"machine":%s,"fabric":%s,"seed":%s,"seconds":%s,"passed":%d,"failed":%d,"skipped":%d,"suites":[%s]}\n' \
+  printf '{"lab":1,"belay":%s,"kernel":%s,"qemu":%s,"machine":%s,"fabric":%s,"seed":%s,"seconds":%s,"peak_host_memory_mib":[%d,%d],"passed":%d,"failed":%d,"skipped":%d,"suites":[%s]}\n' \
     "$(json_string "$BELAY_VERSION")" "$(json_string "${KERNEL_RELEASE-}")" "$(json_string "$QEMU_VERSION")" \
-    "$(json_string "$(uname -r), $(nproc) cores")" "$(json_string "${FABRICS-$FABRIC}")" "$SEED" "$(lab_seconds)" \
+    "$(json_string "$(uname -r), $(nproc) cores")" "$(json_string "${FABRICS-$FABRIC}")" "$SEED" "$(lab_seconds)" "${PEAK_MIB[a]}" "${PEAK_MIB[b]}" \
     "$PASSED" "$FAILED" "$SKIPPED" "$(join ${SUITES_JSON[@]+"${SUITES_JSON[@]}"})"
 }

@@ -2,7 +2,7 @@
 # What must be on this machine before the lab can run. `lab --setup` is the only part of the lab that installs anything.
 
 # command:package that brings it on Debian
-readonly LAB_TOOLS='qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod depmod:kmod xz:xz-utils dpkg-deb:dpkg apt-get:apt flock:util-linux strip:binutils'
+readonly LAB_TOOLS='qemu-system-x86_64:qemu-system-x86 cpio:cpio modprobe:kmod depmod:kmod xz:xz-utils dpkg-deb:dpkg apt-get:apt flock:util-linux setpriv:util-linux strip:binutils'
 
 # The packages of the tools that are not here.
 missing_packages() {

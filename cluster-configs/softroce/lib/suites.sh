@@ -41,8 +41,10 @@ open_run() {
   fi
   mkdir -p "$OUT" || die "the folder for logs, $OUT, cannot be made" "--out DIR names another."
   OUT=$(cd "$OUT" && pwd)
+  forget_dead_labs
   # Unix socket paths are short: not under OUT.
   WORK=$(mktemp -d -t belay-lab.XXXXXX)
+  printf '%s\n' "$$" >"$WORK/lab.pid"
   printf '%s\n' "$OUT" >"$WORK/out"
   mkfifo "$WORK/nothing"
   trap 'end_run $?' EXIT
@@ -53,6 +55,18 @@ open_run() {
   QEMU_VERSION=$(qemu-system-x86_64 --version | sed -n '1s/.*version //p')
   BELAY_VERSION=$(cd "$REPOSITORY" && git describe --always --dirty 2>/dev/null || echo unknown)
   prepare_image "$KERNEL"
+}
+
+# The folders of labs that were killed (their hosts went with them); those of kept hosts stay.
+forget_dead_labs() {
+  local work file
+  for work in "${TMPDIR:-/tmp}"/belay-lab.??????; do
+    [ -e "$work/lab.pid" ] || continue
+    for file in "$work"/*.pid; do
+      ! kill -0 "$(<"$file")" 2>/dev/null || continue 2
+    done
+    rm -rf "$work"
+  done
 }
 
 # The last ten runs' logs are kept; a run whose lab still lives is not touched.
@@ -113,6 +127,7 @@ run_one() {
 finish_run() {
   [ -z "$KEEP" ] || keep_hosts
   [ "${#SUITE_NAMES[@]}" -gt 0 ] || return 0
+  [ -n "${KEPT-}" ] || stop_hosts
   results_json >"$OUT/results.json"
   case $JSON in
     '') ;;
@@ -120,6 +135,7 @@ finish_run() {
     *) cp "$OUT/results.json" "$JSON" ;;
   esac
   note "logs and results: $OUT"
+  note "memory of the hosts at most: a ${PEAK_MIB[a]} MiB, b ${PEAK_MIB[b]} MiB"
   printf '%d passed, %d failed, %d skipped\n' "$PASSED" "$FAILED" "$SKIPPED"
   if [ "$FAILED" -gt 0 ] || [ "$((PASSED + SKIPPED))" = 0 ]; then exit 1; fi
 }

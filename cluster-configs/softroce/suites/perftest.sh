@@ -27,8 +27,9 @@ run_suite() {
   if [ "$round" -gt "$rounds" ]; then
     perftest_table "$rounds"
     for fabric in $FABRICS; do perftest_bounds "$fabric"; done
+    absence_of_a_copy "$([ -n "$QUICK" ] && echo 1 || echo 3)"
   fi
-  for fabric in $FABRICS; do end_wire "$fabric"; done
+  for fabric in "${!WIRE_SERVERS[@]}"; do end_wire "$fabric"; done
 }
 
 one_round() {
@@ -219,6 +220,31 @@ source_cost() { # fabric
   figure 'from N to 4N pages' "$ns" ns
   figure 'context switches' "$(named_value source_switches_per_page)" ''
   judge_bound "$1" "$name" "$ns <= 100" 'there should be none'
+}
+
+# Where the engine's threads are while they pull. Over verbs nothing copies a page on its way; over tcp the kernel does, out of its
+# buffers, and that it is seen there shows that this would see it.
+absence_of_a_copy() { # rounds
+  local fabric name share
+  [[ " $FABRICS " == *' verbs '* ]] || return 0
+  for fabric in verbs tcp; do
+    name="where the engine's threads are over $fabric"
+    [ -n "${WIRE_SERVERS[$fabric]-}" ] || serve_wire "$fabric" || return 0
+    wire_client "$fabric" profile "profile --rounds $1" || { not_ok "$name" "client: $(last_words "$SAID_IN")"; continue; }
+    share=$(named_value copying_share)
+    figure 'samples' "$(named_value profile_samples)" ''
+    figure "in the device's or an interrupt's work" "$(named_value profile_apart)" ''
+    figure 'part that copies' "$share" ''
+    case $fabric in
+      verbs) judge_copying "$name: no copy in the profile" "$share <= 0.01" 'something copies' ;;
+      tcp) judge_copying "$name: the kernel's copy is seen, so it would be" "$share >= 0.05" 'the profile does not see it' ;;
+    esac
+  done
+}
+
+# Few samples say nothing.
+judge_copying() { # name, condition, why not
+  if holds "$(named_value profile_samples) >= 100 && $2"; then ok "$1"; else not_ok "$1" "$3, or there are too few samples"; fi
 }
 
 judge_bound() { # fabric, name, condition, why not

@@ -529,7 +529,9 @@ impl Lane for LocalLane {
             return Err(FabricError::Broken { lane: self.id });
         }
         // Earlier writes of this lane are stored already; the store below goes through the kernel on this same thread.
-        let committed = self.store(trailer).and_then(|()| self.check_epoch());
+        let stored = self.store(trailer);
+        crate::stop_point::reached("commit-placed");
+        let committed = stored.and_then(|()| self.check_epoch());
         self.break_on(committed)?;
         self.done.clear();
         Ok(())

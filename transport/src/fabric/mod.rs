@@ -30,10 +30,9 @@ pub use details::FabricDetails;
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
-use crate::session::{Control, DestinationSession, SourceSession};
+use crate::session::{DestinationSession, SourceSession, own_ip};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -310,19 +309,13 @@ pub trait Owner: Send {
     fn take_failures(&mut self) -> Vec<FabricError>;
 }
 
-/// The address that a session's control connection has on this host.
-fn own_address(control: &Control) -> Option<IpAddr> {
-    let own = rustix::net::getsockname(control).ok()?;
-    SocketAddr::try_from(own).ok().map(|own| own.ip().to_canonical())
-}
-
 /// The source's data path of a session, over the fabric that was agreed on.
 pub fn owner(session: &SourceSession) -> Result<Box<dyn Owner>, FabricError> {
     let lanes = session.lanes.clone();
     Ok(match session.agreed.fabric {
         FabricKind::Local => Box::new(local::LocalOwner::new(lanes)?),
         FabricKind::Tcp => Box::new(tcp::TcpOwner::new(lanes)?),
-        FabricKind::Verbs => Box::new(verbs::VerbsOwner::new(lanes, own_address(&session.control))?),
+        FabricKind::Verbs => Box::new(verbs::VerbsOwner::new(lanes, own_ip(&*session.control))?),
     })
 }
 
@@ -332,7 +325,7 @@ pub fn initiator(session: &DestinationSession) -> Result<Box<dyn Initiator>, Fab
     Ok(match session.agreed.fabric {
         FabricKind::Local => Box::new(local::LocalInitiator::new(lanes)),
         FabricKind::Tcp => Box::new(tcp::TcpInitiator::new(lanes)),
-        FabricKind::Verbs => Box::new(verbs::VerbsInitiator::new(lanes, own_address(&session.control))?),
+        FabricKind::Verbs => Box::new(verbs::VerbsInitiator::new(lanes, own_ip(&*session.control))?),
     })
 }
 

@@ -98,6 +98,14 @@ impl Latencies {
         }
         all
     }
+
+    /// The whole of each fault alone, for whoever asks often.
+    pub(super) fn total_of<'a>(shards: impl Iterator<Item = &'a Stages>) -> Histogram<u64> {
+        let mut total =
+            Histogram::new_with_bounds(1, MAX_NS, 2).expect("1 to 2^40 ns with two digits are valid bounds");
+        shards.for_each(|stages| stages.total.add_to(&mut total));
+        total
+    }
 }
 
 #[cfg(test)]

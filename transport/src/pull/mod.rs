@@ -151,6 +151,11 @@ impl Engine {
         Latencies::merged(self.shared.stages.iter())
     }
 
+    /// Event read to page shown, in nanoseconds, to two digits: cheap enough to be asked for many times a second.
+    pub fn fault_latency(&self) -> hdrhistogram::Histogram<u64> {
+        Latencies::total_of(self.shared.stages.iter())
+    }
+
     /// Whether a page's content is the guest's by now: landed, or given up.
     pub fn landed(&self, region: RegionId, page: PageIndex) -> bool {
         let Some(index) = self.shared.states.index_of(region) else { return false };

@@ -15,6 +15,7 @@ use super::shared::{Counters, PullFailure, Shared, drain, signal};
 use super::slots::{LaneOf, Slot, Slots};
 use super::sweep::{Chunk, Next, Sweep};
 use crate::fabric::{Lane, Read};
+use crate::stop_point;
 use crate::uffd::{Event, FaultKind, Uffd};
 use crate::units::FrameIndex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -294,6 +295,7 @@ impl Shard {
         }
         let Some(lane) = &mut self.fault_lane else { return Ok(()) };
         let posted = lane.post_reads(&self.staged);
+        stop_point::reached("demand-posted");
         self.staged.clear();
         posted.map_err(|source| PullFailure::Fabric { shard: self.index, source })
     }
@@ -317,6 +319,7 @@ impl Shard {
             if slot.parts_left == 0 {
                 slot.completed_ns = now;
                 self.land(index);
+                stop_point::reached("page-landed");
                 self.show(index)?;
             }
         }

@@ -103,6 +103,12 @@ impl RamFile {
         Ok(Self { fd, len: len as usize, page_size })
     }
 
+    /// Another descriptor of the same file.
+    pub fn try_clone(&self) -> Result<Self, RegionError> {
+        let fd = self.fd.try_clone().map_err(|source| RegionError::Io { doing: "dup of a RAM file".into(), source })?;
+        Ok(Self { fd, len: self.len, page_size: self.page_size })
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len

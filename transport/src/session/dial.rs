@@ -63,7 +63,7 @@ pub fn connect(
     let versions = config.versions;
     let dialer = Dialer { address: address.clone(), config, session, token };
     let mut stream = dialer.open(Kind::Control, deadline)?;
-    let ours = dialer.config.offers(address, BindingKey::possible(&stream));
+    let ours = dialer.config.offers_over(address, &stream);
     let hello = Zeroizing::new(encode_hello(session, &dialer.token, versions, &ours, offer)?);
     let length = u32::try_from(hello.len()).expect("a hello is at most 128 KiB").to_le_bytes();
     stream.write_all("sending the hello", &Zeroizing::new([&length, &hello[..]].concat()), deadline)?;

@@ -3,8 +3,10 @@
 //! RDMA carries memory in clear and TLS does not cover it, so `verbs` asks for more than the other fabrics: a device, the
 //! operator's word that the network is trusted, and a key only the two ends have ([`super::BindingKey`]).
 
-use super::{Address, Security, SessionConfig, SessionError};
-use crate::fabric::FabricKind;
+use super::socket::own_ip;
+use super::stream::LaneStream;
+use super::{Address, BindingKey, Security, SessionConfig, SessionError};
+use crate::fabric::{FabricKind, verbs};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -83,8 +85,20 @@ pub(super) struct Offered {
 }
 
 impl SessionConfig {
-    /// What may run over `address`. `bindable`: whether the connection's protection gives a [`super::BindingKey`].
-    pub(super) fn offers(&self, address: &Address, bindable: bool) -> Offered {
+    /// What may run over `address` by way of this connection.
+    pub(super) fn offers_over(&self, address: &Address, connection: &LaneStream) -> Offered {
+        let mut offered = self.offers(address, BindingKey::possible(connection));
+        // Where `verbs` was asked for by name, that several devices would do is an error of its own and no reason for another fabric.
+        let verbs = self.verbs.as_ref().filter(|_| self.only.is_none() && offered.fabrics.contains(&FabricKind::Verbs));
+        if let Some(why) = verbs.and_then(|verbs| verbs::undecided(verbs, own_ip(connection))) {
+            offered.fabrics.retain(|fabric| *fabric != FabricKind::Verbs);
+            offered.no_verbs = Some(NoVerbs::Unusable { why: why.to_string() });
+        }
+        offered
+    }
+
+    /// What may run over `address`. `bindable`: whether the connection's protection gives a [`BindingKey`].
+    fn offers(&self, address: &Address, bindable: bool) -> Offered {
         let possible = address.fabrics();
         let no_verbs = self.lacks_verbs(bindable).filter(|_| possible.contains(&FabricKind::Verbs));
         let wanted = |fabric: &FabricKind| self.only.is_none_or(|only| only == *fabric);

@@ -147,7 +147,7 @@ fn door(bytes: &[u8]) {
         }
         Ok(Step::Arrived(Arrived::Control { hello, .. })) => {
             let length = u32::from_le_bytes(*after.first_chunk().expect("a length came")) as usize;
-            let offered = shared.config.offers(&shared.address, true);
+            let offered = Offered { fabrics: vec![FabricKind::Tcp], no_verbs: None };
             decode_hello(&after[4..4 + length], hello.session, PROTOCOL, &offered).expect("it was taken");
         }
         Err(error) => is_fit_to_print(&error),

@@ -216,7 +216,7 @@ impl Incoming {
     /// Accepts, with a blob for the source's upper layer.
     pub fn accept(mut self, blob: &[u8], deadline: Deadline) -> Result<DestinationSession, SessionError> {
         let config = &self.acceptor.shared.config;
-        let ours = config.offers(&self.acceptor.shared.address, BindingKey::possible(&self.stream));
+        let ours = config.offers_over(&self.acceptor.shared.address, &self.stream);
         let reply = encode_accept(&self.hello, config.versions, ours.no_verbs, blob)?;
         send_frame(&mut self.stream, &reply, deadline)?;
         let agreed = Agreed {

@@ -43,7 +43,7 @@ pub use stream::LaneStream;
 pub use tls::{Credentials, KeyPair, keygen, keygen_valid};
 
 pub(crate) use dial::random;
-pub(crate) use socket::{timespec, wait_for};
+pub(crate) use socket::{own_ip, timespec, wait_for};
 pub(crate) use stream::{Raw, pull_tls, push_tls};
 
 use crate::fabric::verbs::VerbsSettings;

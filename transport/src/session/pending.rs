@@ -6,7 +6,6 @@
 //!   Preamble ──────────────────────> Arrived::Guard
 //! ```
 
-use super::binding::BindingKey;
 use super::hello::{Hello, MAX_HELLO_BYTES, decode_hello, encode_no_common_fabric, encode_refusal};
 use super::listen::Shared;
 use super::preamble::{
@@ -126,7 +125,7 @@ impl Pending {
             }
             Phase::Hello(_) => {
                 let versions = shared.config.versions;
-                let ours = shared.config.offers(&shared.address, BindingKey::possible(&self.stream));
+                let ours = shared.config.offers_over(&shared.address, &self.stream);
                 let read = decode_hello(&self.buffer, self.session, versions, &ours);
                 // The token is in it.
                 self.buffer.zeroize();

@@ -49,6 +49,12 @@ pub(super) fn is_loopback(ip: IpAddr) -> bool {
     }
 }
 
+/// The address that this end of a connection has, where it has one.
+pub(crate) fn own_ip(connection: impl AsFd) -> Option<IpAddr> {
+    let own = rustix::net::getsockname(connection).ok()?;
+    SocketAddr::try_from(own).ok().map(|own| own.ip().to_canonical())
+}
+
 /// Refuses plaintext beyond this host unless it was asked for.
 fn check_reach(address: &SocketAddr, config: &SessionConfig) -> Result<(), SessionError> {
     match config.security {

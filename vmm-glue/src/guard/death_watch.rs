@@ -6,11 +6,12 @@ use super::{GuardError, Secrets, io_error};
 use belay_transport::Deadline;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::Shutdown;
+use rustix::net::{SendFlags, Shutdown};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// How often the thread looks whether it shall stop, should the shut-down of its socket not have woken it.
 const LOOK: Duration = Duration::from_millis(500);
@@ -30,6 +31,7 @@ pub enum Notice {
 #[derive(Debug)]
 pub struct DeathWatch {
     connection: Arc<OwnedFd>,
+    order: Zeroizing<[u8; 32]>,
     stop: Arc<AtomicBool>,
     listening: Option<JoinHandle<()>>,
 }
@@ -43,6 +45,7 @@ impl DeathWatch {
         mut notify: impl FnMut(Notice) + Send + 'static,
     ) -> Result<Self, GuardError> {
         let connection = Arc::new(connection);
+        let order = Zeroizing::new(secrets.fence);
         let stop = Arc::new(AtomicBool::new(false));
         let listening = {
             let (connection, stop) = (Arc::clone(&connection), Arc::clone(&stop));
@@ -64,7 +67,14 @@ impl DeathWatch {
                 .spawn(listen)
                 .map_err(io_error("start the thread that listens to the guard"))?
         };
-        Ok(Self { connection, stop, listening: Some(listening) })
+        Ok(Self { connection, order, stop, listening: Some(listening) })
+    }
+
+    /// Orders the guard to end what it watches. What comes of it is heard as [`Notice::DeathProven`]; nothing does where the guard is not
+    /// armed or out of reach. Whether the order could be sent.
+    pub fn fence(&self) -> bool {
+        let sent = rustix::net::send(&*self.connection, &self.order[..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        sent == Ok(self.order.len())
     }
 
     /// Ends the listening; no notice comes after this returns. Not to be called from the callback.
@@ -129,7 +139,7 @@ fn read_word(connection: &impl AsFd, word: &mut [u8; 32], stop: &AtomicBool) -> 
 }
 
 /// Compares in a time that does not depend on where the two differ.
-fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
+pub(super) fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
     let differing = a.iter().zip(b).fold(0, |differing, (a, b)| differing | (a ^ b));
     std::hint::black_box(differing) == 0
 }

@@ -2,8 +2,8 @@
 
 use super::death_watch::{Notice, listen};
 use super::page::{LifePage, MOST_SLOTS};
-use super::watcher::take_over;
-use super::{GuardError, Secrets};
+use super::watcher::{HAND_OVER_BYTES, take_over};
+use super::{Arms, GuardError, Secrets};
 use crate::fuzzing::heard;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -12,6 +12,7 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 const SECRETS: ([u8; 32], [u8; 32]) = ([0x51; 32], [0x90; 32]);
 
@@ -27,7 +28,7 @@ pub(crate) fn guard(data: &[u8]) {
 /// Only the secrets are signs: the sign first, then the proof.
 fn connection(bytes: &[u8]) {
     let (ours, _theirs) = heard(bytes);
-    let secrets = Secrets { sign: SECRETS.0, proof: SECRETS.1 };
+    let secrets = Secrets { sign: SECRETS.0, proof: SECRETS.1, fence: [0xfe; 32] };
     let mut said = Vec::new();
     let ended = listen(&ours, &secrets, &AtomicBool::new(false), &mut |notice| said.push(notice));
     ended.expect("a connection that ends is no error");
@@ -62,9 +63,9 @@ fn page(bytes: &[u8]) {
     }
 }
 
-/// The first message of a hand-over: 64 bytes and a page are needed, whatever comes beside them.
+/// The first message of a hand-over: all of its bytes and a page are needed, whatever comes beside them.
 fn hand_over(bytes: &[u8]) {
-    let cut = bytes.len().min(64);
+    let cut = bytes.len().min(HAND_OVER_BYTES);
     let (secrets, rest) = bytes.split_at(cut);
     if secrets.is_empty() {
         return;
@@ -77,11 +78,15 @@ fn hand_over(bytes: &[u8]) {
     assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
     rustix::net::sendmsg(&theirs, &[IoSlice::new(secrets)], &mut control, SendFlags::NOSIGNAL).expect("sent");
     match take_over(&ours) {
-        Ok((got, _, connections)) => {
-            assert!(secrets.len() == 64 && got.sign == secrets[..32] && got.proof == secrets[32..]);
-            assert_eq!(connections.len(), 1);
+        Ok(taken) => {
+            let got = &taken.secrets;
+            assert!(secrets.len() == HAND_OVER_BYTES && got.sign == secrets[..32]);
+            assert!(got.proof == secrets[32..64] && got.fence == secrets[64..96]);
+            let bound_ms = u64::from_le_bytes(*secrets.last_chunk().expect("as long as it must be"));
+            let armed = (bound_ms > 0).then(|| Arms::Fence { gate_bound: Duration::from_millis(bound_ms) });
+            assert!(taken.arms == armed.unwrap_or(Arms::None) && taken.connections.len() == 1);
         }
-        Err(GuardError::BadHandOver { .. }) => assert!(secrets.len() < 64),
+        Err(GuardError::BadHandOver { .. }) => assert!(secrets.len() < HAND_OVER_BYTES),
         Err(error) => assert!(matches!(error, GuardError::NotAPage { .. }), "{error}"),
     }
 }
@@ -96,6 +101,6 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("sign-and-proof", [vec![0], words.clone()].concat()),
         ("page", [vec![1], page.clone()].concat()),
-        ("hand-over", [vec![2], words, page].concat()),
+        ("hand-over", [vec![2], words, vec![0xfe; 32], 500u64.to_le_bytes().to_vec(), page].concat()),
     ]
 }

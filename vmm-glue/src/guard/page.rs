@@ -16,6 +16,7 @@ const FIRST_SLOT: usize = 64;
 const SLOT_LEN: usize = 128;
 const PID_AT: usize = 64;
 const ORDERLY_AT: usize = 72;
+const QUIET_AT: usize = 80;
 /// Slots that fit.
 pub(super) const MOST_SLOTS: usize = (LEN - FIRST_SLOT) / SLOT_LEN;
 
@@ -108,6 +109,15 @@ impl LifePage {
 
     pub(super) fn set_orderly(&self, slot: usize, orderly: bool) {
         self.memory.store_u64(self.at(slot) + ORDERLY_AT, u64::from(orderly), Ordering::SeqCst);
+    }
+
+    /// Whether the process of the slot has shut its guest's gate and ordered the guest to stop, because its page server had gone.
+    pub(super) fn quiet(&self, slot: usize) -> bool {
+        self.memory.load_u64(self.at(slot) + QUIET_AT, Ordering::SeqCst) != 0
+    }
+
+    pub(super) fn set_quiet(&self, slot: usize, quiet: bool) {
+        self.memory.store_u64(self.at(slot) + QUIET_AT, u64::from(quiet), Ordering::SeqCst);
     }
 
     fn mutex(&self, slot: usize) -> *mut libc::pthread_mutex_t {

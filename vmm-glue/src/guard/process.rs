@@ -1,8 +1,8 @@
 //! The side of whoever starts a guard; and proof of death.
 
 use super::page::LifePage;
-use super::watcher::{MOST_CONNECTIONS, REFUSED};
-use super::{GuardError, Secrets, io_error};
+use super::watcher::{DISMISSED, HAND_OVER_BYTES, MOST_CONNECTIONS, REFUSED};
+use super::{Arms, GuardError, Secrets, io_error};
 use belay_transport::Deadline;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -51,6 +51,7 @@ impl Guard {
         command: &GuardCommand,
         page: &LifePage,
         secrets: &Secrets,
+        arms: Arms,
         connections: &[BorrowedFd<'_>],
     ) -> Result<Self, GuardError> {
         if connections.is_empty() || connections.len() > MOST_CONNECTIONS {
@@ -75,9 +76,7 @@ impl Guard {
         let guard = Self { child, hand_over: ours };
         let mut fds = vec![page.fd()];
         fds.extend_from_slice(connections);
-        let mut bytes = Zeroizing::new([0; 64]);
-        bytes[..32].copy_from_slice(&secrets.sign);
-        bytes[32..].copy_from_slice(&secrets.proof);
+        let bytes = hand_over(secrets, arms);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_CONNECTIONS + 1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "the space is made for this many");
@@ -103,6 +102,11 @@ impl Guard {
             Ok(1) => Err(GuardError::NotHeld { slot }),
             Ok(_) | Err(_) => Err(self.ended()),
         }
+    }
+
+    /// The socket by which it is told what to watch: whoever has it can [`dismiss`] it, also after the death of this process.
+    pub fn hand_over(&self) -> BorrowedFd<'_> {
+        self.hand_over.as_fd()
     }
 
     fn ended(&mut self) -> GuardError {
@@ -141,12 +145,23 @@ impl Guard {
     }
 }
 
-#[cfg(test)]
-impl Guard {
-    /// The hand-over socket, to be closed as the death of this process would.
-    pub(super) fn hand_over_for_test(&self) -> BorrowedFd<'_> {
-        self.hand_over.as_fd()
-    }
+/// Sends the guard at the other end of `hand_over` home: it ends without a word, whatever it watches. True when it took the order.
+pub fn dismiss(hand_over: impl AsFd) -> bool {
+    rustix::net::send(hand_over, &[DISMISSED], SendFlags::NOSIGNAL | SendFlags::DONTWAIT).is_ok()
+}
+
+/// The first message to a guard: its secrets, and the bound of its fence in milliseconds (none: not armed).
+fn hand_over(secrets: &Secrets, arms: Arms) -> Zeroizing<[u8; HAND_OVER_BYTES]> {
+    let mut bytes = Zeroizing::new([0; HAND_OVER_BYTES]);
+    bytes[..32].copy_from_slice(&secrets.sign);
+    bytes[32..64].copy_from_slice(&secrets.proof);
+    bytes[64..96].copy_from_slice(&secrets.fence);
+    let bound_ms = match arms {
+        Arms::None => 0,
+        Arms::Fence { gate_bound } => u64::try_from(gate_bound.as_millis()).unwrap_or(u64::MAX).max(1),
+    };
+    bytes[96..].copy_from_slice(&bound_ms.to_le_bytes());
+    bytes
 }
 
 /// Whether the process of `pidfd` has ended, all of it, by `deadline`. This is proof: none of its threads runs any more.

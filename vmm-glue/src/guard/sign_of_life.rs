@@ -13,6 +13,7 @@ const STACK_BYTES: usize = 64 << 10;
 /// nothing, so a panic that unwinds past it is still a death.
 #[derive(Debug)]
 pub struct SignOfLife {
+    page: Arc<LifePage>,
     slot: usize,
     stand_down: Sender<()>,
     holder: JoinHandle<()>,
@@ -24,7 +25,9 @@ impl SignOfLife {
         page.check_slot(slot)?;
         let (stand_down, told) = bounded::<()>(1);
         let (tell, took) = bounded(1);
+        let held = Arc::clone(&page);
         let hold = move || {
+            let page = held;
             let taken = take(&page, slot);
             let took_it = taken.is_ok();
             // The caller waits for exactly this one answer, so it cannot fail to be taken.
@@ -46,12 +49,17 @@ impl SignOfLife {
             .spawn(hold)
             .map_err(io_error("start the thread that holds the sign of life"))?;
         took.recv().map_err(|_| GuardError::NotHeld { slot })??;
-        Ok(Self { slot, stand_down, holder })
+        Ok(Self { page, slot, stand_down, holder })
     }
 
     /// The slot it holds.
     pub fn slot(&self) -> usize {
         self.slot
+    }
+
+    /// Says whether this process, a VMM, has shut its guest's gate and ordered the guest to stop because its page server has gone.
+    pub fn quiet(&self, quiet: bool) {
+        self.page.set_quiet(self.slot, quiet);
     }
 
     /// Says that the end of this process is no death from here on. For the end of a migration, or of a VMM that has stopped by itself.
@@ -69,6 +77,7 @@ fn take(page: &LifePage, slot: usize) -> Result<(), GuardError> {
         // A slot can be used again after its process has died or stood down.
         Got::Free | Got::OwnerDied => {
             page.set_orderly(slot, false);
+            page.set_quiet(slot, false);
             page.set_pid(slot, u64::from(std::process::id()));
             Ok(())
         }

@@ -32,7 +32,7 @@ fn run_as_guard() {
     }
 }
 
-/// The watched process: opens the page of the process that started it, holds slot 0 and a lot of memory, then does what it is told.
+/// The watched process: opens the page of the process that started it, holds a slot and a lot of memory, then does what it is told.
 #[test]
 fn run_as_vmm() {
     if role().as_deref() != Some("vmm") {
@@ -42,7 +42,8 @@ fn run_as_vmm() {
     let path = lines.next().expect("a path");
     let page = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("page");
     let page = Arc::new(LifePage::from_fd(page.into()).expect("a page"));
-    let life = SignOfLife::hold(page, 0).expect("hold");
+    let slot = lines.next().expect("a slot").parse().expect("a number");
+    let life = SignOfLife::hold(page, slot).expect("hold");
     let memory = vec![1_u8; MEMORY];
     println!("\nready {}", std::hint::black_box(&memory)[MEMORY - 1]);
     match lines.next().as_deref() {
@@ -82,6 +83,10 @@ struct Vmm {
 
 impl Vmm {
     fn start(page: &LifePage) -> Self {
+        Self::start_in(page, 0)
+    }
+
+    fn start_in(page: &LifePage, slot: usize) -> Self {
         use std::os::fd::AsRawFd;
         let command = test_command("run_as_vmm", "vmm");
         let mut child = Command::new(&command.program)
@@ -95,6 +100,7 @@ impl Vmm {
         let input = child.stdin.take().expect("piped");
         let mut vmm = Self { child, lines, input };
         vmm.tell(&format!("/proc/{}/fd/{}", std::process::id(), page.fd().as_raw_fd()));
+        vmm.tell(&slot.to_string());
         vmm.hear("ready 1");
         vmm
     }
@@ -144,7 +150,8 @@ fn scene() -> Scene {
     let secrets = Secrets::random().expect("secrets");
     let (ours, theirs) = socket_pair();
     let mut guard =
-        Guard::spawn(&test_command("run_as_guard", "guard"), &page, &secrets, &[theirs.as_fd()]).expect("guard");
+        Guard::spawn(&test_command("run_as_guard", "guard"), &page, &secrets, Arms::None, &[theirs.as_fd()])
+            .expect("guard");
     drop(theirs);
     let vmm = Vmm::start(&page);
     guard.watch(0, soon()).expect("watch");
@@ -225,7 +232,8 @@ fn a_process_that_died_before_it_was_watched_is_a_death_without_proof() {
     let secrets = Secrets::random().expect("secrets");
     let (ours, theirs) = socket_pair();
     let mut guard =
-        Guard::spawn(&test_command("run_as_guard", "guard"), &page, &secrets, &[theirs.as_fd()]).expect("guard");
+        Guard::spawn(&test_command("run_as_guard", "guard"), &page, &secrets, Arms::None, &[theirs.as_fd()])
+            .expect("guard");
     drop(theirs);
     drop(Vmm::start(&page));
     guard.watch(0, soon()).expect("watch");
@@ -242,10 +250,10 @@ fn a_slot_that_nobody_holds_is_refused_and_a_guard_with_nothing_to_watch_ends() 
     let (_ours, theirs) = socket_pair();
     let secrets = Secrets::random().expect("secrets");
     let command = test_command("run_as_guard", "guard");
-    let mut guard = Guard::spawn(&command, &page, &secrets, &[theirs.as_fd()]).expect("guard");
+    let mut guard = Guard::spawn(&command, &page, &secrets, Arms::None, &[theirs.as_fd()]).expect("guard");
     assert!(matches!(guard.watch(0, soon()), Err(GuardError::NotHeld { slot: 0 })));
     assert!(matches!(guard.watch(9, soon()), Err(GuardError::NotHeld { slot: 9 })));
-    rustix::net::shutdown(guard.hand_over_for_test(), rustix::net::Shutdown::Both).expect("shutdown");
+    rustix::net::shutdown(guard.hand_over(), rustix::net::Shutdown::Both).expect("shutdown");
     assert!(guard.wait(soon()).expect("wait"));
 }
 
@@ -299,4 +307,127 @@ fn a_killed_process_is_proven_dead_and_a_living_one_is_not() {
     assert!(!proof_of_death(&pidfd, Deadline::after(Duration::from_millis(20))).expect("poll"));
     assert!(kill_and_prove(&pidfd, soon()).expect("kill"));
     assert!(kill_and_prove(&pidfd, soon()).expect("and again"), "a process that is gone is proven gone");
+}
+
+/// A scene whose guard may fence: the test process is the page server (slot 1), the child is the VMM (slot 0).
+fn armed(gate_bound: Duration) -> Scene {
+    let page = Arc::new(LifePage::new(2).expect("page"));
+    let secrets = Secrets::random().expect("secrets");
+    let (ours, theirs) = socket_pair();
+    let arms = Arms::Fence { gate_bound };
+    let command = test_command("run_as_guard", "guard");
+    let mut guard = Guard::spawn(&command, &page, &secrets, arms, &[theirs.as_fd()]).expect("guard");
+    drop(theirs);
+    let vmm = Vmm::start(&page);
+    guard.watch(0, soon()).expect("watch");
+    let (watch, notices) = listen(ours, &secrets);
+    Scene { page, guard, vmm, _watch: watch, notices }
+}
+
+#[test]
+fn the_fence_ends_what_is_watched_and_its_success_is_proof_of_death() {
+    let mut scene = armed(BOUND);
+    assert!(scene.vmm.child.try_wait().expect("wait").is_none());
+    assert!(scene._watch.fence(), "the order could be sent");
+    assert_eq!(scene.next().0, Notice::DeathSign);
+    assert_eq!(scene.next().0, Notice::DeathProven);
+    let status = scene.vmm.child.wait().expect("wait");
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(status.signal(), Some(libc::SIGKILL));
+    scene.guard_ends();
+}
+
+#[test]
+fn a_frozen_process_is_fenced_too() {
+    let mut scene = armed(BOUND);
+    // SAFETY: stops a child of this test that nobody has waited for.
+    unsafe { libc::kill(scene.vmm.child.id() as i32, libc::SIGSTOP) };
+    assert!(scene._watch.fence());
+    assert_eq!(scene.next().0, Notice::DeathSign);
+    assert_eq!(scene.next().0, Notice::DeathProven);
+    scene.guard_ends();
+}
+
+#[test]
+fn only_the_right_words_are_an_order_to_fence_and_an_unarmed_guard_obeys_none() {
+    let secrets = Secrets::random().expect("secrets");
+    let mut nearly = secrets.fence;
+    nearly[0] ^= 0x80;
+    let orders = [
+        (Arms::Fence { gate_bound: BOUND }, nearly),
+        (Arms::Fence { gate_bound: BOUND }, secrets.sign),
+        (Arms::None, secrets.fence),
+    ];
+    for (arms, order) in orders {
+        let page = Arc::new(LifePage::new(1).expect("page"));
+        let (ours, theirs) = socket_pair();
+        let command = test_command("run_as_guard", "guard");
+        let mut guard = Guard::spawn(&command, &page, &secrets, arms, &[theirs.as_fd()]).expect("guard");
+        drop(theirs);
+        let mut vmm = Vmm::start(&page);
+        guard.watch(0, soon()).expect("watch");
+        rustix::io::write(&ours, &order).expect("write");
+        // The guard answers this only after the hand-over thread has run; the order has been with it for longer.
+        guard.watch(0, soon()).expect("watched again");
+        let (_watch, notices) = listen(ours, &secrets);
+        assert!(notices.recv_timeout(Duration::from_millis(200)).is_err(), "nobody dies of {arms:?}");
+        assert!(vmm.child.try_wait().expect("wait").is_none());
+        assert!(dismiss(guard.hand_over()));
+        assert!(guard.wait(soon()).expect("wait"));
+    }
+}
+
+#[test]
+fn a_vmm_that_does_not_shut_its_gate_when_its_page_server_dies_is_fenced_and_one_that_does_is_kept() {
+    for quiet in [false, true] {
+        let page = Arc::new(LifePage::new(2).expect("page"));
+        let secrets = Secrets::random().expect("secrets");
+        let (ours, theirs) = socket_pair();
+        let arms = Arms::Fence { gate_bound: Duration::from_millis(if quiet { 20_000 } else { 50 }) };
+        let command = test_command("run_as_guard", "guard");
+        let mut guard = Guard::spawn(&command, &page, &secrets, arms, &[theirs.as_fd()]).expect("guard");
+        drop(theirs);
+        let mut server = Vmm::start(&page);
+        guard.watch(0, soon()).expect("watch");
+        let mut vmm = Vmm::start_in(&page, 1);
+        guard.watch(1, soon()).expect("watch");
+        let (watch, notices) = listen(ours, &secrets);
+        let next = || notices.recv_timeout(BOUND).expect("a notice").0;
+        if quiet {
+            page.set_quiet(1, true);
+        }
+        server.kill();
+        assert_eq!(next(), Notice::DeathSign);
+        if quiet {
+            assert!(notices.recv_timeout(Duration::from_millis(200)).is_err(), "no proof while the VMM lives");
+            assert!(vmm.child.try_wait().expect("wait").is_none(), "never killed for being fenced");
+            assert!(watch.fence());
+        }
+        assert_eq!(next(), Notice::DeathProven);
+        assert!(!vmm.child.wait().expect("wait").success());
+        assert!(guard.wait(soon()).expect("wait"));
+    }
+}
+
+#[test]
+fn a_dismissed_guard_ends_without_a_word_whatever_it_watches() {
+    let mut scene = scene();
+    assert!(dismiss(scene.guard.hand_over()));
+    assert_eq!(scene.next().0, Notice::GuardGone { why: "its connection ended".into() });
+    scene.guard_ends();
+    assert!(scene.vmm.child.try_wait().expect("wait").is_none());
+}
+
+#[test]
+fn secrets_are_wiped_when_they_are_dropped_and_never_shown() {
+    let mut secrets = Secrets::random().expect("secrets");
+    assert_eq!(format!("{secrets:?}"), "Secrets(..)");
+    assert!(secrets.each().iter().all(|secret| secret.iter().any(|&byte| byte != 0)));
+    let mut room = std::mem::ManuallyDrop::new(secrets);
+    // SAFETY: dropped once; what remains is read as plain bytes and not used as Secrets again.
+    unsafe { std::mem::ManuallyDrop::drop(&mut room) };
+    let left: *const Secrets = &*room;
+    // SAFETY: the place is still there, and any bytes are valid ones.
+    let bytes = unsafe { left.cast::<[u8; 96]>().read_volatile() };
+    assert_eq!(bytes, [0; 96]);
 }

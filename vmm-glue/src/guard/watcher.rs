@@ -1,23 +1,24 @@
 //! The guard process' own main: gets what it needs over its standard input, watches, says what there is to say, ends.
 //!
-//! Hand-over (a Unix stream socket as standard input): the first message is the two secrets with the page's and the connections'
-//! descriptors beside them; each message after that is one byte, a slot to watch, answered by the same byte once it is watched
-//! ([`REFUSED`] when nobody holds it).
+//! Hand-over (a Unix stream socket as standard input): the first message is the secrets and the bound of the fence, with the page's and
+//! the connections' descriptors beside them; each message after that is one byte, a slot to watch, answered by the same byte once it is
+//! watched ([`REFUSED`] when nobody holds it), or [`DISMISSED`].
 
+use super::death_watch::same;
 use super::page::{Got, LifePage, MOST_SLOTS};
 use super::process::proof_of_death;
-use super::{GuardError, Secrets, io_error};
+use super::{Arms, GuardError, Secrets, io_error};
 use belay_transport::Deadline;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::MlockAllFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -25,10 +26,16 @@ use zeroize::Zeroizing;
 pub(super) const MOST_CONNECTIONS: usize = 8;
 /// Answer to a slot that cannot be watched.
 pub(super) const REFUSED: u8 = 0xff;
+/// A word that sends the guard home.
+pub(super) const DISMISSED: u8 = 0xfe;
+/// Length of the first message.
+pub(super) const HAND_OVER_BYTES: usize = 3 * 32 + 8;
+/// How often a VMM is looked at whose page server has died.
+const GATE_LOOK: Duration = Duration::from_millis(1);
 /// Longest a dying process is waited for. The address space of a guest of a TiB takes minutes.
 const PROOF_BOUND: Duration = Duration::from_secs(600);
 
-const _: () = assert!(MOST_SLOTS < REFUSED as usize);
+const _: () = assert!(MOST_SLOTS < DISMISSED as usize && DISMISSED < REFUSED);
 
 /// What the threads of the guard tell its main one.
 enum Event {
@@ -46,9 +53,18 @@ pub fn guard_main() -> Result<(), GuardError> {
     ignore_signals();
     // Best effort: a page of the guard's that must be read from disk first would cost the time it is there to save.
     let _ = rustix::mm::mlockall(MlockAllFlags::CURRENT);
-    let (secrets, page, connections) = take_over(std::io::stdin())?;
-    let guard = Arc::new(Shared { secrets, page, connections, signed: AtomicBool::new(false) });
+    let guard = Arc::new(take_over(std::io::stdin())?);
     let (tell, events) = unbounded();
+    if guard.arms != Arms::None {
+        for index in 0..guard.connections.len() {
+            let guard = Arc::clone(&guard);
+            let obey = move || {
+                run_soon();
+                obey(&guard, index);
+            };
+            std::thread::Builder::new().name("fence".into()).spawn(obey).map_err(io_error("start a thread"))?;
+        }
+    }
     {
         let (guard, tell) = (Arc::clone(&guard), tell.clone());
         std::thread::Builder::new()
@@ -67,12 +83,29 @@ pub fn guard_main() -> Result<(), GuardError> {
 }
 
 /// What every thread of the guard needs.
-struct Shared {
-    secrets: Secrets,
-    page: LifePage,
-    connections: Vec<OwnedFd>,
+pub(super) struct Shared {
+    pub(super) secrets: Secrets,
+    pub(super) page: LifePage,
+    pub(super) connections: Vec<OwnedFd>,
+    pub(super) arms: Arms,
+    /// What is watched now, by slot: what the fence would end.
+    pub(super) watched: Mutex<Vec<(usize, Arc<OwnedFd>)>>,
     /// The sign has been given.
-    signed: AtomicBool,
+    pub(super) signed: AtomicBool,
+}
+
+impl Shared {
+    fn watched(&self) -> MutexGuard<'_, Vec<(usize, Arc<OwnedFd>)>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends everything that is watched. The watchers see the deaths and their proofs, and say so.
+    fn fence(&self) {
+        for (_, pidfd) in &*self.watched() {
+            // One that has ended meanwhile is as good.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
+    }
 }
 
 /// SIGINT and SIGTERM reach the whole terminal or unit; whoever is watched decides what they mean, and the guard outlives it.
@@ -91,14 +124,14 @@ pub(super) fn run_soon() {
     unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &parameter) };
 }
 
-pub(super) fn take_over(stdin: impl AsFd) -> Result<(Secrets, LifePage, Vec<OwnedFd>), GuardError> {
-    let mut bytes = Zeroizing::new([0; 64]);
+pub(super) fn take_over(stdin: impl AsFd) -> Result<Shared, GuardError> {
+    let mut bytes = Zeroizing::new([0; HAND_OVER_BYTES]);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_CONNECTIONS + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let got =
-        rustix::net::recvmsg(stdin, &mut [IoSliceMut::new(&mut bytes[..])], &mut control, RecvFlags::CMSG_CLOEXEC)
-            .map_err(io_error("receive the hand-over"))?;
-    if got.bytes != bytes.len() {
+    let into = &mut [IoSliceMut::new(&mut bytes[..])];
+    let got = rustix::net::recvmsg(stdin, into, &mut control, RecvFlags::CMSG_CLOEXEC)
+        .map_err(io_error("receive the hand-over"))?;
+    if got.bytes != HAND_OVER_BYTES {
         return Err(GuardError::BadHandOver { what: "secrets of the wrong length" });
     }
     let mut fds = control.drain().flat_map(|message| match message {
@@ -107,10 +140,34 @@ pub(super) fn take_over(stdin: impl AsFd) -> Result<(Secrets, LifePage, Vec<Owne
     });
     let page = LifePage::from_fd(fds.next().ok_or(GuardError::BadHandOver { what: "no page" })?)?;
     let connections: Vec<_> = fds.collect();
-    let mut secrets = Secrets { sign: [0; 32], proof: [0; 32] };
-    secrets.sign.copy_from_slice(&bytes[..32]);
-    secrets.proof.copy_from_slice(&bytes[32..]);
-    Ok((secrets, page, connections))
+    let mut secrets = Secrets::none();
+    for (secret, bytes) in secrets.each().into_iter().zip(bytes.chunks_exact(32)) {
+        secret.copy_from_slice(bytes);
+    }
+    let bound_ms = u64::from_le_bytes(bytes[96..].try_into().expect("eight bytes are left"));
+    let arms = match bound_ms {
+        0 => Arms::None,
+        ms => Arms::Fence { gate_bound: Duration::from_millis(ms) },
+    };
+    let (watched, signed) = (Mutex::default(), AtomicBool::new(false));
+    Ok(Shared { secrets, page, connections, arms, watched, signed })
+}
+
+/// Waits for the order on one connection. Anything else that comes ends the waiting: a source says nothing else.
+fn obey(guard: &Shared, index: usize) {
+    let connection = &guard.connections[index];
+    let (mut word, mut filled) = (Zeroizing::new([0; 32]), 0);
+    while filled < word.len() {
+        match rustix::io::read(connection, &mut word[filled..]) {
+            Ok(0) => return,
+            Ok(count) => filled += count,
+            Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+    }
+    if same(&word, &guard.secrets.fence) {
+        guard.fence();
+    }
 }
 
 fn serve_hand_over(guard: &Arc<Shared>, tell: &Sender<Event>) {
@@ -123,6 +180,9 @@ fn serve_hand_over(guard: &Arc<Shared>, tell: &Sender<Event>) {
             Ok(_) | Err(_) => return,
         }
         let [number] = slot;
+        if number == DISMISSED {
+            std::process::exit(0);
+        }
         let answer = if watch(guard, usize::from(number), tell).is_ok() { number } else { REFUSED };
         if rustix::io::write(&stdin, &[answer]).is_err() {
             return;
@@ -138,13 +198,16 @@ fn watch(guard: &Arc<Shared>, slot: usize, tell: &Sender<Event>) -> Result<(), G
     // The pidfd is that of the holder only if the holder still holds after it was opened: a number may have been given again.
     let pidfd = pidfd_open(pid, PidfdFlags::empty());
     let pidfd = match page.try_lock(slot).map_err(io_error("look at the slot's mutex"))? {
-        Got::Busy => Some(pidfd.map_err(io_error("pidfd_open"))?),
+        Got::Busy => Some(Arc::new(pidfd.map_err(io_error("pidfd_open"))?)),
         Got::OwnerDied => None,
         Got::Free => {
             page.unlock(slot).map_err(io_error("give the mutex back"))?;
             return Err(GuardError::NotHeld { slot });
         }
     };
+    if let Some(pidfd) = &pidfd {
+        guard.watched().push((slot, Arc::clone(pidfd)));
+    }
     let _ = tell.send(Event::Watching);
     let (guard, tell) = (Arc::clone(guard), tell.clone());
     let watch = move || {
@@ -158,6 +221,7 @@ fn watch(guard: &Arc<Shared>, slot: usize, tell: &Sender<Event>) -> Result<(), G
                 if got.is_ok() && page.unlock(slot).is_ok() { matches!(got, Ok(Got::OwnerDied)) } else { false }
             }
         };
+        guard.watched().retain(|(watched, _)| *watched != slot);
         if !died || page.orderly(slot) {
             let _ = tell.send(Event::Ended { stood_down: true, proven: false });
             return;
@@ -165,11 +229,33 @@ fn watch(guard: &Arc<Shared>, slot: usize, tell: &Sender<Event>) -> Result<(), G
         if !guard.signed.swap(true, Ordering::SeqCst) {
             say(&guard.connections, &guard.secrets.sign);
         }
-        let proven = pidfd.is_some_and(|pidfd| proof_of_death(&pidfd, Deadline::after(PROOF_BOUND)).unwrap_or(false));
+        if let Arms::Fence { gate_bound } = guard.arms {
+            quieten(&guard, slot, Deadline::after(gate_bound));
+        }
+        let proven = pidfd.is_some_and(|pidfd| proof_of_death(&*pidfd, Deadline::after(PROOF_BOUND)).unwrap_or(false));
         let _ = tell.send(Event::Ended { stood_down: false, proven });
     };
     std::thread::Builder::new().name(format!("watch-{slot}")).spawn(watch).map_err(io_error("start a thread"))?;
     Ok(())
+}
+
+/// The process of slot `dead` has died. Whoever else is watched is a VMM without its page server now: it has until the deadline to say that
+/// its gate is shut and its guest ordered to stop, and is ended if it does not.
+fn quieten(guard: &Shared, dead: usize, deadline: Deadline) {
+    let loud = |guard: &Shared| -> Vec<Arc<OwnedFd>> {
+        let watched = guard.watched();
+        let loud = watched.iter().filter(|(slot, _)| *slot != dead && !guard.page.quiet(*slot));
+        loud.map(|(_, pidfd)| Arc::clone(pidfd)).collect()
+    };
+    while !loud(guard).is_empty() {
+        if deadline.expired() {
+            for pidfd in loud(guard) {
+                let _ = pidfd_send_signal(&*pidfd, Signal::KILL);
+            }
+            return;
+        }
+        std::thread::sleep(GATE_LOOK);
+    }
 }
 
 /// Waits until all that was watched has ended; whether every death among it is proven.

@@ -14,6 +14,13 @@ pub(super) enum Wanted {
     Exit,
 }
 
+/// What becomes of the wish to stop when not every vCPU has by the deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wish {
+    Withdrawn,
+    Stands,
+}
+
 /// Where a vCPU is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -66,9 +73,16 @@ impl Control {
 
     // --- the controller's side
 
-    /// Asks all vCPUs to stop and waits until they have. `kick` gets each vCPU that may be inside KVM_RUN out of it; on a
-    /// timeout the wish is withdrawn and `unkick` undoes the kick.
-    pub fn stop(&self, deadline: Deadline, kick: impl Fn(usize), unkick: impl Fn(usize)) -> Result<(), GuestError> {
+    /// Asks all vCPUs to stop and waits until they have. `kick` gets each vCPU that may be inside KVM_RUN out of it. On a timeout
+    /// a wish that is to be [`Wish::Withdrawn`] is, and `unkick` undoes the kick; one that stands, or a stop that was wanted before,
+    /// is kept: a vCPU that waits for a page then stops the moment it is served.
+    pub fn stop(
+        &self,
+        deadline: Deadline,
+        on_timeout: Wish,
+        kick: impl Fn(usize),
+        unkick: impl Fn(usize),
+    ) -> Result<(), GuestError> {
         let asked = Instant::now();
         let mut state = self.lock();
         let before = state.wanted;
@@ -87,9 +101,11 @@ impl Control {
             }
             let left = deadline.left();
             if left.is_zero() {
-                state.wanted = before;
-                (0..state.phases.len()).for_each(unkick);
-                self.to_vcpus.notify_all();
+                if on_timeout == Wish::Withdrawn && before != Wanted::Stop {
+                    state.wanted = before;
+                    (0..state.phases.len()).for_each(unkick);
+                    self.to_vcpus.notify_all();
+                }
                 let bound_ms = asked.elapsed().as_millis() as u64;
                 return Err(GuestError::StopTimedOut { bound_ms, running, vcpus: state.phases.len() });
             }

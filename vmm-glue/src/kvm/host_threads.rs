@@ -5,7 +5,7 @@
 //! cannot be stopped and [`Guest::pause`] says so at its deadline.
 
 use super::bare::{self, BareGuest};
-use super::control::{Control, Waited};
+use super::control::{Control, Waited, Wish};
 use super::device::{Pacer, Port, PortState};
 use super::guests::{Filler, GuestSpec, Layout, NONCE_LOG_CAPACITY, Program, rules};
 use super::machine::failed;
@@ -233,7 +233,7 @@ impl Guest for HostGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
         let stopping = &self.shared.stopping;
         let kick = |_| stopping.store(true, Ordering::SeqCst);
-        self.shared.control.stop(deadline, kick, |_| stopping.store(false, Ordering::SeqCst))
+        self.shared.control.stop(deadline, Wish::Withdrawn, kick, |_| stopping.store(false, Ordering::SeqCst))
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

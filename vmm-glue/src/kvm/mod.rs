@@ -21,6 +21,7 @@ use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize, RegionId};
+use control::Wish;
 use guests::{GuestSpec, LEDGER_ENTRY, Layout, Program, SCANNER_ENTRY};
 pub use host_threads::HostGuest;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -115,6 +116,17 @@ impl KvmGuest {
         &self.memory
     }
 
+    /// As [`Guest::pause`], for good: a vCPU that does not stop by the deadline, because it waits for a page, stops as soon as it has
+    /// the page, and runs nothing before that.
+    pub fn halt(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        self.stop(deadline, Wish::Stands)
+    }
+
+    fn stop(&self, deadline: Deadline, on_timeout: Wish) -> Result<(), GuestError> {
+        let vcpus = self.machine.vcpus();
+        self.machine.control().stop(deadline, on_timeout, |index| vcpus[index].kick(), |index| vcpus[index].unkick())
+    }
+
     /// Packets the guest has emitted since its first start.
     pub fn packets(&self) -> u64 {
         self.machine.port().sequence()
@@ -129,8 +141,7 @@ impl KvmGuest {
 
 impl Guest for KvmGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
-        let vcpus = self.machine.vcpus();
-        self.machine.control().stop(deadline, |index| vcpus[index].kick(), |index| vcpus[index].unkick())
+        self.stop(deadline, Wish::Withdrawn)
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

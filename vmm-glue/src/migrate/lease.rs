@@ -25,6 +25,11 @@ impl Silence {
         Self { bound, counted_from: now, asked_at: now }
     }
 
+    /// When it will have lasted, as things stand, by CLOCK_BOOTTIME.
+    pub fn ends(&self) -> Duration {
+        self.counted_from + self.bound
+    }
+
     /// Whether the destination has been silent for the whole bound.
     pub fn has_lasted(&mut self, heard: &Heard, now: Duration) -> bool {
         let looked_at = Duration::from_nanos(heard.looked_at_ns);

@@ -9,8 +9,8 @@ use belay_transport::fabric::FabricDetails;
 use belay_transport::session::{Agreed, NoVerbs, WithoutVerbs};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Identifies one observation among all of both hosts.
@@ -35,12 +35,18 @@ pub struct Observation {
 pub enum Kind {
     /// A state of `ownership` was entered.
     State { state: String, why: String },
+    /// The operator can reach this process.
+    Operable { id: String, socket: String },
+    /// Metrics are served.
+    Metrics { address: String },
     /// The destination listens.
     Listening { address: String },
     /// The guest runs, before any migration.
     GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
+    /// This page server goes on with the VMM that a dead one left, which is process `pid`. The guest is stopped.
+    TookOver { pid: u32, landed_frames: u64, missing_frames: u64, held_packets: u64 },
     /// The two hosts have agreed on a session.
     Connected {
         peer: String,
@@ -154,6 +160,7 @@ struct Inner {
     next: AtomicU64,
     /// The number noted last; 0 before the first.
     latest: AtomicU64,
+    provoked: Mutex<Allowance>,
     take: Box<dyn Fn(&Observation) + Send + Sync>,
 }
 
@@ -162,7 +169,13 @@ impl Observer {
     pub fn new(role: &str, take: impl Fn(&Observation) + Send + Sync + 'static) -> Self {
         let prefix = format!("{role}-{}", std::process::id());
         Self {
-            inner: Arc::new(Inner { prefix, next: AtomicU64::new(1), latest: AtomicU64::new(0), take: Box::new(take) }),
+            inner: Arc::new(Inner {
+                prefix,
+                next: AtomicU64::new(1),
+                latest: AtomicU64::new(0),
+                provoked: Mutex::new(Allowance::default()),
+                take: Box::new(take),
+            }),
         }
     }
 
@@ -181,12 +194,57 @@ impl Observer {
         id
     }
 
+    /// Notes a state of this name that somebody else provoked, as often as that is worth: a stranger or a peer that repeats it must
+    /// not fill a disk. What was left out is told with the next.
+    pub fn note_provoked(&self, parent: Option<&ObservationId>, state: &str, why: String) -> Option<ObservationId> {
+        let left_out = self.inner.provoked.lock().unwrap_or_else(PoisonError::into_inner).take(monotonic_us())?;
+        let why = if left_out == 0 {
+            why
+        } else {
+            format!("{why} (and {left_out} more like it since the last that was told)")
+        };
+        Some(self.note(parent, Kind::State { state: state.to_owned(), why }))
+    }
+
     /// The observation noted last, as the cause of what has no better one.
     pub fn latest(&self) -> Option<ObservationId> {
         match self.inner.latest.load(Ordering::Relaxed) {
             0 => None,
             number => Some(ObservationId(format!("{}-{number}", self.inner.prefix))),
         }
+    }
+}
+
+/// How many provoked observations may still be told.
+#[derive(Debug)]
+struct Allowance {
+    left: u64,
+    filled_at_us: u64,
+    left_out: u64,
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self { left: Self::MOST, filled_at_us: monotonic_us(), left_out: 0 }
+    }
+}
+
+impl Allowance {
+    const MOST: u64 = 20;
+    /// One more comes so often.
+    const REFILL_US: u64 = 500_000;
+
+    /// How many were left out before this one, or nothing if this one is too.
+    fn take(&mut self, now_us: u64) -> Option<u64> {
+        let more = now_us.saturating_sub(self.filled_at_us) / Self::REFILL_US;
+        self.left = (self.left + more).min(Self::MOST);
+        self.filled_at_us += more * Self::REFILL_US;
+        if self.left == 0 {
+            self.left_out += 1;
+            return None;
+        }
+        self.left -= 1;
+        Some(std::mem::take(&mut self.left_out))
     }
 }
 
@@ -263,6 +321,22 @@ pub fn latency(what: &str, histogram: &Histogram<u64>) -> Option<Kind> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn p7_what_others_provoke_is_told_now_and_then_and_counted() {
+        let (say, said) = crossbeam_channel::unbounded();
+        let observer = Observer::new("destination", move |seen| drop(say.send(seen.kind.clone())));
+        for _ in 0..10_000 {
+            observer.note_provoked(None, "turned-away", "a stranger".to_owned());
+        }
+        let told = said.try_iter().count() as u64;
+        assert!((Allowance::MOST..Allowance::MOST + 10).contains(&told), "{told} of 10000");
+        let mut allowance = Allowance::default();
+        let begun = allowance.filled_at_us;
+        assert!((0..Allowance::MOST).all(|_| allowance.take(begun) == Some(0)));
+        assert_eq!((allowance.take(begun), allowance.take(begun)), (None, None));
+        assert_eq!(allowance.take(begun + Allowance::REFILL_US), Some(2), "what was left out is told of");
+    }
 
     #[test]
     fn what_the_fabric_obtained_reads_back_from_its_event() {

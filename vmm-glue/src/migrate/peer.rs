@@ -18,6 +18,19 @@ pub enum Listened<M> {
     Closed(String),
 }
 
+/// Longest text of the peer's that is shown.
+const SHOWN_CHARS: usize = 300;
+
+/// A text that the peer wrote, short and without what would steer a terminal or break a line of a log.
+pub fn harmless(text: &str) -> String {
+    let one_line = |c: char| if c.is_control() { ' ' } else { c };
+    let mut shown: String = text.chars().take(SHOWN_CHARS).map(one_line).collect();
+    if text.chars().nth(SHOWN_CHARS).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
 /// Messages not yet taken; more are left in the socket, so that a peer that talks too much waits.
 const INBOX_MESSAGES: usize = 64;
 
@@ -68,5 +81,18 @@ impl<M> Drop for Inbox<M> {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_of_the_peers_is_shown_short_and_harmless() {
+        let shown = harmless(&format!("\u{1b}[2J\r\nall is well{}", "!".repeat(10_000)));
+        assert!(shown.chars().all(|c| !c.is_control()) && shown.contains("all is well"), "{shown:?}");
+        assert_eq!(shown.chars().count(), SHOWN_CHARS + 1);
+        assert_eq!(harmless("plain, with ümläuts"), "plain, with ümläuts");
     }
 }

@@ -31,7 +31,6 @@ use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::RegionId;
 use belay_transport::fabric::{ReadKey, RingKeys};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
-use std::fmt;
 
 /// Version of the messages below, beside the session's own.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -120,6 +119,38 @@ fn told<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     Ok(text.replace(char::is_control, "?"))
 }
 
+impl ToDestination {
+    /// Its kind, for messages: what it carries is the guest's, or a key.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Prepare { .. } => "Prepare",
+            Self::Switch { .. } => "Switch",
+            Self::Go { .. } => "Go",
+            Self::Released { .. } => "Released",
+            Self::ReleaseRefused { .. } => "ReleaseRefused",
+            Self::Fate { .. } => "Fate",
+            Self::Failed { .. } => "Failed",
+        }
+    }
+}
+
+impl ToSource {
+    /// Its kind, for messages: what it carries may be a secret.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Prepared { .. } => "Prepared",
+            Self::Loaded { .. } => "Loaded",
+            Self::Resumed { .. } => "Resumed",
+            Self::AllLanded { .. } => "AllLanded",
+            Self::ReleaseAsked { .. } => "ReleaseAsked",
+            Self::Farewell => "Farewell",
+            Self::FateAsked { .. } => "FateAsked",
+            Self::GuestGone { .. } => "GuestGone",
+            Self::Failed { .. } => "Failed",
+        }
+    }
+}
+
 /// The source's checkpoint ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingOffer {
@@ -158,24 +189,6 @@ pub enum ProtocolError {
     Trailing { bytes: usize, rest: usize },
     #[error("the peer sent {got} where {wanted} was due")]
     Unexpected { got: String, wanted: &'static str },
-}
-
-/// Which kind of message (or of anything that derives `Debug`) this is, without what is in it: a message may hold device state,
-/// keys and secrets, and errors end up in logs.
-pub fn kind_of(message: &impl fmt::Debug) -> String {
-    /// Takes letters and fails at the first character that is none, which ends the formatting there.
-    struct Name(String);
-    impl fmt::Write for Name {
-        fn write_str(&mut self, text: &str) -> fmt::Result {
-            let end = text.find(|c: char| !c.is_alphanumeric()).unwrap_or(text.len());
-            self.0.push_str(&text[..end]);
-            if end == text.len() { Ok(()) } else { Err(fmt::Error) }
-        }
-    }
-    let mut name = Name(String::new());
-    // It fails at the name's end.
-    let _ = fmt::Write::write_fmt(&mut name, format_args!("{message:?}"));
-    name.0
 }
 
 /// An error with everything that caused it, on one line.

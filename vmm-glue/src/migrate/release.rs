@@ -1,6 +1,7 @@
 //! The release record: the source's written word that it will never resume this guest (P6).
 
 use super::observation::monotonic_us;
+use belay_transport::stop_point::reached;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -52,6 +53,7 @@ impl ReleaseRecord {
             ReleaseError::NotWritten { path: path.clone(), source }
         })?;
         fs::rename(&draft, &path).map_err(|source| ReleaseError::NotWritten { path: path.clone(), source })?;
+        reached("release-renamed");
         // From here on the name exists; only a directory that was synced says for how long.
         directory.sync_all().map_err(|source| ReleaseError::Unknown { path: path.clone(), source })?;
         Ok(path)
@@ -61,6 +63,7 @@ impl ReleaseRecord {
         fs::create_dir_all(state_dir)?;
         let mut file = File::create(draft)?;
         file.write_all(serde_json::to_string_pretty(self).map_err(io::Error::other)?.as_bytes())?;
+        reached("release-unsynced");
         file.sync_all()?;
         File::open(state_dir)
     }

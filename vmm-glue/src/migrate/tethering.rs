@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Output that may be held before vCPUs park (P7). Below what a record may carry.
-const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
+pub(super) const OUTBOX: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
 
 /// Why no tether could be made.
 #[derive(Debug, thiserror::Error)]
@@ -181,6 +181,11 @@ impl Tethering {
         })
     }
 
+    /// When the lease ends, in ns of CLOCK_BOOTTIME; 0 before the first grant.
+    pub fn lease_ends_at_ns(&self) -> u64 {
+        self.heartbeat.lease_ends_at_ns()
+    }
+
     /// Whether the lease has run out, by the destination's own clock.
     pub fn lease_has_ended(&self) -> bool {
         self.tether.is_some() && self.heartbeat.status().granted > 0 && !self.heartbeat.lease().valid()
@@ -277,6 +282,9 @@ impl EpochObserver for Ears {
 
     fn failed(&self, error: &Arc<TetherError>) {
         let why = explain(&**error);
+        // Told here, while it is known which epoch it was that could not commit.
+        let state = "tether-failed".to_owned();
+        self.observer.note(Some(&self.because), Kind::State { state, why: why.clone() });
         // A full channel has told the main loop already that something is wrong.
         let _ = self.happened.try_send(match &**error {
             error if is_revoked(error) => Happening::SourceRevoked(why),

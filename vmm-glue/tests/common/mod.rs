@@ -9,6 +9,7 @@ use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::kvm::{BareGuest, HostGuest, KvmGuest, KvmOptions};
 use belay_vmm_glue::witness::model::Model;
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -68,20 +69,37 @@ pub enum Kind {
 
 /// Set for a test program that is to be a VMM.
 const VMM_VARIABLE: &str = "BELAY_TEST_IS_VMM";
+/// The directory of its door, where it is to have one.
+const DOORS_VARIABLE: &str = "BELAY_TEST_DOORS";
 
 /// What `the_vmm_process_of_the_other_tests` does, where it is to be one.
 pub fn be_a_vmm_if_asked() {
     if std::env::var_os(VMM_VARIABLE).is_some() {
         let socket = std::io::stdin().as_fd().try_clone_to_owned().expect("stdin");
+        let doors = std::env::var_os(DOORS_VARIABLE).map(PathBuf::from);
         // How it ended is its parent's to judge: it watches the process.
-        let _ = apart::serve(socket.into(), Some(Duration::from_secs(30)));
+        let _ = apart::serve(socket.into(), Some(Duration::from_secs(30)), doors.as_deref());
     }
 }
 
 pub fn spawn_apart(spec: &GuestSpec, options: &KvmOptions, ram: &Ram, sink: &Arc<Collected>) -> RemoteGuest {
+    spawn_with_doors(spec, options, ram, sink, None)
+}
+
+/// A VMM that another page server can come in to, by its door in `doors`.
+pub fn spawn_with_doors(
+    spec: &GuestSpec,
+    options: &KvmOptions,
+    ram: &Ram,
+    sink: &Arc<Collected>,
+    doors: Option<&Path>,
+) -> RemoteGuest {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
     command.args(["--exact", "the_vmm_process_of_the_other_tests", "--test-threads=1"]).env(VMM_VARIABLE, "1");
     command.stdout(Stdio::null());
+    if let Some(doors) = doors {
+        command.env(DOORS_VARIABLE, doors);
+    }
     RemoteGuest::spawn(command, spec, options, ram.file.clone(), ram.alias.clone(), sink.clone()).expect("VMM process")
 }
 

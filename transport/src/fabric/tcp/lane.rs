@@ -467,6 +467,7 @@ impl Lane for TcpLane {
         self.enqueue_write(trailer);
         let sent = self.send_writes(std::slice::from_ref(trailer));
         self.break_on(sent)?;
+        crate::stop_point::reached("commit-placed");
         let bound = deadline.left();
         loop {
             let received = self.receive();

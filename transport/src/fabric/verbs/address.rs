@@ -225,6 +225,11 @@ impl Host {
         Ok(Local { device: port.device, port: port.port, address, gid_index })
     }
 
+    /// Why nothing but the operator's word can tell which port carries a session with this address here, where that is so.
+    fn undecided(&self, settings: &VerbsSettings, session: Option<IpAddr>) -> Option<VerbsError> {
+        self.choose(settings, session).err().filter(|error| matches!(error, VerbsError::SeveralDevices { .. }))
+    }
+
     /// The port that was named, or the first active one of the device that was.
     fn named(&self, device: &str, port: Option<u8>, have: Vec<String>) -> Result<Port, VerbsError> {
         if !have.iter().any(|name| name == device) {
@@ -268,6 +273,13 @@ impl Host {
             }
         }
     }
+}
+
+/// Why `verbs` cannot be offered for a session whose control connection has the address `session` on this host, though the host has
+/// RDMA: several ports would do and nobody has named one. `None` where the choice is clear; what else a host lacks the
+/// [inventory](super::inventory) says.
+pub(crate) fn undecided(settings: &VerbsSettings, session: Option<IpAddr>) -> Option<VerbsError> {
+    Host::this().ok()?.undecided(settings, session)
 }
 
 /// Every address of every interface: name, address, interface index (getifaddrs(3)).
@@ -387,6 +399,21 @@ mod tests {
         assert_eq!(fake.choose(&VerbsSettings::default(), "10.9.0.1"), ok("rxe0", 1, "10.9.0.1:0"));
         let error = fake.choose(&VerbsSettings::default(), "10.0.2.15").unwrap_err();
         assert!(error.contains("mlx5_0 port 1") && error.contains("rxe0 port 1"), "{error}");
+    }
+
+    #[test]
+    fn several_ports_none_of_them_named_or_behind_the_session_leave_it_undecided_and_nothing_else_does() {
+        let fake = roce();
+        fake.port("mlx5_0", 1, "4: ACTIVE", "Ethernet", &[]);
+        let undecided = |settings: &VerbsSettings, session: &str| {
+            fake.host.undecided(settings, session.parse().ok()).map(|error| error.to_string())
+        };
+        let said = undecided(&VerbsSettings::default(), "10.0.2.15").expect("two would do");
+        assert!(said.contains("choose one with --ib-dev"), "{said}");
+        assert_eq!(undecided(&VerbsSettings::default(), "10.9.0.1"), None);
+        assert_eq!(undecided(&named("rxe0"), "10.0.2.15"), None);
+        // What is wrong otherwise is the inventory's to tell.
+        assert_eq!(undecided(&named("mlx4_0"), "10.0.2.15"), None);
     }
 
     #[test]

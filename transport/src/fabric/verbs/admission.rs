@@ -8,6 +8,7 @@
 //! The state is behind one lock that no operation ever takes: only set-up, ends and the owner's own calls do.
 
 use super::address::{Host, Local};
+use super::burial::{Burial, GIVE_BACK_BOUND, Mortal};
 use super::cm::{CmEvent, EventChannel, Id, Terms};
 use super::device::{AsyncEvent, AsyncEvents, Pd};
 use super::endpoint::{Endpoint, Use};
@@ -38,7 +39,7 @@ const MAX_UNSENT: usize = 4;
 /// A connection of the session's.
 struct Connection {
     lane: LaneId,
-    endpoint: Endpoint,
+    endpoint: Mortal<Endpoint>,
     /// Its end has been told, or is our own doing.
     told: bool,
 }
@@ -63,6 +64,8 @@ struct State {
     /// The exports connection has ended.
     ended: bool,
     revoked: bool,
+    /// Queue pairs of a revoked session that would not stop: until they are given back, nobody can say that the peer is shut out.
+    unstopped: Vec<(LaneId, Burial)>,
     port: u16,
     details: Option<FabricDetails>,
 }
@@ -195,18 +198,36 @@ impl Shared {
         }
     }
 
-    /// Destroys every queue pair, and admits no other from now on.
-    pub(super) fn revoke(&self) {
-        let mut state = self.lock();
-        state.revoked = true;
-        for connection in &mut state.connections {
-            connection.told = true;
-            connection.endpoint.cut();
+    /// Stops every queue pair and gives it back, and admits no other from now on. Once it returns without an error nothing more is read
+    /// or begins to be written by the peer; a queue pair that has stopped but is still held by the kernel is not waited for beyond a
+    /// short bound. May be called again after an error.
+    pub(super) fn revoke(&self, deadline: Deadline) -> Result<(), FabricError> {
+        let bound = deadline.left();
+        let (connections, waiting, mut unstopped) = {
+            let mut state = self.lock();
+            state.revoked = true;
+            let connections = std::mem::take(&mut state.connections);
+            (connections, std::mem::take(&mut state.waiting), std::mem::take(&mut state.unstopped))
+        };
+        // All are stopped before any is waited for.
+        let mut held = Vec::new();
+        for Connection { lane, endpoint, .. } in connections {
+            match endpoint.bury() {
+                (true, burial) => held.push(burial),
+                (false, burial) => unstopped.push((lane, burial)),
+            }
         }
         // Dropped, which refuses them.
-        state.waiting.clear();
-        drop(state);
+        held.push(Burial::of(waiting));
         signal(&*self.wake);
+        let short = Deadline::after(GIVE_BACK_BOUND).min(deadline);
+        for burial in held {
+            burial.wait(short);
+        }
+        unstopped.retain(|(_, burial)| !burial.wait(deadline));
+        let first = unstopped.first().map(|(lane, _)| *lane);
+        self.lock().unstopped = unstopped;
+        first.map_or(Ok(()), |lane| Err(VerbsError::NotStopped { lane, bound }.into()))
     }
 
     /// Judges a connect request.
@@ -250,7 +271,7 @@ impl Shared {
     fn accept(&self, state: &mut State, id: Id, subject: Subject, (responder_resources, _): (u8, u8)) {
         let lane = subject.lane;
         let mut endpoint = match Endpoint::new(id, &self.pd, &Use::Respond) {
-            Ok(endpoint) => endpoint,
+            Ok(endpoint) => Mortal::new(endpoint),
             // Its identifier went with it, which refuses the request.
             Err(error) => {
                 state.failures.push(error.into());

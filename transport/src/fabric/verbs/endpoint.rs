@@ -4,6 +4,7 @@
 //! device allows.
 
 use super::address::{Gid, Host, Local};
+use super::burial::Stop;
 use super::cm::Id;
 use super::device::Pd;
 use super::error::VerbsError;
@@ -137,14 +138,6 @@ impl Endpoint {
         unsafe { (*qp).qp_num }
     }
 
-    /// Ends it for the peer: once this returns, nothing more is read or written through it. The rest is undone when it is dropped.
-    pub(super) fn cut(&mut self) {
-        if !self.id.queue_pair().is_null() {
-            self.id.disconnect();
-            self.id.destroy_queue_pair();
-        }
-    }
-
     /// What the connection got, for the operator; an error if it is another GID than was asked for.
     pub(super) fn details(&self, host: &Host, local: &Local, port: u16) -> Result<FabricDetails, VerbsError> {
         let mut attributes: ibv::ibv_qp_attr = ibv::zeroed();
@@ -211,9 +204,27 @@ impl Backing for Endpoint {
     }
 }
 
+impl Stop for Endpoint {
+    fn stop(&mut self) -> bool {
+        let qp = self.id.queue_pair();
+        if qp.is_null() {
+            return true;
+        }
+        let mut attributes: ibv::ibv_qp_attr = ibv::zeroed();
+        attributes.qp_state = ibv::ibv_qp_state::IBV_QPS_ERR;
+        let mask = ibv::ibv_qp_attr_mask::IBV_QP_STATE.0.cast_signed();
+        // SAFETY: the queue pair is alive, the attributes say its state and nothing else.
+        unsafe { ibv::ibv_modify_qp(qp, &raw mut attributes, mask) == 0 }
+    }
+}
+
+/// Gives it back, which may take the kernel long: not on a thread that somebody waits for (see [`super::burial`]).
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        self.cut();
+        if !self.id.queue_pair().is_null() {
+            self.id.disconnect();
+            self.id.destroy_queue_pair();
+        }
         // SAFETY: the queue pair is destroyed, every event acknowledged.
         unsafe { ibv::ibv_destroy_cq(self.cq.as_ptr()) };
         if let Some(channel) = self.channel {

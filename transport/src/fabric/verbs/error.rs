@@ -102,6 +102,14 @@ pub enum VerbsError {
         "port {port} of the RDMA device {device} went down and nothing came back on lane {lane:?} within {bound:?}: look at the cable and the switch"
     )]
     PortDown { lane: LaneId, device: String, port: u8, bound: Duration },
+    #[error(
+        "lane {lane:?}: its queue pair neither went to its error state nor was destroyed within {bound:?}, so the peer may still use it: see the driver's log (dmesg), reset the device"
+    )]
+    NotStopped { lane: LaneId, bound: Duration },
+    #[error(
+        "the ring is still registered after {bound:?}, so the peer may still write to it: see the driver's log (dmesg), reset the device"
+    )]
+    StillRegistered { bound: Duration },
     #[error("a request to connect a queue pair was refused: {reason}")]
     RefusedRequest { reason: RefusedLane },
     #[error(transparent)]

@@ -1,6 +1,7 @@
 //! The destination's side of `verbs`: local memory registered, the owner's table kept, lanes connected with proof.
 
 use super::address::{Host, Local};
+use super::burial::Mortal;
 use super::cm::{CmEvent, EventChannel, Id, Terms, socket_address};
 use super::device::{AsyncEvents, Context, Pd};
 use super::endpoint::{Endpoint, Use};
@@ -213,7 +214,8 @@ impl Initiator for VerbsInitiator {
         let depth = (window as u32 + 2).max(LEAST_DEPTH).min(limits.max_qp_wr).min(limits.max_cqe);
         let connecting =
             Connecting { id, key: &self.key, local: &self.local, pd: &self.pd, offer: &open.offer, deadline };
-        let (endpoint, channel) = connecting.connect(depth)?;
+        let (mut endpoint, channel) = connecting.connect(depth)?;
+        endpoint.works_on(Arc::clone(&open.locals));
         if self.details.is_none() {
             self.details = Some(endpoint.details(&self.host, &self.local, endpoint.id().own_port())?);
         }
@@ -258,7 +260,7 @@ pub(super) struct Connecting<'a> {
 }
 
 impl Connecting<'_> {
-    pub(super) fn connect(&self, depth: u32) -> Result<(Endpoint, Arc<EventChannel>), FabricError> {
+    pub(super) fn connect(&self, depth: u32) -> Result<(Mortal<Endpoint>, Arc<EventChannel>), FabricError> {
         let channel = EventChannel::new()?;
         let mut id = Id::new(&channel)?;
         let scope = match self.local.address {
@@ -272,7 +274,7 @@ impl Connecting<'_> {
         let _ = id.set_acknowledgement_timeout(ACKNOWLEDGEMENT_TIMEOUT);
         id.resolve_route(self.deadline)?;
         self.expect(&channel, "rdma_resolve_route", kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
-        let mut endpoint = Endpoint::new(id, self.pd, &Use::Initiate { depth })?;
+        let mut endpoint = Mortal::new(Endpoint::new(id, self.pd, &Use::Initiate { depth })?);
         let subject =
             Subject { challenge: self.offer.challenge, lane: self.id, nonce: random()?, queue_pair: endpoint.number() };
         let limits = self.pd.context().limits();

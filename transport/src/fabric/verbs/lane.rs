@@ -5,7 +5,7 @@
 //! completes once it has been handed to TCP, so the trailer is followed by a READ of its last bytes: the owner's device
 //! answers that only after it has placed what came before. Never WRITE_WITH_IMM, which iWARP emulates.
 //!
-//! *End*: dropping a lane destroys its queue pair, and that flushes it: afterwards nothing it had posted lands anywhere.
+//! *End*: dropping a lane stops its queue pair, which flushes it, and gives it back: afterwards nothing it had posted lands anywhere.
 
 use super::error::VerbsError;
 use super::fate::Fate;
@@ -100,7 +100,7 @@ pub(super) struct VerbsLane {
     table: Arc<SharedTable>,
     /// Readable when the completion channel or the fate is.
     readiness: OwnedFd,
-    // In this order: the queue pair is destroyed before the memory it works on.
+    // In this order: the queue pair is stopped before the memory it works on goes; what stands behind it keeps that memory too.
     queue_pair: QueuePair,
     locals: Arc<Locals>,
     _session: Box<dyn std::any::Any + Send>,

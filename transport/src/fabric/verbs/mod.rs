@@ -12,12 +12,14 @@
 //! *steward*) sleeps in epoll on the exports connection, rdma_cm's events and the device's own; it has no part in any operation.
 //!
 //! *Commit* (see [`lane`]): the trailer's WRITE has completed; on iWARP a READ-back behind it too.
-//! *Revocation* (see [`owner`]): queue pairs destroyed, the ring deregistered, its last read; guest RAM given back in the background.
+//! *Revocation* (see [`owner`]): queue pairs stopped and destroyed, the ring deregistered, its last read; guest RAM given back in the
+//! background, as is a queue pair that the kernel does not let go (see [`burial`]).
 //! *Bounds*: [`UNREACHABLE_AFTER`] for a peer or a network that is gone while something is outstanding; the end of the exports connection
 //! tells of a process that died; every step of a set-up has its caller's deadline.
 
 mod address;
 mod admission;
+mod burial;
 mod cm;
 mod device;
 mod endpoint;
@@ -46,6 +48,7 @@ mod registration;
 mod settings;
 mod table;
 
+pub(crate) use address::undecided;
 pub use error::{RefusedLane, VerbsError};
 pub use initiator::VerbsInitiator;
 pub use owner::VerbsOwner;

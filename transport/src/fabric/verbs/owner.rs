@@ -1,11 +1,13 @@
 //! The source's side of `verbs`: exports registered, lanes admitted by proof, and the revocation that shuts all of it.
 //!
-//! *Revocation*, in this order: owner epoch bumped; every queue pair of the session destroyed, after which its device does nothing for the
-//! old initiator; the ring's regions deregistered; the ring read for the last time; guest RAM deregistered in the background,
-//! because unpinning it takes seconds that a caught guest must not wait for.
+//! *Revocation*, in this order: owner epoch bumped; every queue pair of the session stopped (its error state) and destroyed, after which its
+//! device does nothing for the old initiator; the ring's regions deregistered, which also waits for a WRITE that was being placed; the ring
+//! read for the last time; guest RAM deregistered in the background, because unpinning it takes seconds that a caught guest must not wait
+//! for. A queue pair that has stopped but that the kernel does not let go is not waited for either (see [`super::burial`]).
 
 use super::address::Host;
 use super::admission::{Shared, Steward};
+use super::burial::{Burial, GIVE_BACK_BOUND};
 use super::cm::{EventChannel, Id};
 use super::device::{Context, Pd};
 use super::error::VerbsError;
@@ -70,6 +72,9 @@ pub struct VerbsOwner {
     steward: Option<Steward>,
     listening: Option<Id>,
     pub(super) releasing: Option<Releasing>,
+    /// The ring's regions, once a revocation gives them back.
+    ring_given_back: Option<Burial>,
+    revoking: bool,
     read_last: bool,
     pd: Arc<Pd>,
     context: Arc<Context>,
@@ -100,6 +105,8 @@ impl VerbsOwner {
             steward: None,
             listening: None,
             releasing: None,
+            ring_given_back: None,
+            revoking: false,
             read_last: false,
             pd,
             context,
@@ -108,7 +115,7 @@ impl VerbsOwner {
     }
 
     fn before_lanes(&self, what: &'static str) -> Result<(), FabricError> {
-        if self.steward.is_none() && !self.read_last { Ok(()) } else { Err(FabricError::TooLate { what }) }
+        if self.steward.is_none() && !self.revoking { Ok(()) } else { Err(FabricError::TooLate { what }) }
     }
 
     fn options(&self, page_size: PageSize, on_demand: OnDemand) -> RegistrationOptions {
@@ -233,7 +240,7 @@ impl Owner for VerbsOwner {
     }
 
     fn serve_lane(&mut self, id: crate::fabric::LaneId, deadline: Deadline) -> Result<(), FabricError> {
-        if self.read_last {
+        if self.revoking {
             return Err(FabricError::TooLate { what: "a lane opened: the session is revoked, which is" });
         }
         if id.index >= MAX_LANES_OF_A_KIND {
@@ -248,25 +255,30 @@ impl Owner for VerbsOwner {
         self.shared.permit(id)
     }
 
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), _deadline: Deadline) -> Result<(), FabricError> {
-        if std::mem::replace(&mut self.read_last, true) {
+    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError> {
+        if self.read_last {
             return Ok(());
         }
-        if let Some(region) = self.exports.owner_region() {
+        let bound = deadline.left();
+        if !std::mem::replace(&mut self.revoking, true)
+            && let Some(region) = self.exports.owner_region()
+        {
             region.mapping.atomic_u64(OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
         }
         // From here on the device does nothing more for the old initiator.
-        self.shared.revoke();
-        let mut rest = Vec::new();
-        for exported in self.exported.drain(..) {
-            match exported.right {
-                Right::Write => drop(exported),
-                Right::Read => rest.push(exported.registered),
-            }
+        self.shared.revoke(deadline)?;
+        let ring = self.ring_given_back.get_or_insert_with(|| {
+            let ring: Vec<_> = self.exported.extract_if(.., |exported| exported.right == Right::Write).collect();
+            Burial::of(ring)
+        });
+        if !ring.wait(deadline) {
+            return Err(VerbsError::StillRegistered { bound }.into());
         }
+        self.read_last = true;
         if let Some(ring) = self.exports.ring() {
             last_read(ring);
         }
+        let rest = self.exported.drain(..).map(|exported| exported.registered).collect();
         let releasing = Releasing::start(rest);
         self.releasing = Some(
             releasing.map_err(|source| FabricError::Io { doing: "starting to unpin guest RAM".to_owned(), source })?,
@@ -285,7 +297,8 @@ impl Owner for VerbsOwner {
 
 impl Drop for VerbsOwner {
     fn drop(&mut self) {
-        self.shared.revoke();
+        // Nobody is left to be told of a queue pair that does not stop. Deregistering what it worked on shuts the peer out all the same.
+        let _ = self.shared.revoke(Deadline::after(GIVE_BACK_BOUND));
         // Ends the exports connection, by which the initiator learns of it.
         drop(self.steward.take());
     }

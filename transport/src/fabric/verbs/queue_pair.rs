@@ -7,6 +7,7 @@
 //! * Every notification that was delivered is acknowledged before the completion queue is destroyed, which waits for that
 //!   (ibv_get_cq_event(3)).
 
+use super::burial::{Mortal, Stop};
 use super::error::VerbsError;
 use super::queue::Request;
 use crate::fabric::exports::Right;
@@ -34,6 +35,16 @@ pub(super) trait Backing: Send {
 
     /// Takes (and acknowledges) one notification; `false`: there is none.
     fn take_notification(&mut self) -> Result<bool, VerbsError>;
+}
+
+impl<T: Backing + Stop> Backing for Mortal<T> {
+    fn channel(&self) -> BorrowedFd<'_> {
+        (**self).channel()
+    }
+
+    fn take_notification(&mut self) -> Result<bool, VerbsError> {
+        (**self).take_notification()
+    }
 }
 
 /// A queue pair and its completion queue.

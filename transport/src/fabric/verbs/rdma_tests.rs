@@ -2,6 +2,7 @@
 //!
 //! On a host without RDMA each prints that it was skipped. BELAY_VERBS_DEVICE names the device where there are several.
 
+use super::burial::Mortal;
 use super::cm::{EventChannel, Id, Terms};
 use super::endpoint::{Endpoint, Use};
 use super::error::{RefusedLane, VerbsError};
@@ -66,7 +67,7 @@ fn world_of(ram_bytes: usize) -> Option<World> {
         let accepted = listener.accept(soon()).expect("accept").accept(b"", soon()).expect("reply");
         (dialled.join().expect("no panic").expect("connect"), accepted)
     });
-    let address = |control: &crate::session::Control| crate::fabric::own_address(control);
+    let address = |control: &crate::session::Control| crate::session::own_ip(control);
     let mut owner = VerbsOwner::new(source.lanes.clone(), address(&source.control)).expect("owner");
     let mut initiator =
         VerbsInitiator::new(destination.lanes.clone(), address(&destination.control)).expect("initiator");
@@ -108,7 +109,7 @@ impl World {
     }
 
     /// Tries to connect a queue pair for `lane` with `key`, as the initiator would.
-    fn try_connect(&self, lane: LaneId, key: &BindingKey) -> Result<Endpoint, FabricError> {
+    fn try_connect(&self, lane: LaneId, key: &BindingKey) -> Result<Mortal<Endpoint>, FabricError> {
         let offer = &self.initiator.session.as_ref().expect("a lane is open").offer;
         let connecting =
             Connecting { id: lane, key, local: &self.initiator.local, pd: &self.initiator.pd, offer, deadline: soon() };

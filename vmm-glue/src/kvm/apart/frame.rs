@@ -1,5 +1,6 @@
 //! Frames over a Unix stream socket, with room for one descriptor each.
 
+use belay_transport::Deadline;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
     recvmsg, sendmsg,
@@ -11,6 +12,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+/// How much a receive asks for at once.
+const CHUNK_BYTES: usize = 64 << 10;
 /// Longest body: the dirty words of the largest guest, or a state.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -43,8 +46,23 @@ pub(super) fn send<T: Serialize>(mut stream: &UnixStream, message: &T, fd: Optio
 
 /// Receives one frame; `None` when the other side has closed between two frames.
 pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+    receive_within(stream, MAX_BODY_BYTES, None)
+}
+
+/// As [`receive`], of at most `most` bytes, and all of it by `deadline` if there is one (the socket's read timeout is then set).
+pub(super) fn receive_within<T: DeserializeOwned>(
+    mut stream: &UnixStream,
+    most: usize,
+    deadline: Option<Deadline>,
+) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+    let hurry = || match deadline.map(|deadline| deadline.left()) {
+        Some(left) if left.is_zero() => Err(io::Error::from(io::ErrorKind::TimedOut)),
+        Some(left) => stream.set_read_timeout(Some(left)),
+        None => Ok(()),
+    };
     let (mut head, mut filled, mut fd) = ([0; 4], 0, None);
     while filled < head.len() {
+        hurry()?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let into = &mut [IoSliceMut::new(&mut head[filled..])];
@@ -64,14 +82,20 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Op
         }
     }
     let len = u32::from_le_bytes(head) as usize;
-    if len > MAX_BODY_BYTES {
+    if len > most {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a frame of {len} bytes")));
     }
     // Memory follows what has arrived, never what a length promises.
-    let mut body = Vec::new();
-    stream.take(len as u64).read_to_end(&mut body)?;
-    if body.len() < len {
-        return Err(io::ErrorKind::UnexpectedEof.into());
+    let (mut body, mut filled) = (Vec::new(), 0);
+    while filled < len {
+        hurry()?;
+        body.resize(len.min(filled + CHUNK_BYTES), 0);
+        match stream.read(&mut body[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => filled += got,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
     let message = postcard::from_bytes(&body).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok(Some((message, fd)))

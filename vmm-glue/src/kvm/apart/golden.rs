@@ -1,6 +1,6 @@
 //! The protocol between page server and VMM as it is on their socket.
 
-use super::{Answer, Ask, FromClient, FromVmm, VERSION, VmmFaults, WireError};
+use super::{Answer, Ask, FromClient, FromVmm, Kept, VERSION, VmmFaults, WireError};
 use crate::kvm::guests::{Filler, GuestSpec, Program};
 use crate::kvm::{KvmOptions, Tracking};
 use belay_checkpoint::guest::TrackerKind;
@@ -11,9 +11,8 @@ use golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
-/// What a client says, encoded.
-pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
-    let spec = GuestSpec {
+fn spec() -> GuestSpec {
+    GuestSpec {
         program: Program::Ledger,
         memory_bytes: 64 << 20,
         working_set_bytes: 16 << 20,
@@ -25,11 +24,15 @@ pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
         filled_of_256: 192,
         filler: Filler::Guest,
         metronome_spin_ticks: 0,
-    };
+    }
+}
+
+/// What a client says, encoded.
+pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
     let options = KvmOptions { tracking: Tracking::Ring { entries: 8192 }, irqchip: false };
     let faults = VmmFaults::MissingAndMinor;
     let asks = [
-        ("setup", Ask::Setup { version: 1, spec, options }),
+        ("setup", Ask::Setup { version: 1, spec: spec(), options }),
         ("boot", Ask::Boot),
         ("pause", Ask::Pause { bound_us: 300 }),
         ("resume", Ask::Resume),
@@ -46,6 +49,13 @@ pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
         ("steps", Ask::Steps),
         ("failure", Ask::Failure),
         ("userfaultfd", Ask::Userfaultfd { features: 0x1234, offset: 4096, len: 8192, faults, write_protect: true }),
+        ("keep", Ask::Keep(Kept::PageStates)),
+        ("give-sign", Ask::GiveSign { slot: 1 }),
+        ("take-over", Ask::TakeOver { version: 1 }),
+        ("guest-ram", Ask::GuestRam),
+        ("userfaultfd-again", Ask::UserfaultfdAgain(300)),
+        ("kept", Ask::Kept(Kept::Will)),
+        ("replay", Ask::Replay),
         ("exit", Ask::Exit),
     ];
     let encoded = |message: &FromClient| postcard::to_stdvec(message).expect("plain data");
@@ -59,6 +69,8 @@ pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
 pub(crate) fn from_vmm() -> Vec<(&'static str, Vec<u8>)> {
     let io = WireError::Io { doing: "d".into(), errno: Some(12), text: "t".into() };
     let state = WireError::WrongState { call: "save".into(), state: "running".into(), wanted: "paused".into() };
+    let (uffds, kept) = (vec![(0, 300 << 12)], vec![Kept::PageStates, Kept::Will, Kept::Ledger, Kept::Guard]);
+    let estate = Answer::Estate { pid: 4711, spec: spec(), vmm_address: 1 << 40, uffds, kept };
     let results = [
         ("done", Ok(Answer::Done)),
         ("ready", Ok(Answer::Ready { vmm_address: 1 << 40, tracking: Tracking::Log })),
@@ -67,6 +79,7 @@ pub(crate) fn from_vmm() -> Vec<(&'static str, Vec<u8>)> {
         ("count", Ok(Answer::Count(Some(300)))),
         ("steps", Ok(Answer::Steps(vec![300, 5]))),
         ("failure", Ok(Answer::Failure(Some("f".into())))),
+        ("estate", Ok(estate)),
         ("stop-timed-out", Err(WireError::StopTimedOut { bound_ms: 300, running: 1, vcpus: 2 })),
         ("wrong-state", Err(state)),
         ("io", Err(io)),

@@ -11,17 +11,25 @@
 //!
 //! The VMM makes the userfaultfds of its memory, keeps each for as long as it lives and hands out duplicates: when the page
 //! server dies, a vCPU that needs a page waits for it; it never reads zeroes. When the socket closes, the VMM shuts the gate, stops
-//! the guest and keeps its memory until it is told to end (SIGTERM) or its time to linger is over.
+//! the guest and keeps its memory until it is told to end (SIGTERM) or its time to linger is over. Until then the next page server
+//! can come in by its [`door`](Estate) and goes on with what the one before it had laid down ([`Kept`]).
 
+mod door;
+mod estate;
 mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 #[cfg(test)]
 pub(crate) mod golden;
+mod ledger;
+mod orphan;
+mod outlet;
 mod remote;
 mod server;
 
-pub use remote::{FaultSource, RemoteGuest, VmmFaults};
+pub use estate::{DoorError, Estate, Waiting, waiting};
+pub use ledger::{Ledger, LedgerError};
+pub use remote::{FaultSource, Keeper, RemoteGuest, VmmFaults};
 pub use server::{ServeError, serve};
 
 use super::guests::GuestSpec;
@@ -31,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 
 /// Version of this protocol; both ends come from one build, this catches a mix-up.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Packets on their way to the client before the guest is held back.
 const PACKET_WINDOW: u64 = 64;
@@ -89,8 +97,39 @@ enum Ask {
         faults: VmmFaults,
         write_protect: bool,
     },
+    /// Keep the file that comes with this for whoever is page server next; an earlier one of its kind is forgotten.
+    Keep(Kept),
+    /// Hold this slot of the page of signs of life that comes with this, until told to exit.
+    GiveSign {
+        slot: u64,
+    },
+    /// Let this page server have the seat. First of all, by the door.
+    TakeOver {
+        version: u16,
+    },
+    /// The file behind guest memory; it comes with the answer.
+    GuestRam,
+    /// The userfaultfd that was made as the so-manieth; it comes with the answer.
+    UserfaultfdAgain(u64),
+    /// What was laid down; it comes with the answer.
+    Kept(Kept),
+    /// Send all output that has not left, and then what comes.
+    Replay,
     /// End the process.
     Exit,
+}
+
+/// What a page server lays down with the VMM for its successor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kept {
+    /// The state of every page ([`belay_transport::pages`]).
+    PageStates,
+    /// What else it alone knew; the VMM does not look into it.
+    Will,
+    /// How far output has left.
+    Ledger,
+    /// The hand-over socket of the guard process.
+    Guard,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -106,19 +145,63 @@ enum Answer {
     Count(Option<u64>),
     Steps(Vec<u64>),
     Failure(Option<String>),
+    Estate {
+        pid: u32,
+        spec: GuestSpec,
+        vmm_address: u64,
+        /// Offset and length in guest memory of each userfaultfd, in the order in which they were made.
+        uffds: Vec<(u64, u64)>,
+        kept: Vec<Kept>,
+    },
+}
+
+impl Answer {
+    /// Its kind, for messages: what an answer holds is the guest's.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Done => "Done",
+            Self::Ready { .. } => "Ready",
+            Self::State(_) => "State",
+            Self::Dirty(_) => "Dirty",
+            Self::Count(_) => "Count",
+            Self::Steps(_) => "Steps",
+            Self::Failure(_) => "Failure",
+            Self::Estate { .. } => "Estate",
+        }
+    }
 }
 
 /// A [`GuestError`] on its way.
 #[derive(Debug, Serialize, Deserialize)]
 enum WireError {
-    StopTimedOut { bound_ms: u64, running: u64, vcpus: u64 },
-    WrongState { call: String, state: String, wanted: String },
-    Io { doing: String, errno: Option<i32>, text: String },
+    StopTimedOut {
+        bound_ms: u64,
+        running: u64,
+        vcpus: u64,
+    },
+    WrongState {
+        call: String,
+        state: String,
+        wanted: String,
+    },
+    Io {
+        doing: String,
+        errno: Option<i32>,
+        text: String,
+    },
     BadState(String),
-    NoTracker { kind: TrackerKind, reason: String },
+    NoTracker {
+        kind: TrackerKind,
+        reason: String,
+    },
     VmmGone(String),
     Crashed(String),
     Unsupported(String),
+    /// The seat is another page server's; `left`: which is on its way out.
+    Taken {
+        pid: i32,
+        left: bool,
+    },
 }
 
 impl From<GuestError> for WireError {
@@ -160,6 +243,7 @@ impl From<WireError> for GuestError {
             WireError::NoTracker { kind, reason } => Self::NoTracker { kind, reason },
             WireError::VmmGone(what) => Self::VmmGone(what),
             WireError::Crashed(what) => Self::Crashed(what),
+            WireError::Taken { pid, .. } => Self::VmmGone(format!("its page server is process {pid}")),
         }
     }
 }

@@ -1,9 +1,9 @@
 //! The client's side: a guest in another process.
 
-use super::{Answer, Ask, FromClient, FromVmm, VERSION, frame};
+use super::{Answer, Ask, Estate, FromClient, FromVmm, Kept, VERSION, frame};
+use crate::guard::{kill_and_prove, proof_of_death};
 use crate::kvm::guests::GuestSpec;
 use crate::kvm::{BareGuest, KvmOptions};
-use crate::migrate::protocol::kind_of;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, Packet, PacketSink, RamBlock, TrackerKind};
 use belay_transport::region::{Mapping, RamFile};
@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -50,9 +50,9 @@ struct Turn {
 }
 
 impl Channel {
-    fn send(&self, message: &FromClient, fd: Option<&RamFile>) -> io::Result<()> {
+    fn send(&self, message: &FromClient, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let _whole = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        frame::send(&self.stream, message, fd.map(AsFd::as_fd))
+        frame::send(&self.stream, message, fd)
     }
 
     fn turn(&self) -> MutexGuard<'_, Turn> {
@@ -60,7 +60,12 @@ impl Channel {
     }
 
     /// Asks and waits for the answer. `bound` is how long the VMM may spend on it.
-    fn ask(&self, ask: Ask, fd: Option<&RamFile>, bound: Duration) -> Result<(Answer, Option<OwnedFd>), GuestError> {
+    fn ask(
+        &self,
+        ask: Ask,
+        fd: Option<BorrowedFd<'_>>,
+        bound: Duration,
+    ) -> Result<(Answer, Option<OwnedFd>), GuestError> {
         let mut turn = self.turn();
         turn.last_id += 1;
         let id = turn.last_id;
@@ -79,7 +84,11 @@ impl Channel {
     }
 
     fn done(&self, ask: Ask, bound: Duration) -> Result<(), GuestError> {
-        match self.ask(ask, None, bound)? {
+        self.done_with(ask, None, bound)
+    }
+
+    fn done_with(&self, ask: Ask, fd: Option<BorrowedFd<'_>>, bound: Duration) -> Result<(), GuestError> {
+        match self.ask(ask, fd, bound)? {
             (Answer::Done, _) => Ok(()),
             (other, _) => Err(unexpected(&other)),
         }
@@ -104,14 +113,55 @@ impl Channel {
 }
 
 fn unexpected(answer: &Answer) -> GuestError {
-    GuestError::VmmGone(format!("it answered {} to another question", kind_of(answer)))
+    GuestError::VmmGone(format!("it answered {} to another question", answer.kind()))
+}
+
+/// The VMM's process, as far as it is this one's to end.
+enum Process {
+    /// Somebody else's.
+    Unknown,
+    Child(Child),
+    /// Another page server's child, taken over.
+    Adopted {
+        pid: u32,
+        pidfd: OwnedFd,
+    },
+}
+
+impl Process {
+    fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Unknown => None,
+            Self::Child(child) => Some(child.id()),
+            Self::Adopted { pid, .. } => Some(*pid),
+        }
+    }
+
+    /// Gives it until the deadline to end by itself, then kills it.
+    fn end(&mut self, deadline: Deadline) {
+        match self {
+            Self::Unknown => {}
+            Self::Child(child) => {
+                while matches!(child.try_wait(), Ok(None)) && !deadline.expired() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Self::Adopted { pidfd, .. } => {
+                if !proof_of_death(&*pidfd, deadline).unwrap_or(false) {
+                    let _ = kill_and_prove(&*pidfd, Deadline::after(EXIT_BOUND));
+                }
+            }
+        }
+    }
 }
 
 /// A guest whose VMM is a process of its own.
 pub struct RemoteGuest {
     channel: Arc<Channel>,
     reader: Option<JoinHandle<()>>,
-    child: Option<Child>,
+    process: Process,
     spec: GuestSpec,
     blocks: Vec<RamBlock>,
 }
@@ -134,7 +184,7 @@ impl RemoteGuest {
         let mut child = child;
         match Self::connect(ours, spec, options, file, alias, sink) {
             Ok(mut guest) => {
-                guest.child = Some(child);
+                guest.process = Process::Child(child);
                 Ok(guest)
             }
             Err(error) => {
@@ -155,9 +205,38 @@ impl RemoteGuest {
         alias: Arc<Mapping>,
         sink: Arc<dyn PacketSink>,
     ) -> Result<Self, GuestError> {
+        let mut guest = Self::over(stream, 0, spec, sink)?;
+        let setup = Ask::Setup { version: VERSION, spec: spec.clone(), options: options.clone() };
+        let (answer, _) = guest.channel.ask(setup, Some(file.as_fd()), Duration::ZERO)?;
+        let Answer::Ready { vmm_address, .. } = answer else { return Err(unexpected(&answer)) };
+        guest.hold(file, alias, vmm_address);
+        Ok(guest)
+    }
+
+    /// Goes on with the guest of a VMM whose page server has died: it is stopped, or waits for a page and stops when it has that. Every
+    /// packet that has not left is in `sink` when this returns, in order.
+    pub fn take_over(estate: Estate, alias: Arc<Mapping>, sink: Arc<dyn PacketSink>) -> Result<Self, GuestError> {
+        let Estate { stream, last_id, pid, pidfd, spec, vmm_address, ram, .. } = estate;
+        let mut guest = Self::over(stream, last_id, &spec, sink)?;
+        guest.process = Process::Adopted { pid, pidfd };
+        guest.hold(Arc::new(ram), alias, vmm_address);
+        match guest.channel.ask(Ask::Replay, None, ANSWER_BOUND) {
+            Ok((Answer::Count(_), _)) => Ok(guest),
+            Ok((other, _)) => Err(guest.let_go(unexpected(&other))),
+            Err(error) => Err(guest.let_go(error)),
+        }
+    }
+
+    /// Leaves the VMM as it is, for whoever comes next.
+    fn let_go(mut self, why: GuestError) -> GuestError {
+        self.process = Process::Unknown;
+        why
+    }
+
+    fn over(stream: UnixStream, last_id: u64, spec: &GuestSpec, sink: Arc<dyn PacketSink>) -> Result<Self, GuestError> {
         let failed = |source| GuestError::Io { doing: "setting up the VMM's socket".into(), source };
         let (answered, answers) = bounded(16);
-        let turn = Mutex::new(Turn { last_id: 0, answers });
+        let turn = Mutex::new(Turn { last_id, answers });
         stream.set_write_timeout(Some(ANSWER_BOUND)).map_err(failed)?;
         let reading = stream.try_clone().map_err(failed)?;
         let channel = Arc::new(Channel { stream, turn, writing: Mutex::new(()) });
@@ -166,18 +245,23 @@ impl RemoteGuest {
             .name("vmm-reader".into())
             .spawn(move || read_all(&reading, &answered, &room, &*sink))
             .map_err(failed)?;
-        let mut guest = Self { channel, reader: Some(reader), child: None, spec: spec.clone(), blocks: Vec::new() };
-        let setup = Ask::Setup { version: VERSION, spec: spec.clone(), options: options.clone() };
-        let (answer, _) = guest.channel.ask(setup, Some(&file), Duration::ZERO)?;
-        let Answer::Ready { vmm_address, .. } = answer else { return Err(unexpected(&answer)) };
-        let page_size = file.page_size();
-        guest.blocks.push(RamBlock { id: RegionId(0), page_size, file, alias, vmm_address });
-        Ok(guest)
+        let process = Process::Unknown;
+        Ok(Self { channel, reader: Some(reader), process, spec: spec.clone(), blocks: Vec::new() })
     }
 
-    /// The VMM's process id, where this guest started it.
+    fn hold(&mut self, file: Arc<RamFile>, alias: Arc<Mapping>, vmm_address: u64) {
+        let page_size = file.page_size();
+        self.blocks.push(RamBlock { id: RegionId(0), page_size, file, alias, vmm_address });
+    }
+
+    /// The VMM's process id, where this guest started or took it over.
     pub fn pid(&self) -> Option<u32> {
-        self.child.as_ref().map(Child::id)
+        self.process.pid()
+    }
+
+    /// The hand by which things are laid down for the next page server.
+    pub fn keeper(&self) -> Keeper {
+        Keeper { channel: self.channel.clone() }
     }
 
     /// The hand by which its faults are asked for; it stays good while the guest is elsewhere.
@@ -188,7 +272,27 @@ impl RemoteGuest {
     /// Leaves the VMM to itself, as the death of this process would: it stops the guest and keeps its memory. Gives the
     /// process, where this guest started it.
     pub fn abandon(mut self) -> Option<Child> {
-        self.child.take()
+        match std::mem::replace(&mut self.process, Process::Unknown) {
+            Process::Child(child) => Some(child),
+            Process::Unknown | Process::Adopted { .. } => None,
+        }
+    }
+}
+
+/// Lays things down with a VMM for the page server after this one.
+pub struct Keeper {
+    channel: Arc<Channel>,
+}
+
+impl Keeper {
+    /// Has the VMM keep a duplicate of `file`; an earlier one of its kind is forgotten.
+    pub fn keep(&self, what: Kept, file: BorrowedFd<'_>) -> Result<(), GuestError> {
+        self.channel.done_with(Ask::Keep(what), Some(file), Duration::ZERO)
+    }
+
+    /// Has the VMM give its sign of life in a slot of `page`, until it is told to exit.
+    pub fn give_sign(&self, page: BorrowedFd<'_>, slot: usize) -> Result<(), GuestError> {
+        self.channel.done_with(Ask::GiveSign { slot: slot as u64 }, Some(page), Duration::ZERO)
     }
 }
 
@@ -333,15 +437,10 @@ impl BareGuest for RemoteGuest {
 
 impl Drop for RemoteGuest {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
+        if self.process.pid().is_some() {
             // Whether or not it hears this, it is gone afterwards.
             let _ = self.channel.send(&FromClient::Request { id: u64::MAX, ask: Ask::Exit }, None);
-            let deadline = Deadline::after(EXIT_BOUND);
-            while matches!(child.try_wait(), Ok(None)) && !deadline.expired() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            let _ = child.kill();
-            let _ = child.wait();
+            self.process.end(Deadline::after(EXIT_BOUND));
         }
         let _ = self.channel.stream.shutdown(std::net::Shutdown::Both);
         if let Some(reader) = self.reader.take() {

@@ -1,19 +1,22 @@
 //! The VMM's side: one guest, one client.
 
-use super::{Answer, Ask, FromClient, FromVmm, PACKET_WINDOW, VERSION, VmmFaults, WireError, frame};
+use super::door::{Caller, Door, Holder};
+use super::outlet::Outlet;
+use super::{Answer, Ask, FromClient, Kept, Ledger, VERSION, VmmFaults, WireError, frame, orphan};
+use crate::guard::{GuardError, LifePage, SignOfLife};
 use crate::kvm::{BareGuest, KvmGuest};
+use crate::migrate::protocol::explain;
 use belay_checkpoint::dirty::DirtySet;
-use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, Packet, PacketSink};
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError};
 use belay_transport::region::RamFile;
 use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd};
 use belay_transport::{Deadline, PAGE_SIZE};
 use crossbeam_channel::{Receiver, Sender, bounded};
-use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Why the VMM process ended other than by being asked to.
@@ -30,36 +33,59 @@ pub enum ServeError {
 }
 
 /// Runs a VMM for the client at the other end of `stream` until it says to end. When it closes the socket instead, the guest is
-/// stopped with its gate shut, and its memory and userfaultfds are kept for `linger` (for ever without one; SIGTERM ends it).
-pub fn serve(stream: UnixStream, linger: Option<Duration>) -> Result<(), ServeError> {
+/// stopped with its gate shut, and its memory and userfaultfds are kept for `linger` (for ever without one; SIGTERM ends it). With
+/// `doors`, a directory, another page server can come in there meanwhile.
+pub fn serve(stream: UnixStream, linger: Option<Duration>, doors: Option<&Path>) -> Result<(), ServeError> {
     let outlet = Arc::new(Outlet::new(stream.try_clone()?));
     let mut vmm = Vmm::set_up(&stream, outlet.clone())?;
-    let (asked, requests) = bounded(1);
-    // One thread reads, so that room is heard of while a request is being worked on.
-    let ended = std::thread::scope(|scope| {
-        let worker = scope.spawn(|| vmm.work(requests, &outlet));
-        let ended = read_requests(&stream, &outlet, asked);
-        outlet.shut();
-        let exit = worker.join().expect("the worker does not panic");
-        if exit { Ok(()) } else { Err(ended) }
-    });
-    let Err(error) = ended else { return Ok(()) };
-    let began = Instant::now();
-    vmm.hold(linger.map(Deadline::after));
-    match error.kind() {
-        io::ErrorKind::InvalidData => Err(ServeError::Socket(error)),
-        _ => Err(ServeError::Abandoned { lingered_s: began.elapsed().as_secs() }),
+    let door = doors.map(|directory| Door::open(directory, Holder::of(&stream)?)).transpose()?;
+    let mut stream = stream;
+    loop {
+        let (asked, requests) = bounded(1);
+        // One thread reads, so that room is heard of while a request is being worked on.
+        let left = std::thread::scope(|scope| {
+            let worker = scope.spawn(|| vmm.work(requests, &outlet));
+            let ended = read_requests(&stream, &outlet, asked);
+            outlet.shut();
+            let exit = worker.join().expect("the worker does not panic");
+            if exit { None } else { Some(ended) }
+        });
+        let Some(error) = left else {
+            vmm.stand_down();
+            return Ok(());
+        };
+        drop(stream);
+        if let Some(door) = &door {
+            door.has_left();
+        }
+        vmm.quiet(true);
+        let began = Instant::now();
+        let Some(Caller { stream: next, id }) = orphan::wait(&mut vmm, door.as_ref(), linger.map(Deadline::after))
+        else {
+            // Not an orderly end: with this process the guest's memory goes.
+            return match error.kind() {
+                io::ErrorKind::InvalidData => Err(ServeError::Socket(error)),
+                _ => Err(ServeError::Abandoned { lingered_s: began.elapsed().as_secs() }),
+            };
+        };
+        vmm.quiet(false);
+        outlet.admit(next.try_clone()?);
+        // If it cannot be sent, the reader finds the socket closed too.
+        let _ = outlet.answer(id, Ok(vmm.estate()), None);
+        stream = next;
     }
 }
 
+type Asked = (u64, Ask, Option<OwnedFd>);
+
 /// Hands requests on until the socket ends or the worker has; why it ended.
-fn read_requests(stream: &UnixStream, outlet: &Outlet, asked: Sender<(u64, Ask)>) -> io::Error {
+fn read_requests(stream: &UnixStream, outlet: &Outlet, asked: Sender<Asked>) -> io::Error {
     loop {
         match frame::receive(stream) {
             Ok(Some((FromClient::Room { packets }, _))) => outlet.taken(packets),
-            Ok(Some((FromClient::Request { id, ask }, _))) => {
+            Ok(Some((FromClient::Request { id, ask }, fd))) => {
                 let last = matches!(ask, Ask::Exit);
-                if asked.send((id, ask)).is_err() || last {
+                if asked.send((id, ask, fd)).is_err() || last {
                     return io::ErrorKind::UnexpectedEof.into();
                 }
             }
@@ -69,76 +95,17 @@ fn read_requests(stream: &UnixStream, outlet: &Outlet, asked: Sender<(u64, Ask)>
     }
 }
 
-/// The guest's way out: packets and answers share the socket, so they keep their order.
-struct Outlet {
-    gate: Mutex<Gate>,
-    /// Packets sent that the client has not taken in yet.
-    on_the_way: AtomicU64,
-}
-
-struct Gate {
-    /// `None` once the gate is shut.
-    stream: Option<UnixStream>,
-    /// What was emitted after that: few, because without room a guest stops at its next PACE read.
-    held: VecDeque<Packet>,
-}
-
-impl Outlet {
-    fn new(stream: UnixStream) -> Self {
-        let gate = Gate { stream: Some(stream), held: VecDeque::new() };
-        Self { gate: Mutex::new(gate), on_the_way: AtomicU64::new(0) }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Gate> {
-        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn answer(&self, id: u64, result: Result<Answer, WireError>, fd: Option<&OwnedFd>) -> io::Result<()> {
-        match &self.lock().stream {
-            Some(stream) => frame::send(stream, &FromVmm::Answer { id, result }, fd.map(AsFd::as_fd)),
-            None => Err(io::ErrorKind::NotConnected.into()),
-        }
-    }
-
-    fn taken(&self, packets: u64) {
-        // A client that takes more than was sent is wrong about what it took, but can only let its own guest run sooner.
-        let subtract = |sent: u64| Some(sent.saturating_sub(packets));
-        let _ = self.on_the_way.fetch_update(Ordering::SeqCst, Ordering::SeqCst, subtract);
-    }
-
-    fn shut(&self) {
-        self.lock().stream = None;
-    }
-
-    fn is_shut(&self) -> bool {
-        self.lock().stream.is_none()
-    }
-}
-
-impl PacketSink for Outlet {
-    fn emit(&self, packet: Packet) {
-        let mut gate = self.lock();
-        if let Some(stream) = &gate.stream {
-            self.on_the_way.fetch_add(1, Ordering::SeqCst);
-            let message = FromVmm::Packet { sequence: packet.sequence, bytes: packet.bytes.clone() };
-            if frame::send(stream, &message, None).is_ok() {
-                return;
-            }
-            gate.stream = None;
-        }
-        gate.held.push_back(packet);
-    }
-
-    fn has_room(&self) -> bool {
-        self.on_the_way.load(Ordering::SeqCst) < PACKET_WINDOW && self.lock().stream.is_some()
-    }
-}
-
-struct Vmm {
+pub(super) struct Vmm {
     guest: KvmGuest,
     tracker: Option<Box<dyn DirtyTracker>>,
-    /// Kept for as long as this process lives (P1).
-    uffds: Vec<Uffd>,
+    /// Kept for as long as this process lives (P1), with the offset and length of what each reports faults of.
+    uffds: Vec<(Uffd, (u64, u64))>,
+    /// Laid down by a page server for its successor.
+    kept: Vec<(Kept, OwnedFd)>,
+    /// Slots held in pages of signs of life. An earlier page server's are held on to: that one's guard would take a slot given back for
+    /// an end.
+    signs: Vec<SignOfLife>,
+    outlet: Arc<Outlet>,
     dirty: DirtySet,
 }
 
@@ -163,7 +130,8 @@ impl Vmm {
                 outlet.answer(id, Ok(Answer::Ready { vmm_address, tracking: options.tracking }), None)?;
                 let pages = spec.memory_bytes / PAGE_SIZE as u64;
                 let dirty = DirtySet::new([(guest.memory()[0].id, pages)]);
-                Ok(Self { guest, tracker: None, uffds: Vec::new(), dirty })
+                let (uffds, kept, signs) = (Vec::new(), Vec::new(), Vec::new());
+                Ok(Self { guest, tracker: None, uffds, kept, signs, outlet, dirty })
             }
             Err(error) => {
                 outlet.answer(id, Err(error.into()), None)?;
@@ -173,8 +141,8 @@ impl Vmm {
     }
 
     /// Works on requests in their order until there are no more; whether the last was to exit.
-    fn work(&mut self, requests: Receiver<(u64, Ask)>, outlet: &Outlet) -> bool {
-        for (id, ask) in requests {
+    fn work(&mut self, requests: Receiver<Asked>, outlet: &Outlet) -> bool {
+        for (id, ask, given) in requests {
             if matches!(ask, Ask::Exit) {
                 // Whether it hears of it or not, the client wanted this.
                 let _ = outlet.answer(id, Ok(Answer::Done), None);
@@ -183,7 +151,7 @@ impl Vmm {
             let mut descriptor = None;
             let result = match ask {
                 Ask::WaitParked { bound_us } => self.wait_parked(bound_us, outlet),
-                ask => self.answer(ask, &mut descriptor),
+                ask => self.answer(ask, given, &mut descriptor),
             };
             // If it cannot be sent, the reader finds the socket closed too.
             let _ = outlet.answer(id, result.map_err(WireError::from), descriptor.as_ref());
@@ -206,7 +174,12 @@ impl Vmm {
         }
     }
 
-    fn answer(&mut self, ask: Ask, descriptor: &mut Option<OwnedFd>) -> Result<Answer, GuestError> {
+    fn answer(
+        &mut self,
+        ask: Ask,
+        given: Option<OwnedFd>,
+        descriptor: &mut Option<OwnedFd>,
+    ) -> Result<Answer, GuestError> {
         let within = |bound_us| Deadline::after(Duration::from_micros(bound_us));
         let guest = &mut self.guest;
         let done = match ask {
@@ -237,6 +210,26 @@ impl Vmm {
                 *descriptor = Some(self.userfaultfd(Features(features), offset, len, faults, write_protect)?);
                 Ok(())
             }
+            Ask::Keep(what) => self.keep(what, given),
+            Ask::GiveSign { slot } => self.give_sign(slot, given),
+            Ask::TakeOver { .. } => Err(GuestError::BadState("this page server has the seat already".into())),
+            Ask::GuestRam => {
+                *descriptor = Some(duplicate(guest.memory()[0].file.as_fd())?);
+                Ok(())
+            }
+            Ask::UserfaultfdAgain(index) => {
+                let made = usize::try_from(index).ok().and_then(|index| self.uffds.get(index));
+                let (uffd, _) = made.ok_or_else(|| GuestError::BadState(format!("no userfaultfd {index}")))?;
+                *descriptor = Some(duplicate(uffd.as_fd())?);
+                Ok(())
+            }
+            Ask::Kept(what) => {
+                let kept = self.kept.iter().find(|(kept, _)| *kept == what);
+                let (_, fd) = kept.ok_or_else(|| GuestError::BadState(format!("no {what:?} was laid down")))?;
+                *descriptor = Some(duplicate(fd.as_fd())?);
+                Ok(())
+            }
+            Ask::Replay => return Ok(Answer::Count(Some(self.outlet.replay()))),
             Ask::Exit | Ask::WaitParked { .. } => unreachable!("the loop of `work` takes these"),
         };
         done.map(|()| Answer::Done)
@@ -283,28 +276,64 @@ impl Vmm {
             VmmFaults::MissingAndMinor => Faults::MissingAndMinor,
         };
         uffd.register(memory.address() + offset, len, RegisterModes { faults, write_protect }).map_err(failed)?;
-        let given = uffd.as_fd().try_clone_to_owned();
-        let given = given.map_err(|source| GuestError::Io { doing: "duplicating a userfaultfd".into(), source })?;
-        self.uffds.push(uffd);
+        let given = duplicate(uffd.as_fd())?;
+        self.uffds.push((uffd, (offset, len)));
         Ok(given)
     }
 
-    /// Stops the guest, however long that takes, and stands by until the deadline.
-    fn hold(&mut self, until: Option<Deadline>) {
-        const LOOK: Duration = Duration::from_millis(200);
-        loop {
-            let next = until.map_or(LOOK, |until| until.left().min(LOOK));
-            // A vCPU that waits for a page cannot be stopped, and does nothing either. It is asked again, so that it stops
-            // should the page come.
-            let stopped = self.guest.pause(Deadline::after(next)).is_ok();
-            if until.is_some_and(|until| until.expired()) {
-                return;
-            }
-            if stopped {
-                std::thread::sleep(next);
-            }
+    fn keep(&mut self, what: Kept, given: Option<OwnedFd>) -> Result<(), GuestError> {
+        let fd = given.ok_or_else(|| GuestError::BadState(format!("{what:?} was laid down without a descriptor")))?;
+        if what == Kept::Ledger {
+            let ledger = Ledger::from_fd(duplicate(fd.as_fd())?);
+            self.outlet.keep_until_left(ledger.map_err(|error| GuestError::BadState(explain(&error)))?);
+        }
+        self.kept.retain(|(kept, _)| *kept != what);
+        self.kept.push((what, fd));
+        Ok(())
+    }
+
+    fn give_sign(&mut self, slot: u64, given: Option<OwnedFd>) -> Result<(), GuestError> {
+        let bad = |error: GuardError| GuestError::BadState(explain(&error));
+        let fd = given.ok_or_else(|| GuestError::BadState("a sign of life without its page".into()))?;
+        let page = LifePage::from_fd(fd).map_err(bad)?;
+        let slot = usize::try_from(slot).unwrap_or(usize::MAX);
+        self.signs.push(SignOfLife::hold(Arc::new(page), slot).map_err(bad)?);
+        Ok(())
+    }
+
+    /// The end of this process is no death from here on.
+    fn stand_down(&mut self) {
+        self.signs.drain(..).for_each(SignOfLife::stand_down);
+    }
+
+    /// Tells the guards whether this VMM has done what it must when its page server has gone.
+    fn quiet(&mut self, quiet: bool) {
+        if quiet {
+            // The gate is shut already. Ordered, a vCPU runs nothing more from its next exit on, also one that waits for a page.
+            self.halt(Deadline::after(Duration::ZERO));
+        }
+        self.signs.iter().for_each(|sign| sign.quiet(quiet));
+    }
+
+    fn estate(&self) -> Answer {
+        Answer::Estate {
+            pid: std::process::id(),
+            spec: self.guest.spec().clone(),
+            vmm_address: self.guest.vmm_memory().address(),
+            uffds: self.uffds.iter().map(|&(_, range)| range).collect(),
+            kept: self.kept.iter().map(|&(what, _)| what).collect(),
         }
     }
+
+    /// Orders the guest to stop for good; whether it has by the deadline.
+    pub(super) fn halt(&mut self, deadline: Deadline) -> bool {
+        // A guest that failed by itself runs nothing more either.
+        !matches!(self.guest.halt(deadline), Err(GuestError::StopTimedOut { .. }))
+    }
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> Result<OwnedFd, GuestError> {
+    fd.try_clone_to_owned().map_err(|source| GuestError::Io { doing: "duplicating a descriptor".into(), source })
 }
 
 /// The words of a one-region set that are not zero.

@@ -4,8 +4,10 @@ use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
+use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
 use belay_transport::Deadline;
+use belay_transport::stop_point::reached;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -13,8 +15,14 @@ impl Destination<'_> {
     /// Does one thing; what came of it, if that is an event.
     pub(super) fn carry_out(&mut self, action: Action) -> Option<Event> {
         match action {
-            Action::ResumeGuest => self.resume_guest(),
-            Action::SendResumed => self.send(&ToSource::Resumed { because: self.last.clone() }),
+            Action::ResumeGuest => {
+                reached("go-heard");
+                self.resume_guest()
+            }
+            Action::SendResumed => {
+                reached("tether-started");
+                self.send(&ToSource::Resumed { because: self.last.clone() })
+            }
             Action::SendSwitchFailed => {
                 let _ = self.tell(&ToSource::Failed { reason: self.why.clone(), because: self.last.clone() });
                 None
@@ -78,13 +86,23 @@ impl Destination<'_> {
             Action::AskRelease => {
                 let because =
                     self.note(Kind::State { state: "release-asked".to_owned(), why: "every page is here".to_owned() });
-                self.send(&ToSource::ReleaseAsked { all_landed: true, because })
+                let asked = self.send(&ToSource::ReleaseAsked { all_landed: true, because });
+                reached("release-asked");
+                asked
             }
             Action::DiscardGuest => {
                 self.stop_guest();
                 None
             }
             Action::Report(named) => {
+                // Revoked, it is about to retire: nothing is asked of anybody.
+                if named == Named::Fenced && matches!(self.state, State::Fenced(fenced) if !fenced.revoked) {
+                    let what = format!("cut off from the source: {}", self.why);
+                    let advice = "The guest is stopped and its memory kept. If the source has it, this host hears of it and retires; if \
+                                  the source is gone for good, `belay status` here says whether it can be promoted."
+                        .to_owned();
+                    self.note(Kind::Failed { what, advice });
+                }
                 self.note(Kind::State { state: named_state(named), why: named.to_string() });
                 None
             }
@@ -113,6 +131,7 @@ impl Destination<'_> {
                     engine.resume_background();
                 }
                 self.note(Kind::Resumed { nonce });
+                reached("resumed");
                 Some(Event::GuestResumed)
             }
             Err(error) => {

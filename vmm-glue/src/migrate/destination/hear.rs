@@ -2,13 +2,14 @@
 
 use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::Listened;
+use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
+use belay_transport::stop_point::reached;
 use crossbeam_channel::select;
 use std::time::{Duration, Instant};
 
@@ -52,7 +53,8 @@ impl Destination<'_> {
                     self.tick()
                 }
             },
-            recv(self.words) -> _ => self.interrupted(),
+            recv(self.words.signals) -> _ => self.interrupted(),
+            recv(self.words.orders) -> order => self.order(order.ok()?),
             default(TICK) => self.tick(),
         }
     }
@@ -101,14 +103,18 @@ impl Destination<'_> {
             ToDestination::Go { owner_epoch, because } => {
                 self.go_due = None;
                 self.last = because;
+                // Before the guest runs here: from then on a page server that dies leaves something.
+                self.lay_down_will(owner_epoch, false);
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
+                reached("release-heard");
                 self.last = because;
                 Some(Event::ReleaseAcknowledged)
             }
             ToDestination::ReleaseRefused { because } => {
                 self.last = because;
+                self.release_refused();
                 Some(Event::ReleaseRefused)
             }
             ToDestination::Fate { fate, because } => {
@@ -118,7 +124,7 @@ impl Destination<'_> {
             }
             ToDestination::Failed { reason, because } => {
                 self.last = because;
-                self.why = format!("the source failed: {reason}");
+                self.why = format!("the source failed: {}", harmless(&reason));
                 Some(match self.state {
                     State::Preparing { .. } => Event::PrepareFailed,
                     _ => Event::ConnectionClosed,
@@ -162,6 +168,8 @@ impl Destination<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        let lease_ends = self.tethering.as_ref().map(|tethering| tethering.lease_ends_at_ns());
+        self.words.board.turned(lease_ends.filter(|&ends| ends > 0));
         if self.leaving.is_some_and(|due| due.expired()) {
             self.outcome = Some(Outcome::Fenced);
             return None;

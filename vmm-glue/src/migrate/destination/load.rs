@@ -1,15 +1,17 @@
 //! The switch as the destination has it: faults are served, writes tracked, state loaded.
 
-use super::{Destination, DestinationError, Happening};
+use super::{Destination, DestinationError, Happening, heard};
+use crate::kvm::apart::Kept;
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::Listened;
-use crate::migrate::protocol::{self, ProtocolError, ToDestination, ToSource};
+use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::guest::TrackerKind;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
 use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, pull};
-use crossbeam_channel::{Sender, select};
+use crossbeam_channel::Sender;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -29,35 +31,30 @@ impl pull::Observer for EngineEars {
 impl Destination<'_> {
     /// Waits for the switch, as long as the source likes: the guest runs there. Then loads, with faults served already.
     pub(super) fn await_switch(&mut self) -> Result<(), DestinationError> {
-        let messages = self.inbox.messages().clone();
-        let (map, device_state, nonce, because) = select! {
-            recv(messages) -> heard => match heard {
-                Ok(Listened::Message(ToDestination::Switch { map, device_state, nonce, because })) => {
-                    (map, device_state, nonce, because)
-                }
-                Ok(Listened::Message(ToDestination::Failed { reason, .. })) => return Err(DestinationError::PeerFailed(reason)),
-                Ok(Listened::Message(other)) => {
-                    return Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Switch" }.into());
-                }
-                Ok(Listened::Closed(why)) => return Err(DestinationError::PeerClosed(why)),
-                Err(_) => return Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
-            },
-            recv(self.words) -> _ => return Err(DestinationError::Interrupted),
+        let (map, device_state, nonce, because) = match heard::next(&self.inbox, "Switch", None, self.words)? {
+            ToDestination::Switch { map, device_state, nonce, because } => (map, device_state, nonce, because),
+            other => return Err(heard::unexpected(&other, "Switch")),
         };
         self.last = because;
+        reached("switch-heard");
         let begun = Instant::now();
         let engine = Arc::new(self.start_engine(&map)?);
+        self.words.board.pulls_with(&engine);
         self.engine = Some(Arc::clone(&engine));
+        self.map = map;
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
         if let Some(tethering) = &mut self.tethering {
             tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
         }
+        reached("state-loading");
         guest.load(&device_state)?;
         guest.set_incarnation(nonce)?;
         self.nonces.push(nonce);
         let because = self.note(Kind::Loaded { took_us: us(begun.elapsed()) });
+        reached("state-loaded");
         self.tell(&ToSource::Loaded { because })?;
+        reached("loaded-told");
         self.go_due = Some(Deadline::after(self.config.bounds.switch));
         Ok(())
     }
@@ -95,6 +92,9 @@ impl Destination<'_> {
         let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64) as u64);
         let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
         let states = Arc::new(PageStates::in_memory(&frames)?);
+        if let Some(keeper) = &self.keeper {
+            keeper.keep(Kept::PageStates, states.file().as_fd())?;
+        }
         let ears = Arc::new(EngineEars(self.happened.clone()));
         let parts = std::mem::take(&mut self.parts);
         let plan = PullPlan { regions, install, tuning, start_paused: true };

@@ -5,18 +5,24 @@
 
 mod act;
 mod hear;
+mod heard;
 mod load;
+mod order;
 mod prepare;
+mod takeover;
 mod warden;
+mod will;
 
 use super::observation::{Kind, ObservationId, Observer};
+use super::operator::{Pending, Words};
 use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::settings::{Bounds, Proposal, VmmSpec};
-use super::switch_map::SwitchMapError;
+use super::switch_map::{RegionClasses, SwitchMapError};
 use super::tethering::{Tethering, TetheringError};
 use crate::guard::{GuardCommand, GuardError, LifePage};
+use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::destination::{Event, State, step};
@@ -35,7 +41,9 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+pub use takeover::{Inherited, take_over};
 use warden::Warden;
+pub use will::{Will, WillError};
 
 /// What a destination needs to know before any guest comes.
 #[derive(Debug, Clone)]
@@ -71,6 +79,8 @@ pub struct Built {
     pub pid: u32,
     /// Whether it gives a sign of life of its own.
     pub gives_sign: bool,
+    /// By which things are laid down for the page server after this one, where the VMM is a process of its own.
+    pub keeper: Option<Keeper>,
 }
 
 /// The VMM's, where it is a process of its own.
@@ -90,8 +100,16 @@ pub trait Host {
         life: Option<&LifePage>,
     ) -> Result<Built, GuestError>;
 
+    /// Goes on with the VMM that a dead page server left, in which `alias` is a mapping of guest RAM. What had not left is in `sink` when this
+    /// returns.
+    fn adopt(&mut self, alias: Arc<Mapping>, sink: Arc<dyn PacketSink>)
+    -> Result<(Box<dyn Guest>, Keeper), GuestError>;
+
     /// The way out for output.
     fn output(&mut self, address: Option<&str>) -> std::io::Result<Box<dyn Emitter>>;
+
+    /// Whether [`Host::build`] starts the VMM in a process of its own.
+    fn vmm_is_apart(&self) -> bool;
 
     /// How the guard process is started.
     fn guard_command(&self) -> Result<GuardCommand, GuardError>;
@@ -157,6 +175,10 @@ pub enum DestinationError {
     Guard(#[from] GuardError),
     #[error(transparent)]
     Tethering(#[from] TetheringError),
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    #[error(transparent)]
+    Will(#[from] WillError),
     #[error("cannot {doing}")]
     Io {
         doing: &'static str,
@@ -173,6 +195,8 @@ pub enum DestinationError {
     TimedOut { waiting_for: &'static str, bound: Duration },
     #[error("ended by a signal")]
     Interrupted,
+    #[error("the operator cancelled the migration")]
+    Cancelled,
 }
 
 fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> DestinationError {
@@ -197,7 +221,7 @@ pub fn run(
     listener: &Listener,
     host: &mut dyn Host,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Ended, DestinationError> {
     let Some((session, proposal)) = await_source(listener, config.bounds, observer, words)? else {
         return Ok(Ended {
@@ -235,7 +259,8 @@ struct Destination<'a> {
     placement: Placement,
     proposal: Proposal,
     observer: &'a Observer,
-    words: &'a Receiver<i32>,
+    words: &'a Words,
+    pending: Pending,
     control: Arc<Control>,
     inbox: Arc<Inbox<ToDestination>>,
     happenings: Receiver<Happening>,
@@ -246,6 +271,9 @@ struct Destination<'a> {
     guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
     warden: Option<Warden>,
+    keeper: Option<Keeper>,
+    /// What the next page server must know beside what this one was told at first; there once the switch has come.
+    map: Vec<RegionClasses>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
     /// Taken when the engine starts.
@@ -306,7 +334,8 @@ impl Destination<'_> {
                 Ok(step) => step,
                 // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
-                    self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
+                    let state = self.state.name().to_lowercase();
+                    self.observer.note_provoked(Some(&self.last), &state, illegal.to_string());
                     continue;
                 }
             };
@@ -314,6 +343,8 @@ impl Destination<'_> {
             self.state = next;
             if entered {
                 self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
+                let why = if self.why.is_empty() { event.name() } else { &self.why };
+                self.words.board.entered(next.name(), self.owner_epoch().map(|epoch| epoch.0), why);
             }
             for action in actions {
                 events.extend(self.carry_out(action));
@@ -328,10 +359,12 @@ impl Destination<'_> {
                 State::Preparing { .. } | State::Tethered { .. } | State::Fenced(_) => None,
             };
         }
+        self.settle_orders();
     }
 
     /// The role is over: what was started is ended, what is left is handed on.
     fn end(mut self) -> Ended {
+        self.settle_orders();
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted);
         if outcome == Outcome::Owner {
             let _ = self.tell(&ToSource::Farewell);
@@ -342,6 +375,7 @@ impl Destination<'_> {
         }
         if let Some(engine) = self.engine.take() {
             self.report_latencies(&engine);
+            self.words.board.pull_over(&engine);
             if let Ok(engine) = Arc::try_unwrap(engine).map_err(|_| ()) {
                 // Threads that do not end in time end on their own; their lanes are closed by the session's end.
                 let _ = engine.stop(Deadline::after(self.config.bounds.stop));

@@ -1,10 +1,13 @@
 //! Everything before the downtime: a source, RAM, lanes, VMM, guard.
 
-use super::warden::Warden;
-use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, io};
+use super::order::NO_GUEST_YET;
+use super::warden::{self, Warden};
+use super::{Destination, DestinationConfig, DestinationError, Host, Ram, VMM_SLOT, heard, io};
+use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
-use crate::migrate::peer::{Inbox, Listened};
-use crate::migrate::protocol::{PROTOCOL_VERSION, ProtocolError, RingOffer, ToDestination, ToSource};
+use crate::migrate::operator::{Ask, Ended, Pending, Words};
+use crate::migrate::peer::Inbox;
+use crate::migrate::protocol::{PROTOCOL_VERSION, RingOffer, ToDestination, ToSource};
 use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
@@ -15,9 +18,10 @@ use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::stop_point::reached;
 use belay_transport::uffd::UffdError;
 use belay_transport::{Deadline, PageSize, RegionId, fabric};
-use crossbeam_channel::{Receiver, bounded, select};
+use crossbeam_channel::bounded;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -27,12 +31,17 @@ pub(super) fn await_source(
     listener: &Listener,
     bounds: Bounds,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
-    let turned_away = |why: String| observer.note(None, Kind::State { state: "turned-away".to_owned(), why });
+    let turned_away = |why: String| drop(observer.note_provoked(None, "turned-away", why));
     loop {
-        if words.try_recv().is_ok() {
-            return Ok(None);
+        match words.wait(Some(Duration::ZERO), |ask| match ask {
+            Ask::Cancel => Ok("it listens no more".to_owned()),
+            _ => Err(NO_GUEST_YET.to_owned()),
+        }) {
+            Ended::Time => {}
+            Ended::Signal => return Ok(None),
+            Ended::Order => return Err(DestinationError::Cancelled),
         }
         let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
         for rejection in listener.take_rejections() {
@@ -41,7 +50,7 @@ pub(super) fn await_source(
         match incoming {
             Ok(incoming) => match agree(incoming, bounds) {
                 Ok(agreed) => return Ok(Some(agreed)),
-                Err(error) => drop(turned_away(protocol::explain(&error))),
+                Err(error) => turned_away(protocol::explain(&error)),
             },
             Err(SessionError::TimedOut { .. }) => {}
             Err(error) => return Err(DestinationError::Connect(error)),
@@ -101,22 +110,11 @@ pub(super) type Prepare = (Vec<(RegionId, ReadKey)>, RingKeys, RingOffer, Observ
 pub(super) fn await_prepare(
     inbox: &Inbox<ToDestination>,
     bound: Duration,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Prepare, DestinationError> {
-    select! {
-        recv(inbox.messages()) -> heard => match heard {
-            Ok(Listened::Message(ToDestination::Prepare { ram, ring, ring_geometry, because })) => {
-                Ok((ram, ring, ring_geometry, because))
-            }
-            Ok(Listened::Message(ToDestination::Failed { reason, .. })) => Err(DestinationError::PeerFailed(reason)),
-            Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Prepare" }.into())
-            }
-            Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(why)),
-            Err(_) => Err(DestinationError::PeerClosed("the control thread ended".to_owned())),
-        },
-        recv(words) -> _ => Err(DestinationError::Interrupted),
-        default(bound) => Err(DestinationError::TimedOut { waiting_for: "Prepare", bound }),
+    match heard::next(inbox, "Prepare", Some(bound), words)? {
+        ToDestination::Prepare { ram, ring, ring_geometry, because } => Ok((ram, ring, ring_geometry, because)),
+        other => Err(heard::unexpected(&other, "Prepare")),
     }
 }
 
@@ -177,16 +175,24 @@ impl<'a> Destination<'a> {
         proposal: Proposal,
         host: &mut dyn Host,
         observer: &'a Observer,
-        words: &'a Receiver<i32>,
+        words: &'a Words,
     ) -> Result<Self, DestinationError> {
         let bounds = config.bounds;
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        reached("prepare-heard");
+        words.board.session(offer.nonce);
+        words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);
-        let mut warden = match proposal.tether {
-            Some(_) => Some(Warden::start(&host.guard_command()?, session.lanes.take_guard(deadline)?, deadline)?),
+        let mut warden = match &proposal.tether {
+            Some(tether) => {
+                let arms = warden::arms(tether, host.vmm_is_apart());
+                // The source dials all of these right after Prepare: one that has died must not be waited for as long as RAM is.
+                let connection = session.lanes.take_guard(Deadline::after(bounds.handshake))?;
+                Some(Warden::start(&host.guard_command()?, connection, arms, deadline)?)
+            }
             None => None,
         };
         let mut initiator = fabric::initiator(&session)?;
@@ -207,7 +213,7 @@ impl<'a> Destination<'a> {
         if let Some(registered) = registrations.take(registering.elapsed()) {
             observer.note(Some(&last), registered);
         }
-        let mut open = |id: LaneId, window| initiator.open_lane(id, window, deadline);
+        let mut open = |id: LaneId, window| initiator.open_lane(id, window, Deadline::after(bounds.handshake));
         let mut lane_pairs = Vec::new();
         let mut checkpoint_lanes = Vec::new();
         for id in lanes(&proposal) {
@@ -227,12 +233,20 @@ impl<'a> Destination<'a> {
         };
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
         let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
-        let output = tethering::outbox(tethering.as_ref(), emitter).map_err(io("start the outbox"))?;
+        let ledger = Ledger::new()?;
+        let output = tethering::outbox(tethering.as_ref(), ledger.keep(emitter)).map_err(io("start the outbox"))?;
         // Shut until ownership says otherwise: a destination that is not tethered yet shows nothing.
         output.shut();
         let output = Arc::new(output);
+        words.board.emits_through(&output);
         let life = warden.as_ref().map(|warden| Arc::clone(&warden.page));
         let built = host.build(&proposal.vmm, &ram, proposal.shards, tracker, output.sink(), life.as_deref())?;
+        if let Some(keeper) = &built.keeper {
+            keeper.keep(Kept::Ledger, ledger.fd())?;
+            if let Some(warden) = &warden {
+                keeper.keep(Kept::Guard, warden.guard.hand_over())?;
+            }
+        }
         if built.pid != std::process::id() {
             observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
         }
@@ -262,6 +276,7 @@ impl<'a> Destination<'a> {
         if let Some(details) = initiator.details() {
             observer.note(Some(&last), Kind::Fabric(details));
         }
+        reached("prepared");
         last = observer.note(Some(&last), Kind::Prepared { took_us: us(begun.elapsed()) });
         let secrets = warden.as_ref().map(|warden| warden.secrets.clone());
         let prepared = ToSource::Prepared { secrets, because: last.clone() };
@@ -273,6 +288,7 @@ impl<'a> Destination<'a> {
             proposal,
             observer,
             words,
+            pending: Pending::default(),
             control,
             inbox,
             happenings,
@@ -282,6 +298,8 @@ impl<'a> Destination<'a> {
             guest: Some(built.guest),
             output,
             warden,
+            keeper: built.keeper,
+            map: Vec::new(),
             ram,
             vmm_pid: built.pid,
             parts,

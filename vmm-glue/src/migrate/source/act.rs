@@ -12,6 +12,7 @@ use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::record::Limits;
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PAGE_SIZE};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ impl Source<'_> {
                     self.paused_at = Instant::now();
                     let steps = (self.steps)();
                     self.note(Kind::Paused { steps });
+                    reached("switch-paused");
                     None
                 }
                 Err(error) => Some(self.failed_switch(&error)),
@@ -36,8 +38,12 @@ impl Source<'_> {
             },
             Action::SendGo { owner_epoch } => {
                 let go = ToDestination::Go { owner_epoch, because: self.last.clone() };
+                reached("go-due");
                 match self.tell(&go) {
-                    Ok(()) => None,
+                    Ok(()) => {
+                        reached("go-told");
+                        None
+                    }
                     Err(error) => Some(self.lost(Event::ConnectionClosed, &error.to_string())),
                 }
             }
@@ -78,7 +84,9 @@ impl Source<'_> {
             Action::RecordRelease => self.record_release(),
             Action::AcknowledgeRelease => {
                 let released = ToDestination::Released { because: self.last.clone() };
+                reached("release-recorded");
                 let _ = self.tell(&released);
+                reached("release-told");
                 self.answer_due = Some(Deadline::after(bounds.release));
                 None
             }
@@ -156,6 +164,7 @@ impl Source<'_> {
         let because = self.note(Kind::SwitchSent { peer_frames, zero_frames, device_state_bytes });
         self.answer_due = Some(Deadline::after(bounds.switch));
         self.tell(&ToDestination::Switch { map, device_state, nonce, because })?;
+        reached("switch-told");
         Ok(())
     }
 
@@ -175,6 +184,7 @@ impl Source<'_> {
     }
 
     pub(super) fn record_release(&mut self) -> Option<Event> {
+        reached("release-due");
         let owner_epoch = self.state.owner_epoch().0;
         let record = ReleaseRecord::new(self.live.nonce, owner_epoch, self.config.address.to_string());
         match record.write(&self.config.state_dir) {

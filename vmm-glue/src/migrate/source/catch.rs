@@ -9,16 +9,19 @@ use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::Deadline;
 use belay_transport::region::Mapping;
+use belay_transport::stop_point::reached;
 use std::time::{Duration, Instant};
 
 impl Source<'_> {
     /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
     pub(super) fn revoke(&mut self) -> Option<Event> {
+        reached("catch-begun");
         let begun = Instant::now();
         // The folder first: revoking `local` takes the ring's file away under whoever still reads it.
         if let Some(folder) = self.live.folder.take() {
             self.live.catch = Some(folder.stop());
         }
+        reached("catch-unrevoked");
         let (catch, recovered) = (&mut self.live.catch, &mut self.live.recovered);
         let mut folding = Duration::ZERO;
         let mut last_read = |ring: &Mapping| {
@@ -28,6 +31,7 @@ impl Source<'_> {
         };
         match self.live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke)) {
             Ok(()) => {
+                reached("catch-revoked");
                 self.note(Kind::Revoked { took_us: us(begun.elapsed() - folding) });
                 Some(Event::Revoked)
             }
@@ -56,6 +60,7 @@ impl Source<'_> {
             self.why = format!("cannot load {}: {}", recovered.epoch, protocol::explain(&error));
             return Some(Event::CatchFailed { can_retry: false });
         }
+        reached("catch-loaded");
         self.note(Kind::Recovered {
             epoch: recovered.epoch.0,
             pages: recovered.timings.pages,
@@ -82,11 +87,13 @@ impl Source<'_> {
             return self.cannot_resume(protocol::explain(&error));
         }
         let steps = (self.steps)();
+        reached("catch-resume");
         if let Err(error) = self.guest.resume() {
             return self.cannot_resume(protocol::explain(&error));
         }
         if let Some(recovered) = &self.recovered {
             let epoch = recovered.epoch.0;
+            reached("catch-resumed");
             let noticed_to_running_us = self.noticed_at.map_or(0, |at| us(at.elapsed()));
             self.nonces.push(nonce);
             self.note(Kind::Caught { epoch, nonce, noticed_to_running_us, steps });

@@ -1,9 +1,9 @@
 //! What happens to a source: messages, the guard, lanes, the heartbeat and the operator, turned into events.
 
-use super::{Happening, Outcome, Source, TICK};
+use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::Listened;
+use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol::ToSource;
 use belay_checkpoint::ownership::source::{Event, State};
 use crossbeam_channel::select;
@@ -46,8 +46,12 @@ impl Source<'_> {
                 }
             },
             // A signal takes back a switch that has not happened, and a guest that has left.
-            recv(self.words) -> word => match word {
+            recv(self.words.signals) -> signal => match signal {
                 Ok(_) => self.ordered(),
+                Err(_) => self.tick(),
+            },
+            recv(self.words.orders) -> order => match order {
+                Ok(order) => self.order(order),
                 Err(_) => self.tick(),
             },
             default(TICK) => self.tick(),
@@ -78,7 +82,7 @@ impl Source<'_> {
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
             }
-            _ => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
+            _ => Some(self.lost(Event::OperatorCatch, BY_ORDER)),
         }
     }
 
@@ -122,7 +126,7 @@ impl Source<'_> {
                 // Before the guest went this takes the switch back; after it, the destination has fenced itself.
                 let switching = matches!(self.state, State::Switching { .. });
                 let event = if switching { Event::SwitchFailed } else { Event::ConnectionClosed };
-                Some(self.lost(event, &format!("the destination failed: {reason}")))
+                Some(self.lost(event, &format!("the destination failed: {}", harmless(&reason))))
             }
             ToSource::Farewell => {
                 self.outcome = matches!(self.state, State::Released { .. }).then_some(Outcome::Released);
@@ -137,6 +141,7 @@ impl Source<'_> {
     /// What has no channel of its own.
     pub(super) fn tick(&mut self) -> Option<Event> {
         self.ticked_at = Instant::now();
+        self.show();
         if self.answer_due.is_some_and(|due| due.expired())
             && matches!(self.state, State::Switching { .. } | State::Released { .. })
         {

@@ -6,11 +6,13 @@
 mod act;
 mod catch;
 mod hear;
+mod order;
 mod prepare;
 
 use super::lane_watch::LaneWatch;
 use super::lease::Silence;
 use super::observation::{Kind, ObservationId, Observer};
+use super::operator::{Pending, Words};
 use super::peer::Inbox;
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
@@ -28,7 +30,7 @@ use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Mapping, RegionError};
 use belay_transport::session::{Address, Control, SessionConfig, SessionError};
 use belay_transport::{Deadline, RegionId};
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 pub(super) use prepare::lanes;
 use prepare::prepare;
 use std::collections::VecDeque;
@@ -107,7 +109,9 @@ pub enum SourceError {
     Illegal(#[from] Illegal),
     #[error(transparent)]
     Numa(#[from] NumaError),
-    #[error("the operator cancelled")]
+    #[error("ended by a signal")]
+    Interrupted,
+    #[error("the operator cancelled the migration")]
     Cancelled,
     #[error("this migration makes no sense: {0}")]
     Proposal(String),
@@ -127,6 +131,8 @@ struct Live {
     control: Arc<Control>,
     inbox: Inbox<ToSource>,
     happenings: Receiver<Happening>,
+    /// Kept so that waiting for happenings goes on waiting when everybody who could tell of one has gone.
+    _happened: Sender<Happening>,
     owner: Box<dyn Owner>,
     registrations: Registrations,
     placement: Placement,
@@ -157,7 +163,8 @@ pub struct Source<'a> {
     /// How far each vCPU's program has run, for reports.
     steps: &'a dyn Fn() -> Vec<u64>,
     observer: &'a Observer,
-    words: &'a Receiver<i32>,
+    words: &'a Words,
+    pending: Pending,
     state: State,
     live: Live,
     last: ObservationId,
@@ -177,7 +184,7 @@ pub struct Source<'a> {
     outcome: Option<Outcome>,
 }
 
-/// Moves the guest and sees the migration to its end. A word (the number of a signal) takes the guest back. `output` is where the running guest's output goes through. An error means
+/// Moves the guest and sees the migration to its end. A signal takes the guest back; orders are answered. `output` is where the running guest's output goes through. An error means
 /// that the guest was not touched and runs on; whatever happens after the switch has begun is an [`Outcome`].
 pub fn run(
     config: &SourceConfig,
@@ -185,7 +192,7 @@ pub fn run(
     output: &Outbox,
     steps: &dyn Fn() -> Vec<u64>,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<Outcome, SourceError> {
     let (live, last) = prepare(config, guest, observer, words)?;
     let source = Source {
@@ -195,6 +202,7 @@ pub fn run(
         steps,
         observer,
         words,
+        pending: Pending::default(),
         state: State::new(),
         live,
         last,
@@ -224,6 +232,9 @@ fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> SourceError {
     move |source| SourceError::Io { doing, source }
 }
 
+/// What noticed a loss that is none: somebody wants the guest back.
+pub(super) const BY_ORDER: &str = "the operator ordered the catch";
+
 /// How often the main loop looks at what has no channel: the heartbeat and the folder.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -233,6 +244,7 @@ impl Source<'_> {
         self.drive(Event::SwitchStarted { mode })?;
         loop {
             if let Some(outcome) = self.outcome.take() {
+                self.settle_orders(Some(&outcome));
                 return Ok(outcome);
             }
             if let Some(event) = self.next_event() {
@@ -259,7 +271,8 @@ impl Source<'_> {
                 Ok(step) => step,
                 // A peer that breaks the protocol changes nothing; the state stands.
                 Err(illegal) => {
-                    self.note(Kind::State { state: self.state.name().to_lowercase(), why: illegal.to_string() });
+                    let state = self.state.name().to_lowercase();
+                    self.observer.note_provoked(Some(&self.last), &state, illegal.to_string());
                     continue;
                 }
             };
@@ -267,6 +280,8 @@ impl Source<'_> {
             self.state = next;
             if entered {
                 self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
+                let why = if self.why.is_empty() { event.name() } else { &self.why };
+                self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
             }
             for action in actions {
                 let came_of_it = self.carry_out(action);
@@ -278,6 +293,7 @@ impl Source<'_> {
                 }
             }
             self.settle();
+            self.settle_orders(None);
         }
         Ok(())
     }

@@ -4,6 +4,7 @@ use super::{Happening, Live, SourceConfig, SourceError, fresh_nonce, io};
 use crate::guard::{DeathWatch, GuardError, Notice, Secrets};
 use crate::migrate::lane_watch::LaneWatch;
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
+use crate::migrate::operator::{Ask, Words};
 use crate::migrate::peer::{Inbox, Listened, listen_to};
 use crate::migrate::protocol;
 use crate::migrate::protocol::{ProtocolError, RingOffer, ToDestination, ToSource};
@@ -15,8 +16,9 @@ use belay_checkpoint::ring::{OWNER_REGION_BYTES, OwnerRegion, RingReader};
 use belay_transport::fabric::{LaneId, LaneKind};
 use belay_transport::region::RamFile;
 use belay_transport::session::{Offer, RegionGeometry};
+use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, PageSize, fabric, session};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Sender, bounded, select};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +28,7 @@ pub(super) fn prepare(
     config: &SourceConfig,
     guest: &mut dyn Guest,
     observer: &Observer,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<(Live, ObservationId), SourceError> {
     let bounds = config.bounds;
     config.proposal.check().map_err(SourceError::Proposal)?;
@@ -40,6 +42,7 @@ pub(super) fn prepare(
         .map_err(|source| SourceError::Connect { address: config.address.to_string(), source })?;
     let connected = connected(config.address.to_string(), &session.agreed, session.lanes.is_encrypted());
     let connected = observer.note(None, connected);
+    reached("source-connected");
     let begun = Instant::now();
     let control = Arc::clone(&session.control);
     let mut owner = fabric::owner(&session)?;
@@ -65,6 +68,7 @@ pub(super) fn prepare(
         observer.note(Some(&connected), registered);
     }
     let nonce = fresh_nonce()?;
+    words.board.session(nonce);
     // Reserved now, so that missing memory is found before the guest leaves and nothing of it is downtime.
     let reserved = match config.proposal.tether {
         Some(_) => {
@@ -100,6 +104,7 @@ pub(super) fn prepare(
     };
     let lane_watch = match owner.broken() {
         Some(fd) => {
+            let happened = happened.clone();
             let watch = LaneWatch::start(fd, move || drop(happened.try_send(Happening::LaneBroken)));
             Some(watch.map_err(io("start the lane watch"))?)
         }
@@ -116,11 +121,13 @@ pub(super) fn prepare(
     if let Some(registered) = registrations.take(again.elapsed()) {
         observer.note(Some(&prepared), registered);
     }
+    reached("source-prepared");
     let last = observer.note(Some(&prepared), Kind::Prepared { took_us: us(begun.elapsed()) });
     let live = Live {
         control,
         inbox,
         happenings,
+        _happened: happened,
         owner,
         registrations,
         placement,
@@ -158,22 +165,36 @@ pub(super) fn watch_guard(
 pub(super) fn await_prepared(
     inbox: &Inbox<ToSource>,
     bound: Duration,
-    words: &Receiver<i32>,
+    words: &Words,
 ) -> Result<(Option<Secrets>, ObservationId), SourceError> {
-    select! {
-        recv(inbox.messages()) -> heard => match heard {
-            Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
-            Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
-            Ok(Listened::Message(other)) => {
-                Err(ProtocolError::Unexpected { got: protocol::kind_of(&other), wanted: "Prepared" }.into())
-            }
-            Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
-            Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
-        },
-        recv(words) -> _ => Err(SourceError::Cancelled),
-        default(bound) => Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
+    let deadline = Deadline::after(bound);
+    loop {
+        select! {
+            recv(inbox.messages()) -> heard => return match heard {
+                Ok(Listened::Message(ToSource::Prepared { secrets, because })) => Ok((secrets, because)),
+                Ok(Listened::Message(ToSource::Failed { reason, .. })) => Err(SourceError::PeerFailed(reason)),
+                Ok(Listened::Message(other)) => {
+                    Err(ProtocolError::Unexpected { got: other.kind().to_owned(), wanted: "Prepared" }.into())
+                }
+                Ok(Listened::Closed(why)) => Err(SourceError::PeerClosed(why)),
+                Err(_) => Err(SourceError::PeerClosed("the control thread ended".to_owned())),
+            },
+            recv(words.signals) -> _ => return Err(SourceError::Interrupted),
+            recv(words.orders) -> order => match order {
+                Ok(order) if order.ask == Ask::Cancel => {
+                    order.done("the guest was not touched and runs on here");
+                    return Err(SourceError::Cancelled);
+                }
+                Ok(order) => order.refuse(NOT_LEFT_YET),
+                Err(_) => return Err(SourceError::Interrupted),
+            },
+            default(deadline.left()) => return Err(SourceError::TimedOut { waiting_for: "Prepare", bound }),
+        }
     }
 }
+
+/// Why most orders mean nothing yet.
+pub(super) const NOT_LEFT_YET: &str = "the guest has not left this host; `belay cancel` calls the migration off";
 
 /// Every lane of a session, in the order in which the source dials and the destination takes them. None that nobody would hold: a
 /// lane that is closed says that the other host is lost.

@@ -1,0 +1,109 @@
+//! False evidence, to try the verdict with: each way of lying makes of a run that held one that did not, and must be found out.
+
+use super::verdict::{Evidence, Outcome, RunReport, judge};
+use belay_vmm_glue::migrate::observation::{Kind, Observation, ObservationId};
+use clap::ValueEnum;
+
+/// What is changed in a run's evidence before it is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Lie {
+    /// A packet never arrived.
+    LostPacket,
+    /// A packet was shown twice, not the same.
+    Contradiction,
+    /// Every showing of a packet has a byte that memory does not account for.
+    ForgedPacket,
+    /// A page of memory is wrong.
+    WrongPage,
+    /// Nobody looked at memory.
+    Unchecked,
+    /// The destination was told that a checkpoint newer than the one caught had committed.
+    LostCommit,
+    /// The destination says that it owns the guest too.
+    TwoOwners,
+    /// The destination shows something new after the source has.
+    StaleOutput,
+    /// A release is on disk.
+    Released,
+    /// An exit code that says something else than the last event.
+    OtherExitCode,
+    /// A process was left.
+    LeftBehind,
+    /// The guest had hardly any content.
+    EmptyGuest,
+}
+
+/// Judges the run again with each lie. The report is that of a broken run if the run itself held and every lie was found out.
+pub fn try_with(lies: &[Lie], evidence: &Evidence<'_>, honest: RunReport) -> RunReport {
+    if honest.outcome != Outcome::Held {
+        return RunReport { outcome: Outcome::Void, wrong: vec!["the run itself did not hold".to_owned()], ..honest };
+    }
+    let mut report = RunReport { outcome: Outcome::Broken, ..honest };
+    for &lie in lies {
+        let mut evidence = evidence.clone();
+        tell(lie, &mut evidence);
+        let found = judge(&evidence);
+        let name = lie.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
+        if found.outcome != Outcome::Broken {
+            report.outcome = Outcome::Held;
+            report.wrong.push(format!("{name} was believed"));
+            continue;
+        }
+        report.wrong.push(format!("{name} was found out: {}", found.wrong.join("; ")));
+    }
+    report
+}
+
+fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
+    let middle = evidence.seen.len() / 2;
+    let add = |events: &mut Vec<Observation>, kind| {
+        events.push(Observation { id: ObservationId("lie".to_owned()), parent: None, at_us: 0, kind });
+    };
+    match lie {
+        Lie::LostPacket => {
+            let sequence = evidence.seen[middle].sequence;
+            evidence.seen.retain(|packet| packet.sequence != sequence);
+        }
+        Lie::Contradiction => {
+            let mut again = evidence.seen[middle].clone();
+            again.bytes[8] ^= 1;
+            evidence.seen.insert(middle + 1, again);
+        }
+        Lie::ForgedPacket => {
+            let sequence = evidence.seen[middle].sequence;
+            let showings = evidence.seen.iter_mut().filter(|packet| packet.sequence == sequence);
+            showings.for_each(|packet| packet.bytes[16] ^= 1);
+        }
+        Lie::WrongPage => {
+            for event in &mut evidence.source.events {
+                if let Kind::Checked { wrong_pages, .. } = &mut event.kind {
+                    *wrong_pages = 1;
+                }
+            }
+        }
+        Lie::Unchecked => evidence.source.events.retain(|event| !matches!(event.kind, Kind::Checked { .. })),
+        Lie::LostCommit => {
+            let later = Kind::Committed { epoch: 1 << 40, pages: 1, bytes: 1, pause_us: 1, commit_us: 1, age_us: 1 };
+            add(&mut evidence.destination.events, later);
+        }
+        Lie::TwoOwners => {
+            add(&mut evidence.destination.events, Kind::State { state: "owner".into(), why: "lie".into() });
+        }
+        Lie::StaleOutput => {
+            let mut stale = evidence.seen[evidence.seen.len() - 1].clone();
+            stale.sender = "destination".into();
+            stale.sequence += 1;
+            evidence.seen.push(stale);
+        }
+        Lie::Released => evidence.released = true,
+        Lie::OtherExitCode => evidence.source.exit = Some(0),
+        Lie::LeftBehind => evidence.left.push("process 7: belay vmm".to_owned()),
+        Lie::EmptyGuest => {
+            for event in &mut evidence.source.events {
+                if let Kind::SwitchSent { peer_frames, zero_frames, .. } = &mut event.kind {
+                    (*peer_frames, *zero_frames) = (*peer_frames / 4, *zero_frames + *peer_frames - *peer_frames / 4);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The strikes, and what happens right after each so that the run comes to an end.
+
+use super::actor::{Log, Role};
+use super::case::{Phase, Strike};
+use super::conduct::{Run, noticed};
+use super::stage;
+use belay_vmm_glue::migrate::observation::Kind;
+use rustix::net::{Shutdown, SocketAddrAny, getpeername, shutdown};
+use rustix::process::{Pid, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// How long a source may take to catch the guest of a destination that stands still.
+const CATCH_BOUND: Duration = Duration::from_secs(12);
+
+/// What a strike did.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Struck {
+    /// Checkpoints the destination had said had committed when it landed.
+    pub commits_told: u64,
+    /// A VMM apart from a killed page server still ran when the guest ran elsewhere (P1).
+    pub vmm_waited: Option<bool>,
+}
+
+/// Lands the strike and lets whoever is left go on.
+pub(super) fn land(run: &Run) -> io::Result<Struck> {
+    let commits = |logs: &[Log; 3]| {
+        let events = &logs[Role::Destination as usize].events;
+        events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count() as u64
+    };
+    let mut struck = Struck { commits_told: commits(&run.logs.lock()), ..Struck::default() };
+    match run.case.strike {
+        Strike::DestinationKill => kill_destination(run, true),
+        Strike::HostKill => {
+            kill_guard(true)?;
+            kill_destination(run, true);
+        }
+        Strike::ServerKill => kill_destination(run, false),
+        Strike::SourceKill => {
+            run.source.signal(Signal::KILL);
+        }
+        Strike::GuardKill => kill_guard(false)?,
+        Strike::ObserverCut => run.view.iter().for_each(|view| view.cut()),
+        Strike::LinkCut => match &run.link {
+            Some(link) => link.cut(),
+            None => cut_sockets(run)?,
+        },
+        Strike::HalfOpen => run.link.iter().for_each(|link| link.swallow()),
+        Strike::Freeze => {
+            run.destination.signal(Signal::STOP);
+        }
+    }
+    if run.case.strike == Strike::Freeze && run.case.phase == Phase::Catch {
+        // The stale one comes back in the middle of the catch, and is left to do all that it can.
+        run.destination.signal(Signal::CONT);
+        let role = Role::Destination as usize;
+        let done = |logs: &[Log; 3]| (logs[role].was("fenced") || logs[role].ended.is_some()).then_some(());
+        run.logs.wait(Instant::now() + Duration::from_secs(5), done);
+    }
+    run.source.signal(Signal::CONT);
+    if run.case.strike == Strike::Freeze {
+        await_verdict_of_the_source(run);
+    }
+    run.destination.signal(Signal::CONT);
+    match run.case.strike {
+        Strike::ServerKill => {
+            await_verdict_of_the_source(run);
+            let told = run.logs.lock()[Role::Destination as usize]
+                .find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
+            struck.vmm_waited = told.map(|()| stage::running().iter().any(|(_, line)| is_vmm(line)));
+            kill_vmm();
+        }
+        Strike::GuardKill | Strike::ObserverCut if !run.case.goes_to_release() => {
+            // Nothing happens of it, so after a while the operator gives the guest back.
+            if run.case.phase != Phase::Catch {
+                std::thread::sleep(Duration::from_millis(40 + run.script.delay_ms));
+            }
+            run.destination.signal(Signal::TERM);
+        }
+        _ => {}
+    }
+    Ok(struck)
+}
+
+/// Waits until the source has the guest, knows that it never left, has let it go, or has ended.
+fn await_verdict_of_the_source(run: &Run) {
+    let decided = |logs: &[Log; 3]| {
+        let source = &logs[Role::Source as usize];
+        let caught = source.find(|kind| {
+            matches!(kind, Kind::Caught { .. } | Kind::ReleaseRecorded { .. } | Kind::Failed { .. }).then_some(())
+        });
+        caught.or(source.ended.map(|_| ()))
+    };
+    if run.logs.wait(Instant::now() + CATCH_BOUND, decided).is_none() {
+        let logs = run.logs.lock();
+        eprintln!("soak: the source decided nothing within {CATCH_BOUND:?}: {:?}", noticed(&logs[Role::Source as usize]));
+    }
+}
+
+fn is_vmm(line: &str) -> bool {
+    line.split_whitespace().nth(1) == Some("vmm")
+}
+
+fn kill_destination(run: &Run, with_vmm: bool) {
+    run.destination.signal(Signal::KILL);
+    if with_vmm {
+        kill_vmm();
+    }
+}
+
+fn kill_vmm() {
+    kill_those(is_vmm);
+}
+
+fn kill_guard(may_be_gone: bool) -> io::Result<()> {
+    match kill_those(|line| line.split_whitespace().nth(1) == Some("guard")) {
+        0 if !may_be_gone => Err(io::Error::new(io::ErrorKind::NotFound, "there is no guard to kill")),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the processes of this namespace whose command line says so; how many.
+fn kill_those(which: impl Fn(&str) -> bool) -> usize {
+    let found = stage::running().into_iter().filter(|(_, line)| which(line));
+    let killed = found.filter_map(|(pid, _)| kill_process(Pid::from_raw(pid)?, Signal::KILL).ok());
+    killed.count()
+}
+
+/// Shuts every socket of the source's that leads to the destination, from outside of both.
+fn cut_sockets(run: &Run) -> io::Result<()> {
+    let theirs = format!("{}/receive.sock", stage::PLACE);
+    let mut cut = 0;
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", run.source.pid))?.flatten() {
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+        let (Some(number), true) = (number, target.to_string_lossy().starts_with("socket:")) else { continue };
+        let socket = pidfd_getfd(run.source.pidfd(), number, PidfdGetfdFlags::empty())?;
+        let peer = getpeername(&socket).ok().flatten();
+        if peer.is_some_and(|peer| is_at(&peer, &theirs)) {
+            shutdown(&socket, Shutdown::Both)?;
+            cut += 1;
+        }
+    }
+    match cut {
+        0 => Err(io::Error::new(io::ErrorKind::NotFound, format!("the source has no socket to {theirs}"))),
+        _ => Ok(()),
+    }
+}
+
+fn is_at(peer: &SocketAddrAny, path: &str) -> bool {
+    let unix = rustix::net::SocketAddrUnix::try_from(peer.clone());
+    unix.is_ok_and(|unix| unix.path_bytes() == Some(path.as_bytes()))
+}

@@ -1,0 +1,176 @@
+//! The sum of a soak.
+
+use super::case::{Phase, Strike};
+use super::verdict::{Home, Outcome, RunReport};
+use crate::options::FabricChoice;
+use crate::report::time;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// Latencies of one fabric, in microseconds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Latency {
+    pub runs: usize,
+    pub median_us: u64,
+    pub p99_us: u64,
+    pub max_us: u64,
+}
+
+/// What was counted.
+#[derive(Debug, Default)]
+pub struct Tally {
+    held: u64,
+    broken: u64,
+    void: u64,
+    by_phase: BTreeMap<(String, Phase), u64>,
+    by_strike: BTreeMap<(String, Strike), u64>,
+    by_home: BTreeMap<Home, u64>,
+    /// Kills of the destination after the source had folded a checkpoint.
+    after_folding: u64,
+    silences: BTreeMap<String, Vec<u64>>,
+    /// Lines of a run's processes that were not kept.
+    dropped: u64,
+    slowest_ms: u64,
+}
+
+/// Memory of the host over a soak, in bytes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Memory {
+    pub available_at_start: u64,
+    pub available_least: u64,
+    pub available_at_end: u64,
+    pub shared_at_start: u64,
+    pub shared_most: u64,
+    pub shared_at_end: u64,
+}
+
+/// What `--json` ends with.
+#[derive(Debug, Serialize)]
+pub struct Sum<'a> {
+    event: &'static str,
+    passed: bool,
+    held: u64,
+    broken: u64,
+    void: u64,
+    /// Runs that held, by fabric and phase, and by fabric and strike.
+    by_phase: BTreeMap<String, u64>,
+    by_strike: BTreeMap<String, u64>,
+    by_home: &'a BTreeMap<Home, u64>,
+    kills_after_folding: u64,
+    /// Last packet of the killed destination to the first new one of the source.
+    death_to_running: BTreeMap<&'a str, Latency>,
+    dropped_lines: u64,
+    slowest_ms: u64,
+    memory: Memory,
+}
+
+impl Tally {
+    /// Takes a run in.
+    pub fn add(&mut self, run: &RunReport) {
+        self.dropped += run.dropped;
+        self.slowest_ms = self.slowest_ms.max(run.took_ms);
+        match run.outcome {
+            Outcome::Void => return self.void += 1,
+            Outcome::Broken => return self.broken += 1,
+            Outcome::Held => self.held += 1,
+        }
+        let fabric = run.case.fabric.to_string();
+        *self.by_phase.entry((fabric.clone(), run.case.phase)).or_default() += 1;
+        *self.by_strike.entry((fabric.clone(), run.case.strike)).or_default() += 1;
+        if let Some(home) = run.home {
+            *self.by_home.entry(home).or_default() += 1;
+        }
+        let kills = run.case.strike.kills_destination();
+        self.after_folding += u64::from(kills && run.caught_epoch.is_some_and(|epoch| epoch > 0));
+        if let Some(silence) = run.silence_us {
+            self.silences.entry(fabric).or_default().push(silence);
+        }
+    }
+
+    /// Runs that held, and that did not.
+    pub fn counts(&self) -> (u64, u64, u64) {
+        (self.held, self.broken, self.void)
+    }
+
+    fn latencies(&self) -> BTreeMap<&str, Latency> {
+        let mut all = BTreeMap::new();
+        for (fabric, silences) in &self.silences {
+            let mut sorted = silences.clone();
+            sorted.sort_unstable();
+            let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+            let latency = Latency { runs: sorted.len(), median_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) };
+            all.insert(fabric.as_str(), latency);
+        }
+        all
+    }
+
+    /// For `--json`.
+    pub fn sum(&self, memory: Memory) -> Sum<'_> {
+        Sum {
+            event: "soak",
+            passed: self.broken == 0,
+            held: self.held,
+            broken: self.broken,
+            void: self.void,
+            by_phase: self.by_phase.iter().map(|((fabric, phase), n)| (format!("{fabric}/{phase}"), *n)).collect(),
+            by_strike: self.by_strike.iter().map(|((fabric, strike), n)| (format!("{fabric}/{strike}"), *n)).collect(),
+            by_home: &self.by_home,
+            kills_after_folding: self.after_folding,
+            death_to_running: self.latencies(),
+            dropped_lines: self.dropped,
+            slowest_ms: self.slowest_ms,
+            memory,
+        }
+    }
+
+    /// For a person.
+    pub fn text(&self, memory: &Memory) -> String {
+        let mut out = String::new();
+        let fabrics: Vec<_> = [FabricChoice::Local, FabricChoice::Tcp, FabricChoice::Verbs]
+            .iter()
+            .map(ToString::to_string)
+            .filter(|fabric| self.by_phase.keys().any(|(seen, _)| seen == fabric))
+            .collect();
+        let heading = fabrics.iter().map(|fabric| format!("{fabric:>8}")).collect::<String>();
+        let _ = writeln!(out, "{:<18}{heading}", "runs that held");
+        let mut row = |name: String, count: &dyn Fn(&str) -> u64| {
+            let counts = fabrics.iter().map(|fabric| format!("{:>8}", count(fabric))).collect::<String>();
+            let _ = writeln!(out, "{name:<18}{counts}");
+        };
+        for &phase in Phase::ALL {
+            row(phase.to_string(), &|fabric| self.by_phase.get(&(fabric.to_owned(), phase)).copied().unwrap_or(0));
+        }
+        for &strike in Strike::ALL {
+            row(strike.to_string(), &|fabric| self.by_strike.get(&(fabric.to_owned(), strike)).copied().unwrap_or(0));
+        }
+        let homes: Vec<_> = self.by_home.iter().map(|(home, count)| format!("{home:?} {count}")).collect();
+        let _ = writeln!(out, "\nthe guest's end: {}; kills after folding had begun: {}", homes.join(", "), self.after_folding);
+        for (fabric, Latency { runs, median_us, p99_us, max_us }) in self.latencies() {
+            let _ = writeln!(
+                out,
+                "{fabric}: destination's death to guest running, as the observer sees it: median {}, p99 {}, max {} ({runs} runs)",
+                time(median_us),
+                time(p99_us),
+                time(max_us)
+            );
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let _ = writeln!(
+            out,
+            "memory available: {} MiB at start, {} at least, {} at end; shared memory: {} MiB, {} at most, {}",
+            mib(memory.available_at_start),
+            mib(memory.available_least),
+            mib(memory.available_at_end),
+            mib(memory.shared_at_start),
+            mib(memory.shared_most),
+            mib(memory.shared_at_end)
+        );
+        let _ = writeln!(
+            out,
+            "{} held, {} broken, {} made again because a short lease had run out by itself",
+            self.held, self.broken, self.void
+        );
+        out
+    }
+}

@@ -1,0 +1,95 @@
+//! What a source does with an order, and what it shows of itself.
+
+use super::prepare::NOT_LEFT_YET;
+use super::{BY_ORDER, Outcome, Source};
+use crate::migrate::operator::{Ask, Order};
+use belay_checkpoint::ownership::source::{Event, State};
+
+impl Source<'_> {
+    /// Judges an order by where this host stands; what it makes happen.
+    pub(super) fn order(&mut self, order: Order) -> Option<Event> {
+        let tethered = self.config.proposal.tether.is_some();
+        let event = match (order.ask, self.state) {
+            (Ask::Release, _) => {
+                Err("a release is asked for where the guest runs: give this order at the destination".to_owned())
+            }
+            (Ask::Promote { .. }, _) => {
+                Err("only a destination that is cut off can be promoted; this is the source".to_owned())
+            }
+            (Ask::Cancel, State::Switching { handed_over: false, .. }) => {
+                Ok((Event::Cancelled, "the switch is being taken back"))
+            }
+            (Ask::Cancel, State::Switching { .. } | State::Serving(_)) => {
+                Err("the guest has left this host; `belay catch` takes it back".to_owned())
+            }
+            (Ask::Catch, State::Switching { handed_over: false, .. }) => Err(NOT_LEFT_YET.to_owned()),
+            (Ask::Catch, State::Serving(serving)) if serving.recording_release => Err(format!(
+                "a release is being written down, and whether it is on disk is not known: {}",
+                if self.why.is_empty() { "ask again in a moment" } else { &self.why }
+            )),
+            (Ask::Catch, State::Switching { .. } | State::Serving(_)) if !tethered => {
+                Err("it moved without a tether, so there is no checkpoint: taking it back would lose it".to_owned())
+            }
+            // Sent on its way, and nobody has said yet that it runs: taken back like a switch that fails late.
+            (Ask::Catch, State::Switching { .. }) => Ok((Event::Cancelled, "the guest is being taken back")),
+            (Ask::Catch, State::Serving(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
+            (Ask::Catch, State::Revoking { stuck, .. }) => {
+                self.ordered_again = stuck;
+                Ok((Event::OperatorCatch, if stuck { "the catch is tried again" } else { "a catch is under way" }))
+            }
+            (ask, state) => {
+                Err(format!("the migration is over here ({}): there is nothing to {ask}", state.name().to_lowercase()))
+            }
+        };
+        match event {
+            Ok((event, what)) => {
+                self.pending.accept(order, what);
+                Some(match event {
+                    Event::OperatorCatch => self.lost(event, BY_ORDER),
+                    event => {
+                        self.why = "the operator cancelled".to_owned();
+                        event
+                    }
+                })
+            }
+            Err(why) => {
+                order.refuse(why);
+                None
+            }
+        }
+    }
+
+    /// Tells those who wait how their orders ended: by the role's outcome where there is one, else by its state.
+    pub(super) fn settle_orders(&mut self, outcome: Option<&Outcome>) {
+        let state = self.state;
+        let (why, back) = (&self.why, self.recovered.as_ref().map(|recovered| recovered.epoch));
+        self.pending.settle(|ask| match (ask, state, outcome) {
+            (Ask::Catch, State::Running { .. }, _) if back.is_some() => {
+                Some(Ok(format!("the guest runs here again, from {}", back.expect("asked above"))))
+            }
+            (_, State::Running { .. }, _) => Some(Ok("the guest never left and runs here".to_owned())),
+            (_, State::Released { .. }, _) => Some(Err("the guest was released to the destination before".to_owned())),
+            (_, State::Lost { .. }, _) => Some(Err(format!("neither host can run the guest: {why}"))),
+            (_, State::Revoking { stuck: true, .. }, _) => {
+                Some(Err(format!("the catch is stuck, nothing is lost: {why}. Mend it and order it again")))
+            }
+            (_, _, Some(_)) => Some(Err(format!("this host's part has ended: {why}"))),
+            (_, _, None) => None,
+        });
+    }
+
+    /// Shows what changes all the time.
+    pub(super) fn show(&self) {
+        if let Some(folder) = &self.live.folder {
+            let status = folder.status();
+            self.words.board.folded(status.committed.0, status.folded.0, status.folded_pages);
+        }
+        let ends = match self.state {
+            State::Serving(_) => {
+                self.live.lease_ends.or_else(|| self.live.silence.as_ref().map(|silence| silence.ends()))
+            }
+            _ => None,
+        };
+        self.words.board.turned(ends.map(|ends| ends.as_nanos() as u64));
+    }
+}
