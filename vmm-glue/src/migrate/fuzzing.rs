@@ -79,7 +79,9 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let of = |mode: u8, bytes: Vec<u8>| [vec![mode], bytes].concat();
     let classes = RegionClasses { id: belay_transport::RegionId(0), runs: vec![(2, 1), (1, 300), (2, 6)] };
     let mut seeds = vec![("proposal", of(2, encode(&proposal()))), ("map", of(3, encode(&(307u64, classes))))];
+    // Both directions have a message of this name.
+    let to_source_only = |name: &'static str| if name == "failed" { "failed-to-source" } else { name };
     seeds.extend(to_destination().into_iter().map(|(name, message)| (name, of(0, encode(&message)))));
-    seeds.extend(to_source().into_iter().map(|(name, message)| (name, of(1, encode(&message)))));
+    seeds.extend(to_source().into_iter().map(|(name, message)| (to_source_only(name), of(1, encode(&message)))));
     seeds
 }
