@@ -142,7 +142,9 @@ mod seeing {
         assert_eq!(waiting.end(), 130);
 
         let pair = Pair::start(fabric, &["--hold-pull-at", "40"], &["--release", "never"]);
-        let here = pair.wait_status("here", "a source that serves", |status| status["state"] == "serving");
+        let here = pair.wait_status("here", "a source that serves", |status| {
+            status["state"] == "serving" && status["lease_left_us"].is_u64()
+        });
         let mid_pull =
             |status: &Value| status["state"] == "tethered" && status["checkpoints"]["commits"].as_u64() > Some(3);
         let there = pair.wait_status("there", "a tether in mid-pull", mid_pull);
