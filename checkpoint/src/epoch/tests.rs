@@ -177,6 +177,51 @@ fn p3_p5_a_tethered_guest_is_caught_whole_wherever_its_destination_dies() {
     }
 }
 
+/// Cuts a rig's session off after `life` bytes and goes on over another one.
+fn over_another_session(rig: Rig, life: u64) -> Rig {
+    rig.wire.dies_after(life);
+    assert!(rig.tether.wait_failed(soon()));
+    let Rig { wire, source, folder, model, tether, witness, outbox, log, pages, _running } = rig;
+    let end = tether.stop().unwrap();
+    let mut catch = folder.stop();
+    let committed = catch.drain(&wire.ring_bytes()[..]).unwrap();
+    assert!(committed >= end.committed, "{committed} is there, {} was reported", end.committed);
+    let mut wire = Wire::new(RING);
+    let (reader, state) = catch.next_session(RING, NONCE).unwrap();
+    let owner = OwnerRegion::new(wire.owner());
+    let folder = Folder::start(FoldConfig::default(), wire.ring(), owner, reader, state).unwrap();
+    let shape = RingShape::of(RING).unwrap();
+    let slots = [0, 1].map(|_| Slot::new(&mut wire, 256 << 10, shape).unwrap());
+    outbox.reopen_epochs(committed);
+    let parts = TetherParts {
+        guest: end.guest,
+        tracker: end.tracker,
+        arrivals: end.arrivals,
+        policy: Box::new(FixedPeriod(Duration::ZERO)),
+        outbox: outbox.clone(),
+        writer: wire.writer().going_on_from(committed),
+        slots,
+        observer: log.clone(),
+        carried: Some(end.uncommitted),
+    };
+    let config = TetherConfig { overflow_bytes: largest_record(pages), ..Setting::default().config };
+    let tether = Tether::start(config, parts).unwrap();
+    let rig = Rig { wire, source, folder, model, tether, witness, outbox, log, pages, _running };
+    rig.commits(committed.0 + 1);
+    rig
+}
+
+#[test]
+fn p3_p4_what_was_harvested_and_never_committed_is_in_the_next_sessions_first_record() {
+    for at in 0..16 {
+        let rig = Setting { period: Duration::ZERO, ..Setting::default() }.start();
+        let rig = over_another_session(rig, at * 31_337);
+        // Cut off again, sooner or later in the new one.
+        let rig = over_another_session(rig, (16 - at) * 17_011);
+        rig.catch_and_check();
+    }
+}
+
 #[test]
 fn an_epoch_larger_than_slot_and_ring_streams_through_them_with_the_guest_stopped() {
     let pages = 256;

@@ -7,11 +7,14 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const MAGIC: [u8; 8] = *b"BELAYJNL";
 /// Version of the file. A reader takes its own and no other.
 const VERSION: u32 = 1;
 const HEAD: usize = 32;
+/// How long a listing of another process may hold the lock of what it looks at.
+const LOOKED_AT: Duration = Duration::from_secs(1);
 /// Longest body: a bound on what a damaged length can make a reader do.
 const MOST: u64 = 16 << 20;
 
@@ -174,16 +177,21 @@ fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), JournalError>
 fn take_lock(folder: &Path, id: MigrationId, new: bool) -> Result<File, JournalError> {
     let path = folder.join("lock");
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).create_new(new).mode(0o600);
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let mut file = options.open(&path).map_err(io("open", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut holder = String::new();
-            let _ = file.take(16).read_to_string(&mut holder);
-            return Err(JournalError::Held { id, holder });
+    // Whoever lists what there is looks at a folder that is just being made, too.
+    let end = Instant::now() + if new { LOOKED_AT } else { Duration::ZERO };
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut holder = String::new();
+                let _ = file.take(16).read_to_string(&mut holder);
+                return Err(JournalError::Held { id, holder });
+            }
+            Err(errno) => return Err(io("lock", &path)(errno.into())),
         }
-        Err(errno) => return Err(io("lock", &path)(errno.into())),
     }
     // For whoever finds it held; a full disk must not keep anybody from taking over.
     let _ = file.set_len(0).and_then(|()| file.write_all(std::process::id().to_string().as_bytes()));

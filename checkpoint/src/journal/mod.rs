@@ -36,6 +36,13 @@ use std::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct MigrationId(pub [u8; 8]);
 
+impl MigrationId {
+    /// The same 16 digits as a number.
+    pub fn number(self) -> u64 {
+        u64::from_be_bytes(self.0)
+    }
+}
+
 impl fmt::Display for MigrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -62,5 +69,19 @@ impl FromStr for MigrationId {
             return Err(bad());
         }
         u64::from_str_radix(text, 16).map(|number| Self(number.to_be_bytes())).map_err(|_| bad())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_read_as_it_is_written() {
+        let id = MigrationId([0, 1, 2, 0xab, 0xcd, 0xef, 0xff, 9]);
+        assert_eq!((id.to_string().parse(), format!("{:016x}", id.number())), (Ok(id), id.to_string()));
+        for wrong in ["", "0001", "0001 02abcdefff09", "000102ABCDEFFF09", "../000102abcdefff", "000102abcdefff0900"] {
+            assert!(wrong.parse::<MigrationId>().is_err(), "{wrong}");
+        }
     }
 }

@@ -346,3 +346,43 @@ proptest! {
         prop_assert_eq!(high, Some(resumed_at + 2));
     }
 }
+
+#[test]
+fn p4_another_session_lets_out_what_the_source_has_and_holds_the_rest_for_its_first_record() {
+    let world = World::default();
+    let (outbox, sink) = commit_outbox(&world);
+    (0..2).for_each(|n| sink.emit(packet(n)));
+    outbox.close_epoch(Epoch(1));
+    sink.emit(packet(2));
+    outbox.close_epoch(Epoch(2));
+    sink.emit(packet(3));
+    outbox.shut();
+    // Neither commit was reported, and the source has the first.
+    outbox.reopen_epochs(Epoch(1));
+    outbox.reopen();
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [0, 1]);
+    assert_eq!(outbox.close_epoch(Epoch(2)), [packet(2), packet(3)]);
+    outbox.committed(Epoch(2));
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [0, 1, 2, 3]);
+}
+
+#[test]
+fn p2_another_sessions_lease_takes_the_place_of_the_one_that_ran_out() {
+    let world = World::default();
+    let (old, new) = (Arc::new(SwitchableLease::default()), Arc::new(SwitchableLease::default()));
+    let outbox = Outbox::lease(BOUNDS, old.clone(), Box::new(world.clone())).expect("thread");
+    outbox.sink().emit(packet(0));
+    outbox.renew_lease(new.clone());
+    // The old one says nothing any more, whatever it says.
+    old.0.store(true, Ordering::SeqCst);
+    assert!(outbox.wait_sent(soon()), "nothing may leave");
+    assert_eq!(world.sequences(), []);
+    new.0.store(true, Ordering::SeqCst);
+    let deadline = soon();
+    while world.sequences().is_empty() && !deadline.expired() {
+        std::thread::yield_now();
+    }
+    assert_eq!(world.sequences(), [0]);
+}

@@ -326,9 +326,9 @@ impl Board {
         self.lease_ends_at_ns.store(0, Ordering::Relaxed);
     }
 
-    /// The session has a nonce.
-    pub fn session(&self, nonce: u64) {
-        lock(&self.facts).migration = Some(nonce);
+    /// Which migration this is about.
+    pub fn session(&self, migration: u64) {
+        lock(&self.facts).migration = Some(migration);
     }
 
     /// The role's loop has turned; and when the lease ends, by CLOCK_BOOTTIME.

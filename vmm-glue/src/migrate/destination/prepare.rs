@@ -266,7 +266,7 @@ impl<'a> Destination<'a> {
         let control = Arc::clone(&session.control);
         let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
         reached("prepare-heard");
-        words.board.session(offer.nonce);
+        words.board.session(proposal.identity.migration.number());
         words.board.entered(State::new().name(), None, "a source has come");
         let begun = Instant::now();
         let deadline = Deadline::after(bounds.prepare);

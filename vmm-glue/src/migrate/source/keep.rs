@@ -17,7 +17,7 @@ use belay_checkpoint::journal::{
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::source::State;
 use belay_checkpoint::record::Limits;
-use belay_checkpoint::ring::{OWNER_REGION_BYTES, RingReader, Spool, SpoolError};
+use belay_checkpoint::ring::{OWNER_REGION_BYTES, RingReader, RingShape, Spool, SpoolError};
 use belay_transport::region::{Mapping, RamFile, RegionError};
 use belay_transport::session::RegionGeometry;
 use belay_transport::{Deadline, PAGE_SIZE, PageSize, RegionId};
@@ -321,7 +321,15 @@ impl Keep {
         };
         let Some(at) = at else { return Ok(None) };
         let io = |doing| move |source| SourceError::Io { doing, source };
-        let ring = memory.folder.file(&ring_name(at.nonce))?.map().map_err(io("map the ring"))?;
+        let ring = match memory.folder.file(&ring_name(at.nonce)) {
+            Ok(file) => file,
+            // Taken away from whoever could still write it, which comes after all that it held was folded.
+            Err(RegionError::BadLength { len: 0, .. }) => {
+                RamFile::memfd("belay-ring", RingShape::LEAST.next_multiple_of(PAGE_SIZE), PageSize::Small)?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let ring = ring.map().map_err(io("map the ring"))?;
         let owner_region = memory.folder.file(&owner_name(at.nonce))?.map().map_err(io("map the owner region"))?;
         let (ring, owner_region) = (Arc::new(ring), Arc::new(owner_region));
         let limits = limits(blocks);
@@ -339,9 +347,11 @@ impl Keep {
     /// Makes sure that nobody takes over any more, without a word on disk: memory without names cannot be found again. Who has it
     /// mapped keeps it.
     pub fn give_up_memory(&mut self) -> std::io::Result<()> {
-        match self.memory.take() {
-            None => Ok(()),
-            Some(memory) => memory.folder.remove(),
+        match (self.memory.take(), &self.written.memory) {
+            (Some(memory), _) => memory.folder.remove(),
+            // Of an earlier process, which nobody needs to look into.
+            (None, Some(path)) if path.exists() => MemoryFolder::open(path).map_err(std::io::Error::other)?.remove(),
+            (None, _) => Ok(()),
         }
     }
 

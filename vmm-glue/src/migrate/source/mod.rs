@@ -262,8 +262,11 @@ pub fn take_over(given: Given<'_>) -> Result<Outcome, SourceError> {
     let left = if released { None } else { given.keep.left_behind(given.guest.memory())? };
     if left.is_none() && !released {
         let why = "its process died in the switch, before the guest's state was saved".to_owned();
+        // So that what is left of its memory is found to be of no use, and given back.
+        let _ = given.keep.mark(State::Running { owner_epoch: state.owner_epoch() }, &since);
         return Err(KeepError::NothingLeft { id: given.keep.identity().migration, why }.into());
     }
+    given.words.board.session(given.keep.identity().migration.number());
     let was = state.name().to_lowercase();
     let migration = given.keep.identity().migration.to_string();
     let last = given.observer.note(None, Kind::TakenOver { migration, was });

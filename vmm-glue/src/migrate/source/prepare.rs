@@ -66,7 +66,7 @@ pub(super) fn prepare(
     let begun = Instant::now();
     let inbox = listen_to::<ToSource>(Arc::clone(&session.control)).map_err(io("start the control thread"))?;
     let exported = Exported::new(config, keep, guest, &session, observer, &connected)?;
-    words.board.session(exported.nonce);
+    words.board.session(config.proposal.identity.migration.number());
     let reserved = match config.proposal.tether {
         Some(_) => {
             let reader = keep.reader(exported.ring.len(), exported.nonce, config.overflow_bytes as usize)?;
