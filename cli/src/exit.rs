@@ -23,7 +23,7 @@ pub enum Exit {
     /// What is to be taken over is still held by a process that runs.
     StillHeld = 8,
     /// What a process that died left behind is damaged or does not fit together.
-    Damaged = 9,
+    KeptDamaged = 9,
     /// No belay process of that name runs here.
     NoSuchMigration = 30,
     /// The order was refused; nothing was changed.

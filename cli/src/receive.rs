@@ -205,7 +205,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
                 DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 DestinationError::Fabric(error) => fabric::exit(error),
-                _ if args.takeover.is_some() => Exit::Damaged,
+                _ if args.takeover.is_some() => Exit::KeptDamaged,
                 _ => Exit::NotMoved,
             };
             let advice = match &error {

@@ -113,8 +113,6 @@ impl ToDestination {
             Self::ReleaseRefused { .. } => "ReleaseRefused",
             Self::Fate { .. } => "Fate",
             Self::Failed { .. } => "Failed",
-            Self::Reattach { .. } => "Reattach",
-            Self::PrepareAgain { .. } => "PrepareAgain",
         }
     }
 }
