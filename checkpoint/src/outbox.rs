@@ -16,8 +16,8 @@ pub use resend::{Resend, ResendError};
 
 use crate::guest::{Epoch, Packet, PacketSink};
 use belay_transport::Deadline;
-use hdrhistogram::Histogram;
 use belay_transport::stop_point::reached;
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt;

@@ -51,7 +51,14 @@ fn failures(runs: &[Value]) -> String {
             let lines = run[field].as_array().into_iter().flatten();
             lines.filter_map(Value::as_str).map(|line| format!("\n    {line}")).collect::<String>()
         };
-        format!("{} ({}){}{}\n  again: belay soak --case {}", named(run), run["landed"], lines("wrong"), lines("story"), named(run))
+        format!(
+            "{} ({}){}{}\n  again: belay soak --case {}",
+            named(run),
+            run["landed"],
+            lines("wrong"),
+            lines("story"),
+            named(run)
+        )
     });
     told.collect::<Vec<_>>().join("\n")
 }
@@ -140,7 +147,8 @@ mod kvm {
             return;
         }
         let place = running::Place::new();
-        let arguments = ["soak", "--json", "--jobs", "2", "--case", "local/pull/server-kill/3", "--case", "tcp/pull/server-kill/4"];
+        let arguments =
+            ["soak", "--json", "--jobs", "2", "--case", "local/pull/server-kill/3", "--case", "tcp/pull/server-kill/4"];
         let before = shared_files();
         let soak = place.belay(&arguments);
         // Waits until the runs' own processes are there: a VMM apart is the last of them.

@@ -233,10 +233,8 @@ impl Case {
                 Moment::At { point, times: 1 + draw(u64::from(point.times)) as u32 }
             }
         };
-        let in_the_middle = !matches!(
-            self.phase,
-            Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release
-        );
+        let in_the_middle =
+            !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
         let trackers = ["kvm-ring", "kvm-log", "uffd-wp"];
         Script {
             moment,

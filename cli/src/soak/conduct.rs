@@ -164,7 +164,8 @@ impl Run {
             let by_itself = |log: &Log| (!blow_is_ours).then(|| noticed(log)).flatten();
             let early = by_itself(source).map(|by| format!("the source lost the destination by itself: {by}"));
             let ended = [source, destination].into_iter().find_map(|log| Some((log.ended?, log)));
-            let over = ended.map(|(code, log)| format!("a role ended with {code} before its time: {}", last_words(log)));
+            let over =
+                ended.map(|(code, log)| format!("a role ended with {code} before its time: {}", last_words(log)));
             early.or(over).map(Err)
         });
         let what = moment.to_string();
@@ -205,7 +206,6 @@ impl Run {
         }
         Ok(forgotten)
     }
-
 }
 
 /// Where the observer or the destination listens.
@@ -276,7 +276,8 @@ fn has_come(moment: &Moment, logs: &[Log; 3]) -> Option<String> {
         }
         Moment::Landed { percent } => {
             let (landed, absent) = pull()?;
-            let commits = destination.events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count();
+            let commits =
+                destination.events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count();
             let far = absent > 0 && landed * 100 >= (landed + absent) * percent && commits >= 3;
             far.then(|| format!("{landed} of {} pages landed, {commits} commits", landed + absent))
         }

@@ -32,12 +32,8 @@ const fn often(point: Point, times: u32) -> Point {
 
 /// The points of a phase; none where a phase is told by events.
 pub fn of(phase: Phase) -> &'static [Point] {
-    const PREPARE: &[Point] = &[
-        source("source-connected"),
-        destination("prepare-heard"),
-        destination("prepared"),
-        source("source-prepared"),
-    ];
+    const PREPARE: &[Point] =
+        &[source("source-connected"), destination("prepare-heard"), destination("prepared"), source("source-prepared")];
     const SWITCH: &[Point] = &[
         source("switch-paused"),
         source("switch-told"),

@@ -71,10 +71,7 @@ impl Relay {
         Self::start(format!("unix:{}", path.display()), accept)
     }
 
-    fn start<S: Stream>(
-        address: String,
-        accept: impl Fn() -> io::Result<(S, S)> + Send + 'static,
-    ) -> io::Result<Self> {
+    fn start<S: Stream>(address: String, accept: impl Fn() -> io::Result<(S, S)> + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared { mode: AtomicU8::new(PASS), connections: Mutex::default() });
         let ours = Arc::clone(&shared);
         std::thread::Builder::new().name("relay".into()).spawn(move || {

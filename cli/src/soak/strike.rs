@@ -93,7 +93,10 @@ fn await_verdict_of_the_source(run: &Run) {
     };
     if run.logs.wait(Instant::now() + CATCH_BOUND, decided).is_none() {
         let logs = run.logs.lock();
-        eprintln!("soak: the source decided nothing within {CATCH_BOUND:?}: {:?}", noticed(&logs[Role::Source as usize]));
+        eprintln!(
+            "soak: the source decided nothing within {CATCH_BOUND:?}: {:?}",
+            noticed(&logs[Role::Source as usize])
+        );
     }
 }
 

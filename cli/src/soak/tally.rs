@@ -145,7 +145,12 @@ impl Tally {
             row(strike.to_string(), &|fabric| self.by_strike.get(&(fabric.to_owned(), strike)).copied().unwrap_or(0));
         }
         let homes: Vec<_> = self.by_home.iter().map(|(home, count)| format!("{home:?} {count}")).collect();
-        let _ = writeln!(out, "\nthe guest's end: {}; kills after folding had begun: {}", homes.join(", "), self.after_folding);
+        let _ = writeln!(
+            out,
+            "\nthe guest's end: {}; kills after folding had begun: {}",
+            homes.join(", "),
+            self.after_folding
+        );
         for (fabric, Latency { runs, median_us, p99_us, max_us }) in self.latencies() {
             let _ = writeln!(
                 out,

@@ -225,7 +225,9 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
     if let Some(caught) = source.caught() {
         let told = destination.newest_commit();
         if told > caught {
-            wrong.push(format!("P3: checkpoint {caught} was caught, the destination was told that {told} had committed"));
+            wrong.push(format!(
+                "P3: checkpoint {caught} was caught, the destination was told that {told} had committed"
+            ));
         }
     }
     match home {
@@ -234,7 +236,9 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
         Some(Home::Fenced | Home::WithItsHost) | None => {}
     }
     for (who, said) in [("source", source), ("destination", destination)] {
-        if said.said(|kind| matches!(kind, Kind::Checked { wrong_pages, detail, .. } if *wrong_pages > 0 || !detail.is_empty())) {
+        if said.said(
+            |kind| matches!(kind, Kind::Checked { wrong_pages, detail, .. } if *wrong_pages > 0 || !detail.is_empty()),
+        ) {
             wrong.push(format!("P1, P3: the {who}'s memory is not what it must be"));
         }
         let told = said.last(|kind| match kind {
@@ -273,8 +277,7 @@ fn owners_in_turn(seen: &[Seen]) -> Option<String> {
             turns.push(&*packet.sender);
         }
     }
-    let in_turn: &[&[&str]] =
-        &[&[], &["source"], &["source", "destination"], &["source", "destination", "source"]];
+    let in_turn: &[&[&str]] = &[&[], &["source"], &["source", "destination"], &["source", "destination", "source"]];
     (!in_turn.contains(&&turns[..])).then(|| format!("new output came from {turns:?} in turn"))
 }
 
@@ -324,9 +327,9 @@ fn lease_ran_out_by_itself(evidence: &Evidence<'_>, home: Option<Home>) -> Optio
         Kind::Noticed { by } => Some(by.clone()),
         _ => None,
     })?;
-    let expired = evidence.destination.said(
-        |kind| matches!(kind, Kind::State { state, why } if state == "fenced" && why == "LeaseExpired"),
-    );
+    let expired = evidence
+        .destination
+        .said(|kind| matches!(kind, Kind::State { state, why } if state == "fenced" && why == "LeaseExpired"));
     (expired || by.contains("silent for") || by.contains("lease")).then(|| format!("a lease ran out by itself: {by}"))
 }
 
@@ -380,7 +383,10 @@ fn expected(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>
         Some(Home::WithItsHost) | None => &[5, 11, 13],
     };
     if !destination.exit.is_some_and(|code| destination_exits.contains(&code)) {
-        wrong.push(format!("P9: the destination ended with {:?}, one of {destination_exits:?} was due", destination.exit));
+        wrong.push(format!(
+            "P9: the destination ended with {:?}, one of {destination_exits:?} was due",
+            destination.exit
+        ));
     }
     stale(evidence, wrong);
     if evidence.struck.is_some_and(|struck| struck.vmm_waited == Some(false)) {

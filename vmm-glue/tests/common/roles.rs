@@ -113,7 +113,6 @@ impl Host for TestHost {
     }
 }
 
-
 /// A destination without anything special about it.
 pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> DestinationConfig {
     DestinationConfig {
