@@ -249,6 +249,7 @@ fn finish(mut command: Command, case: &Case, script: &Script, at: At) -> Result<
     if case.fabric == FabricChoice::Verbs {
         command.arg("--trusted-fabric");
     }
+    command.arg("--run-dir").arg(path("run"));
     if let Some((_, point)) = script.moment.stop_at().filter(|(who, _)| *who == at) {
         command.args(["--stop-at", &point]);
     }
