@@ -26,7 +26,7 @@ const MOST_BYTES: usize = 1024;
 
 thread_local! {
     static MEMORY: [Arc<Mapping>; 4] = [RAM, RING, PAGE, RAM].map(|len| {
-        Arc::new(RamFile::memfd("belay-fuzzing", len, PageSize::Small).and_then(|file| Ok(file.map().expect("mmap"))).expect("memory"))
+        Arc::new(RamFile::memfd("belay-fuzzing", len, PageSize::Small).map(|file| file.map().expect("mmap")).expect("memory"))
     });
 }
 
