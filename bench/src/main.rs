@@ -6,6 +6,7 @@ mod envelope;
 mod error;
 mod fault;
 mod floor;
+mod profile;
 mod pull;
 mod quantity;
 mod rig;

@@ -5,6 +5,9 @@
 pub mod dirty;
 pub mod epoch;
 pub mod fold;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod guest;
 pub mod journal;
 pub mod outbox;

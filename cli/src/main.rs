@@ -4,6 +4,8 @@ mod check;
 mod demo;
 mod exit;
 mod fabric;
+#[cfg(test)]
+mod fuzzing;
 mod holder;
 mod judge;
 mod keeping;
@@ -14,6 +16,7 @@ mod metrics;
 mod observe;
 mod operate;
 mod options;
+mod privileges;
 mod quantity;
 mod receive;
 mod report;
@@ -26,6 +29,7 @@ mod vmm;
 use belay_vmm_glue::migrate::operator::Ask;
 use clap::{Parser, Subcommand};
 use exit::Exit;
+use privileges::Part;
 use std::process::ExitCode;
 
 /// Post-copy live migration that survives the loss of its destination.
@@ -95,6 +99,12 @@ fn main() -> ExitCode {
         Ok(cli) => cli.command,
         Err(error) => return ExitCode::from(wrong_command_line(&error).code()),
     };
+    match &command {
+        Command::Send(_) | Command::Receive(_) | Command::Vmm(_) => privileges::give_up(Part::Host),
+        Command::Guard(_) => privileges::give_up(Part::Guard),
+        // The demo's and the soak's children are sends and receives; the others only look or ask.
+        _ => {}
+    }
     let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(args),

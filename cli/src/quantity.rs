@@ -104,8 +104,9 @@ impl FromStr for Span {
 
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let us = self.0.as_micros();
+        let (us, ns) = (self.0.as_micros(), self.0.as_nanos() % 1000);
         match us {
+            us if ns > 0 => write!(f, "{us}.{}us", format!("{ns:03}").trim_end_matches('0')),
             us if us > 0 && us.is_multiple_of(1_000_000) => write!(f, "{}s", us / 1_000_000),
             us if us.is_multiple_of(1000) => write!(f, "{}ms", us / 1000),
             us => write!(f, "{us}us"),
@@ -146,6 +147,9 @@ pub struct BitRate {
     pub bits_per_s: u64,
 }
 
+/// A petabit: no link has as much, and up to there numbers are exact.
+const MOST_BITS_PER_S: u64 = 1_000_000_000_000_000;
+
 impl FromStr for BitRate {
     type Err = QuantityError;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -158,16 +162,21 @@ impl FromStr for BitRate {
                 return Err(QuantityError::UnknownUnit { text, unit, of: "link rate", known: "M, G (bits a second)" });
             }
         };
-        Ok(Self { bits_per_s: whole(number * factor, text)? })
+        let bits_per_s = whole(number * factor, text)?;
+        if bits_per_s > MOST_BITS_PER_S {
+            return Err(QuantityError::TooLarge { text: text.to_owned() });
+        }
+        Ok(Self { bits_per_s })
     }
 }
 
 impl fmt::Display for BitRate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.bits_per_s.is_multiple_of(1_000_000_000) {
-            write!(f, "{}G", self.bits_per_s / 1_000_000_000)
-        } else {
-            write!(f, "{}M", self.bits_per_s / 1_000_000)
+        let bits = self.bits_per_s;
+        match (bits % 1_000_000_000, bits % 1_000_000) {
+            (0, _) => write!(f, "{}G", bits / 1_000_000_000),
+            (_, 0) => write!(f, "{}M", bits / 1_000_000),
+            (_, rest) => write!(f, "{}.{}M", bits / 1_000_000, format!("{rest:06}").trim_end_matches('0')),
         }
     }
 }
@@ -191,6 +200,11 @@ mod tests {
             assert_eq!(text.parse::<Span>().unwrap().to_string().parse::<Span>().unwrap(), text.parse().unwrap());
         }
         assert_eq!("10G".parse::<BitRate>().unwrap().bits_per_s, 10_000_000_000);
+        for text in ["10G", "1500M", "1.5M", "0.000001M"] {
+            assert_eq!(text.parse::<BitRate>().unwrap().to_string(), text);
+        }
+        assert_eq!("1.25us".parse::<Span>().unwrap().to_string(), "1.25us");
+        assert!("2000000G".parse::<BitRate>().is_err());
         assert_eq!("20k".parse::<PerSecond>().unwrap().0, 20_000);
     }
 

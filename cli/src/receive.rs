@@ -40,7 +40,11 @@ pub struct ReceiveArgs {
     /// process number. Listen where the dead one did: the source dials there
     #[arg(long, value_name = "PID", num_args = 0..=1, default_missing_value = "0")]
     takeover: Option<u32>,
-    /// With --vmm apart: how long the guest's memory is kept without a page server, for a --takeover [default: 1h]
+    /// With --takeover: give the guest to this host without asking its source. Your word that the source neither runs the guest nor has taken
+    /// it back; refused while pages are missing
+    #[arg(long, requires = "takeover")]
+    promote: bool,
+    /// With --vmm apart: how long the guest's memory is kept without a page server, for a --takeover [default: 60min]
     #[arg(long, value_name = "TIME")]
     linger: Option<Span>,
     /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
@@ -141,6 +145,12 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         Err(exit) => return exit,
     };
     let words = &console.words;
+    let state_dir = args.state_dir.clone().unwrap_or_else(holder::default_run_dir);
+    // First of all: once the seat of a dead page server is free, so is its address.
+    let estate = match args.takeover.map(|asked| takeover::enter(&state_dir, asked)).transpose() {
+        Ok(estate) => estate,
+        Err(error) => return fail(&error, error.advice(), error.exit()),
+    };
     let listener = match Listener::bind(&args.listen, session) {
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
@@ -149,7 +159,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
     observer.note(None, Kind::Listening { address: listener.address().to_string() });
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
-        state_dir: args.state_dir.clone().unwrap_or_else(holder::default_run_dir),
+        state_dir,
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
@@ -158,15 +168,13 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
     let linger = args.linger.map_or(holder::LINGER, |linger| linger.0);
     let doors = Doors { directory: config.state_dir.clone(), linger };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);
-    let ended = match args.takeover {
+    let ended = match estate {
         None => destination::run(&config, &listener, &mut host, observer, words),
-        Some(asked) => match takeover::enter(&config.state_dir, asked) {
-            Ok(mut estate) => Inherited::of(&mut estate).and_then(|inherited| {
-                host.adopt_from(estate);
-                destination::take_over(&config, inherited, &listener, &mut host, observer, words)
-            }),
-            Err(error) => return fail(&error, error.advice(), error.exit()),
-        },
+        Some(mut estate) => Inherited::of(&mut estate).and_then(|inherited| {
+            host.adopt_from(estate);
+            let how = (&config, args.promote);
+            destination::take_over(how, inherited, &listener, &mut host, observer, words)
+        }),
     };
     match ended {
         Ok(Ended { outcome: Outcome::Owner, output: Some(output), nonces, spec: Some(VmmSpec::Kvm(spec)), .. }) => {

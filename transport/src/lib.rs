@@ -4,6 +4,11 @@
 
 pub mod deadline;
 pub mod fabric;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
+#[cfg(test)]
+mod golden;
 pub mod numa;
 pub mod pages;
 pub mod pull;

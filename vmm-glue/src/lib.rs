@@ -1,6 +1,9 @@
 //! `belay-vmm-glue` plugs transport and checkpoint into VMMs: the two roles of a migration as mirror images, one folder a VMM,
 //! the guard that outlives a VMM, and the witness that tests believe. Thin: mechanism lives below, decisions of a command above.
 
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod guard;
 pub mod kvm;
 pub mod migrate;

@@ -1,4 +1,4 @@
-//! `fault`, `pull`, `cpu`: the pull engine over the wire, beside what bounds it, by turns in the same run.
+//! `fault`, `pull`, `cpu`, `profile`: the pull engine over the wire, beside what bounds it, by turns in the same run.
 
 use super::client::{Client, Met};
 use super::lean;
@@ -11,6 +11,7 @@ use super::{LEAST_RING, Options};
 use crate::error::BenchError;
 use crate::fault::{Side, mid, scattered, touch};
 use crate::floor::{self, PAGE};
+use crate::profile::{Profiler, threads_named};
 use crate::rig::{self, Landing, soon};
 use crate::table::{self, Row};
 use belay_transport::fabric::{FabricKind, Lane};
@@ -21,6 +22,10 @@ use std::time::{Duration, Instant};
 /// Goals of the lab, where perftest measures the wire; here our own bare READs stand for it.
 pub const FAULT_GOAL: f64 = 1.3;
 pub const PULL_GOAL: f64 = 0.9;
+/// Part of the engine's samples that may be in functions that copy: an operation's own few words.
+const COPYING_GOAL: f64 = 0.01;
+/// Kernel names of the engine's threads begin so.
+const ENGINE_THREADS: &str = "pull-";
 /// None, less what a timer of some library's may take.
 const SOURCE_GOAL_NS: f64 = 10.0;
 /// Bare READs of a fault round, over its touches.
@@ -231,6 +236,49 @@ pub fn cpu(client: &mut Client, options: &Options) -> Result<Outcome, BenchError
         let middle = middle(samples);
         outcome.source.push(SourceUse::new(PAGE, pages as u64, middle));
     }
+    Ok(outcome)
+}
+
+/// Where the engine's threads are while they pull all of RAM, some of it by demand.
+pub fn profile(client: &mut Client, options: &Options) -> Result<Outcome, BenchError> {
+    let mut outcome = None;
+    let mut shares = Vec::new();
+    let doing = "sampling the engine's threads (it needs perf events and /proc/kallsyms: root)";
+    let sampling = |source| BenchError::Io { doing, source };
+    for _ in 0..options.rounds {
+        let round = Round::new(client, options.memory, PAGE)?;
+        let outcome = outcome.get_or_insert_with(|| Outcome::new(Test::Profile, &round.met));
+        let demand = scattered(options.memory / PAGE, options.memory / PAGE / 16);
+        let (engine, guest, met) = round.engine(options)?;
+        let threads = threads_named(ENGINE_THREADS).map_err(sampling)?;
+        let profiler = Profiler::start(&threads).map_err(sampling)?;
+        for page in &demand {
+            let mut word = [0; 8];
+            guest.read(page * PAGE, &mut word);
+        }
+        engine.resume_background();
+        engine.wait_all_landed(soon())?;
+        let profile = profiler.stop().map_err(sampling)?;
+        engine.stop(soon())?;
+        check(&guest)?;
+        met.done()?;
+        shares.push(profile.copying_share());
+        outcome.profiles.push(profile);
+    }
+    let mut outcome = outcome.ok_or_else(no_rounds)?;
+    let sum = |of: fn(&crate::profile::Profile) -> u64| outcome.profiles.iter().map(of).sum::<u64>() as f64;
+    let (samples, copying, apart, lost) = (sum(|p| p.samples), sum(|p| p.copying), sum(|p| p.apart), sum(|p| p.lost));
+    let (name, what) = ("copying_share", "part of the engine's samples that is copying memory");
+    outcome.ratios = vec![
+        match outcome.fabric {
+            FabricKind::Verbs => Ratio::at_most(name, what, &shares, COPYING_GOAL),
+            FabricKind::Tcp | FabricKind::Local => Ratio::plain(name, what, &shares),
+        },
+        Ratio::plain("profile_samples", "samples of the engine's threads, all rounds", &[samples]),
+        Ratio::plain("profile_copying", "of these in functions that copy", &[copying]),
+        Ratio::plain("profile_apart", "samples in a software device's or an interrupt's work", &[apart]),
+        Ratio::plain("profile_lost", "samples that were lost", &[lost]),
+    ];
     Ok(outcome)
 }
 

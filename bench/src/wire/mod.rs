@@ -270,6 +270,7 @@ fn measure(
             Test::Fault => engine::fault(&mut client, options),
             Test::Pull => engine::pull(&mut client, options),
             Test::Cpu => engine::cpu(&mut client, options),
+            Test::Profile => engine::profile(&mut client, options),
         }?;
         if let Some(gbits) = show {
             report::print(&outcome, &report.server, gbits);

@@ -2,6 +2,7 @@
 
 use super::client::Met;
 use super::usage::Usage;
+use crate::profile::Profile;
 use crate::table::{self, Bandwidth, Row};
 use belay_transport::fabric::{FabricDetails, FabricKind};
 use clap::ValueEnum;
@@ -25,6 +26,8 @@ pub enum Test {
     Pull,
     /// What the server's process spends of its CPU on N and on 4N pages
     Cpu,
+    /// Where the engine's threads are while they pull, by function: whether they copy (perf events, root)
+    Profile,
 }
 
 /// The report: what `--out-json` writes.
@@ -49,6 +52,9 @@ pub struct Outcome {
     pub bandwidth: Vec<Bandwidth>,
     pub ratios: Vec<Ratio>,
     pub source: Vec<SourceUse>,
+    /// Of `profile` only: one a round.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub profiles: Vec<Profile>,
 }
 
 impl Outcome {
@@ -62,6 +68,7 @@ impl Outcome {
             bandwidth: Vec::new(),
             ratios: Vec::new(),
             source: Vec::new(),
+            profiles: Vec::new(),
         }
     }
 }
@@ -134,6 +141,10 @@ pub fn print(outcome: &Outcome, server: &str, gbits: bool) {
         println!(" {:<30} {:>9.3}   {}{goal}", ratio.name, ratio.value, ratio.what);
     }
     println!();
+    for function in outcome.profiles.iter().flat_map(|profile| &profile.functions) {
+        let copies = if function.copies { "copies" } else { "" };
+        println!(" {:>6} {:>6}  {} [{}]", function.samples, copies, function.name, function.of);
+    }
     for used in &outcome.source {
         let (process, bytes) = (used.usage.process, used.bytes);
         println!(

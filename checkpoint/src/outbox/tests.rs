@@ -218,7 +218,7 @@ fn whoever_waits_for_output_to_leave_is_told_when_it_may_not_any_more() {
     outbox.close_epoch(Epoch(1));
     outbox.committed(Epoch(1));
     assert!(outbox.shared.wait(soon(), |state| state.failures > 0));
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| outbox.wait_sent(soon()));
         outbox.shut();

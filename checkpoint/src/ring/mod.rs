@@ -144,4 +144,6 @@ impl OwnerRegion {
 }
 
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod tests;

@@ -127,6 +127,12 @@ impl RingReader {
         self.at.epoch
     }
 
+    /// The sequence number of the last segment taken.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.at.sequence
+    }
+
     /// The complete record, from [`Step::Committed`] to [`RingReader::clear`].
     pub fn record(&self) -> Option<&[u8]> {
         self.at.complete.then(|| &self.spool.bytes()[..self.at.used])
@@ -238,7 +244,7 @@ impl RingReader {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl Clone for RingReader {
     /// Over memory of its own, whatever the original's is.
     fn clone(&self) -> Self {

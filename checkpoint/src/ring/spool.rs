@@ -115,7 +115,7 @@ impl Spool {
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn copied(&self) -> Self {
         Self(Memory::Own(self.bytes().to_vec()))
     }

@@ -1,7 +1,7 @@
 //! What the ring promises: whole segments in order, whatever is torn, flipped, stale or hostile.
 
 use super::*;
-use crate::guest::RamBlock;
+use crate::guest::{Packet, RamBlock};
 use crate::record::build::Image;
 use crate::record::{FIRST, SegmentHeader, VERSION, kind};
 use crate::testing::*;
@@ -17,7 +17,7 @@ fn reader(len: usize) -> RingReader {
 }
 
 /// Takes everything that is there; the records that were complete.
-fn take_all(reader: &mut RingReader, ring: &(impl RingBytes + ?Sized)) -> Result<Vec<Vec<u8>>, RingError> {
+pub(super) fn take_all(reader: &mut RingReader, ring: &(impl RingBytes + ?Sized)) -> Result<Vec<Vec<u8>>, RingError> {
     let mut records = Vec::new();
     loop {
         match reader.step(ring)? {
@@ -93,6 +93,89 @@ fn no_single_bit_flip_makes_another_record_than_the_one_written() {
     }
     // Only flips in the padding behind bodies go unseen, because padding is not part of the record.
     assert!(taken > 0 && taken < new.len(), "{taken} flips did not matter");
+}
+
+/// A ring full of whole records of older laps, all of one shape that divides the ring, so that every old header, body and trailer
+/// lies exactly where a new one comes; and the next record, small, with every kind of section. As in
+/// [`old_ring_and_a_new_record`].
+fn laps_that_line_up() -> (Vec<u8>, Vec<u8>, RingReader, std::ops::Range<usize>, Vec<u8>) {
+    const BYTES: u64 = 20_480;
+    let len = SEGMENTS_OFFSET + BYTES as usize;
+    let (memory, mut wire) = (ram(&[8, 2]), Wire::new(len));
+    let owner = OwnerRegion::new(wire.owner());
+    let (mut sender, mut reader) = (Sender::new(&mut wire, 64 << 10), reader(len));
+    // What an epoch holds differs from lap to lap and takes the same room.
+    let content = |epoch: Epoch| Content {
+        discards: vec![(0, epoch.0 % 8), (1, epoch.0 % 2)],
+        device_state: vec![epoch.0 as u8; 392],
+        outputs: vec![Packet { sequence: epoch.0, bytes: vec![epoch.0 as u8; 30] }],
+        released_up_to: Some(epoch.0 - 1),
+        ..Content::default()
+    };
+    let mut strides = Vec::new();
+    for epoch in (1..=50).map(Epoch) {
+        strides.push(sender.send(epoch, &memory, &content(epoch)).unwrap().bytes);
+        assert_eq!(take_all(&mut reader, &*wire.ring()).unwrap().len(), 1);
+        owner.set_consumed(reader.consumed());
+    }
+    assert!(strides.iter().all(|stride| *stride == strides[0] && BYTES.is_multiple_of(*stride)), "{strides:?}");
+    assert!(reader.consumed() > 2 * BYTES && !reader.consumed().is_multiple_of(BYTES));
+    let before = wire.ring_bytes();
+    let start = SEGMENTS_OFFSET + (reader.consumed() % BYTES) as usize;
+    sender.send(Epoch(51), &memory, &content(Epoch(51))).unwrap();
+    let after = wire.ring_bytes();
+    let record = take_all(&mut reader.clone(), &after[..]).unwrap().remove(0);
+    (before, after, reader, start..start + strides[0] as usize, record)
+}
+
+/// The segments of a record that lies at `range`: kind, and how much of the stride says something.
+fn segments(ring: &[u8], range: &std::ops::Range<usize>) -> Vec<(u16, std::ops::Range<usize>, std::ops::Range<usize>)> {
+    let (mut at, mut all) = (range.start, Vec::new());
+    while at < range.end {
+        let (header, _) = SegmentHeader::ref_from_prefix(&ring[at..]).unwrap();
+        assert!(header.is_whole());
+        let said = at..at + HEADER + header.section.len.get() as usize;
+        all.push((header.section.kind.get(), said.clone(), said.end..at + header.stride()));
+        at += header.stride();
+    }
+    all
+}
+
+#[test]
+fn no_prefix_over_whole_records_of_an_older_lap_is_taken_for_committed() {
+    let (before, after, reader, new, record) = laps_that_line_up();
+    let kinds = |ring: &[u8]| segments(ring, &new).into_iter().map(|(kind, ..)| kind).collect::<Vec<_>>();
+    assert_eq!(kinds(&before), kinds(&after), "an older record lies in its place, header on header");
+    let trailer = segments(&after, &new).pop().expect("a trailer").1;
+    let mut ring = before;
+    for at in new.clone() {
+        let whole = ring[new.start..trailer.end] == after[new.start..trailer.end];
+        let records = take_all(&mut reader.clone(), &ring[..]).unwrap();
+        assert!(records.is_empty() || whole && records == [&record[..]], "cut at {at}");
+        ring[at] = after[at];
+    }
+    assert!(take_all(&mut reader.clone(), &ring[..]).unwrap() == [record]);
+}
+
+#[test]
+fn no_bit_flip_in_any_section_over_an_older_lap_is_taken_for_committed() {
+    let (_, mut ring, reader, new, record) = laps_that_line_up();
+    let segments = segments(&ring, &new);
+    let kinds: std::collections::BTreeSet<_> = segments.iter().map(|(kind, ..)| *kind).collect();
+    use kind::{DEVICE_STATE, DISCARDS, HEAD, HELD_OUTPUT, RELEASED_UP_TO, TRAILER};
+    assert!(
+        [HEAD, DEVICE_STATE, DISCARDS, HELD_OUTPUT, RELEASED_UP_TO, TRAILER].iter().all(|kind| kinds.contains(kind))
+    );
+    for (kind, said, padding) in segments {
+        for (at, bit) in said.clone().chain(padding.clone()).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
+            ring[at] ^= 1 << bit;
+            let records = take_all(&mut reader.clone(), &ring[..]).unwrap();
+            // Padding is no part of a record; a flip there is seen by nobody.
+            let wanted: &[&[u8]] = if padding.contains(&at) { &[&record] } else { &[] };
+            assert!(records == wanted, "section {kind}, bit {bit} of byte {}", at - said.start);
+            ring[at] ^= 1 << bit;
+        }
+    }
 }
 
 proptest! {

@@ -170,8 +170,10 @@ impl Place {
             let _ = fs::remove_file(&draft);
             return Err(failed("name the socket", &path)(source));
         }
-        let inode = fs::symlink_metadata(&path).map_err(failed("look at", &path))?.ino();
-        Ok(Bound { listener: Some(listener), name: Name { place: self.clone(), path, inode } })
+        // Held open, so that its inode number is nobody else's meanwhile.
+        let pinned = rustix::fs::open(&path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+        let pinned = pinned.map_err(io::Error::from).map_err(failed("look at", &path))?;
+        Ok(Bound { listener: Some(listener), name: Name { place: self.clone(), path, pinned } })
     }
 }
 
@@ -193,7 +195,7 @@ impl Bound {
 pub struct Name {
     place: Place,
     path: PathBuf,
-    inode: u64,
+    pinned: OwnedFd,
 }
 
 impl Name {
@@ -205,7 +207,8 @@ impl Name {
 impl Drop for Name {
     fn drop(&mut self) {
         let _lock = self.place.lock();
-        if fs::symlink_metadata(&self.path).is_ok_and(|facts| facts.ino() == self.inode) {
+        let ours = rustix::fs::fstat(&self.pinned).map(|facts| facts.st_ino);
+        if fs::symlink_metadata(&self.path).is_ok_and(|facts| Ok(facts.ino()) == ours) {
             let _ = fs::remove_file(&self.path);
         }
     }

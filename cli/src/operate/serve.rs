@@ -207,7 +207,7 @@ impl<D: Dialect> Serving<D> {
             let hung_up: Vec<bool> = watched.iter().map(|fd| gone(fd.revents())).collect();
             drop(watched);
             if ready[0] {
-                return;
+                return self.last_words();
             }
             let now = Instant::now();
             let clients = std::mem::take(&mut self.clients);
@@ -223,6 +223,13 @@ impl<D: Dialect> Serving<D> {
             if ready[1] && open {
                 self.accept();
             }
+        }
+    }
+
+    /// What has been answered goes out before the process does; an answer fits what a socket holds, so nobody is waited for.
+    fn last_words(mut self) {
+        for client in std::mem::take(&mut self.clients) {
+            let _ = self.turn(client);
         }
     }
 

@@ -180,6 +180,9 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
+/// Percent of RAM by which a moment comes before the pull is held: the last page of a share need not come by itself.
+pub const SHORT_OF_HOLD: u64 = 2;
+
 /// When the strike lands.
 #[derive(Debug, Clone, Copy)]
 pub enum Moment {
@@ -223,7 +226,7 @@ impl Case {
         };
         let points: Vec<_> = points.iter().filter(fits).collect();
         let moment = match self.phase {
-            Phase::Pull => Moment::Landed { percent },
+            Phase::Pull => Moment::Landed { percent: percent - SHORT_OF_HOLD },
             Phase::Tethered => Moment::AllLanded,
             _ => {
                 let point = *points[draw(points.len() as u64) as usize];

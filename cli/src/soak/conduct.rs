@@ -1,14 +1,14 @@
 //! One run: starts observer, destination and source, waits for the moment, strikes, waits until all is quiet, and judges.
 
 use super::actor::{Actor, Log, Logs, Role};
-use super::case::{Case, Moment, Script, Strike};
+use super::case::{Case, Moment, Phase, SHORT_OF_HOLD, Script, Strike};
 use super::doctor::{self, Lie};
 use super::points::At;
 use super::relay::Relay;
 use super::verdict::{self, Evidence, RunReport, Said};
 use super::{LEASE_MS, stage, strike};
 use crate::options::FabricChoice;
-use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
+use belay_vmm_glue::migrate::observation::Kind;
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,6 +19,10 @@ use std::time::{Duration, Instant};
 const MOMENT_BOUND: Duration = Duration::from_secs(25);
 /// How long everything may take to be quiet after it.
 const QUIET_BOUND: Duration = Duration::from_secs(25);
+/// How long the threads that do not stand at a stop point have to stop too.
+const STOP_BOUND: Duration = Duration::from_millis(30);
+/// How long a destination that was told to end may take: one step of a handshake, with some spare.
+const END_BOUND: Duration = Duration::from_secs(12);
 /// How long a fenced destination is left to hear its fate before it is told to end.
 const FATE_BOUND: Duration = Duration::from_millis(400);
 
@@ -68,20 +72,19 @@ fn belay(arguments: &[&str]) -> Result<Command, ConductError> {
 }
 
 /// Makes the run and judges it.
-pub fn run(case: Case, lie: Option<Lie>) -> Result<RunReport, ConductError> {
+pub fn run(case: Case, lies: &[Lie]) -> Result<RunReport, ConductError> {
     let begun = Instant::now();
     let mut run = Run::start(case)?;
     let came = run.await_moment()?;
     let struck = match &came {
-        Ok(_) => Some(run.strike().map_err(io("strike"))?),
+        Ok(_) => Some(strike::land(&run).map_err(io("strike"))?),
         Err(_) => None,
     };
     let forgotten = run.await_quiet()?;
     let left = await_nothing_left();
     let logs = run.logs.lock();
-    let mut evidence = Evidence {
+    let evidence = Evidence {
         case,
-        script: run.script,
         came: came.as_deref().map_err(String::as_str),
         struck,
         source: Said::of(&logs[Role::Source as usize]),
@@ -93,10 +96,8 @@ pub fn run(case: Case, lie: Option<Lie>) -> Result<RunReport, ConductError> {
         forgotten,
         took: begun.elapsed(),
     };
-    if let Some(lie) = lie {
-        doctor::tell(lie, &mut evidence);
-    }
-    Ok(verdict::judge(&evidence))
+    let report = verdict::judge(&evidence);
+    Ok(if lies.is_empty() { report } else { doctor::try_with(lies, &evidence, report) })
 }
 
 impl Run {
@@ -129,33 +130,32 @@ impl Run {
         Ok(Self { case, script, logs, source, destination, observer, link, view })
     }
 
-    pub(super) fn actor(&self, at: At) -> &Actor {
-        match at {
-            At::Source => &self.source,
-            At::Destination => &self.destination,
-        }
-    }
-
     /// Waits for the moment of the strike. What the run was doing then, or why it never came there.
     fn await_moment(&self) -> Result<Result<String, String>, ConductError> {
         let end = Instant::now() + MOMENT_BOUND;
-        if self.case.phase == super::case::Phase::Catch {
+        if self.case.phase == Phase::Catch {
             // The first blow: the source hears nothing any more, and begins to catch.
-            if let Err(why) = self.until(end, &Moment::Landed { percent: self.script.hold_at.unwrap_or(20) })? {
+            let percent = self.script.hold_at.map_or(10, |percent| percent - SHORT_OF_HOLD);
+            if let Err(why) = self.until(end, &Moment::Landed { percent })? {
                 return Ok(Err(why));
             }
             self.destination.signal(Signal::STOP);
         }
         let came = self.until(end, &self.script.moment)?;
-        if self.script.moment.stop_at().is_none() && came.is_ok() {
+        match self.script.moment.stop_at() {
+            Some((at, _)) => {
+                let role = if at == At::Source { Role::Source } else { Role::Destination };
+                let soon = Instant::now() + STOP_BOUND;
+                self.logs.wait(soon, |logs| logs[role as usize].is_stopped.then_some(()));
+            }
             // What this waits for is time itself: the strike lands anywhere, not on the heels of an event.
-            std::thread::sleep(Duration::from_millis(self.script.delay_ms));
+            None => std::thread::sleep(Duration::from_millis(self.script.delay_ms)),
         }
         Ok(came)
     }
 
     fn until(&self, end: Instant, moment: &Moment) -> Result<Result<String, String>, ConductError> {
-        let blow_is_ours = self.case.phase == super::case::Phase::Catch;
+        let blow_is_ours = self.case.phase == Phase::Catch;
         let found = self.logs.wait(end, |logs| {
             let (source, destination) = (&logs[Role::Source as usize], &logs[Role::Destination as usize]);
             if let Some(came) = has_come(moment, logs) {
@@ -192,7 +192,7 @@ impl Run {
         if self.destination.wait((Instant::now() + FATE_BOUND).min(soon)).is_none() {
             self.destination.signal(Signal::CONT);
             self.destination.signal(Signal::TERM);
-            if self.destination.wait(Instant::now() + Duration::from_secs(5)).is_none() {
+            if self.destination.wait(Instant::now() + END_BOUND).is_none() {
                 forgotten.push("the destination".to_owned());
             }
         }
@@ -205,12 +205,6 @@ impl Run {
             forgotten.push("the observer".to_owned());
         }
         Ok(forgotten)
-    }
-
-    fn strike(&self) -> std::io::Result<strike::Struck> {
-        let began_us = monotonic_us();
-        let struck = strike::land(self);
-        struck.map(|struck| strike::Struck { at_us: began_us, ..struck })
     }
 }
 
@@ -274,7 +268,9 @@ fn has_come(moment: &Moment, logs: &[Log; 3]) -> Option<String> {
         Moment::At { point, times } => {
             let role = if point.at == At::Source { Role::Source } else { Role::Destination };
             let log = &logs[role as usize];
-            let stands = log.is_stopped && log.stopped_at.as_deref() == Some(point.name);
+            // Its thread stands there as soon as it has said so. The whole process need not: a thread that waits in the kernel for a
+            // page stops when it gets it.
+            let stands = log.stopped_at.as_deref() == Some(point.name);
             stands.then(|| format!("stopped at {} number {times}", point.name))
         }
         Moment::Landed { percent } => {

@@ -1,6 +1,6 @@
 //! False evidence, to try the verdict with: each way of lying makes of a run that held one that did not, and must be found out.
 
-use super::verdict::Evidence;
+use super::verdict::{Evidence, Outcome, RunReport, judge};
 use belay_vmm_glue::migrate::observation::{Kind, Observation, ObservationId};
 use clap::ValueEnum;
 
@@ -33,8 +33,28 @@ pub enum Lie {
     EmptyGuest,
 }
 
-/// Tells the lie.
-pub fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
+/// Judges the run again with each lie. The report is that of a broken run if the run itself held and every lie was found out.
+pub fn try_with(lies: &[Lie], evidence: &Evidence<'_>, honest: RunReport) -> RunReport {
+    if honest.outcome != Outcome::Held {
+        return RunReport { outcome: Outcome::Void, wrong: vec!["the run itself did not hold".to_owned()], ..honest };
+    }
+    let mut report = RunReport { outcome: Outcome::Broken, ..honest };
+    for &lie in lies {
+        let mut evidence = evidence.clone();
+        tell(lie, &mut evidence);
+        let found = judge(&evidence);
+        let name = lie.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
+        if found.outcome != Outcome::Broken {
+            report.outcome = Outcome::Held;
+            report.wrong.push(format!("{name} was believed"));
+            continue;
+        }
+        report.wrong.push(format!("{name} was found out: {}", found.wrong.join("; ")));
+    }
+    report
+}
+
+fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
     let middle = evidence.seen.len() / 2;
     let add = |events: &mut Vec<Observation>, kind| {
         events.push(Observation { id: ObservationId("lie".to_owned()), parent: None, at_us: 0, kind });

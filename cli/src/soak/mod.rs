@@ -20,7 +20,7 @@ use crate::{report, signals};
 use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::protocol::explain;
 use case::{Case, plan};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -79,9 +79,9 @@ pub struct SoakArgs {
     /// That run, once it is in there
     #[arg(long, hide = true, requires = "conduct")]
     inside: bool,
-    /// Change the evidence before it is judged (tries the verdict)
-    #[arg(long, hide = true, value_enum)]
-    lie: Option<doctor::Lie>,
+    /// Judge the run again with each of these lies in its evidence: it is broken if every one is found out (tries the verdict)
+    #[arg(long, hide = true, value_enum, value_delimiter = ',')]
+    lie: Vec<doctor::Lie>,
 }
 
 const EXAMPLES: &str = "\
@@ -96,7 +96,7 @@ Needs root: each run has namespaces of its own, so that nothing of it is left, h
 /// Runs the command.
 pub fn run(args: &SoakArgs) -> Exit {
     match args.conduct {
-        Some(case) if args.inside => conduct(case, args.lie),
+        Some(case) if args.inside => conduct(case, &args.lie),
         Some(_) => outer(),
         None => manage(args),
     }
@@ -116,9 +116,9 @@ fn outer() -> Exit {
 }
 
 /// One run; its report on stdout.
-fn conduct(case: Case, lie: Option<doctor::Lie>) -> Exit {
+fn conduct(case: Case, lies: &[doctor::Lie]) -> Exit {
     let made = stage::inner().map_err(|error| error.to_string());
-    let made = made.and_then(|()| conduct::run(case, lie).map_err(|error| explain(&error)));
+    let made = made.and_then(|()| conduct::run(case, lies).map_err(|error| explain(&error)));
     match made {
         Ok(report) => {
             let line = serde_json::to_string(&report).expect("a report is plain data");
@@ -239,7 +239,7 @@ impl Soak<'_> {
         }
         let counts = {
             let mut tally = lock(&self.tally);
-            tally.add(report.clone());
+            tally.add(report);
             tally.counts()
         };
         if counts.1 >= MOST_BROKEN {
@@ -282,8 +282,8 @@ impl Soak<'_> {
     fn conducted(&self, case: Case) -> std::io::Result<(String, String)> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["soak", "--conduct", &case.to_string()]);
-        if let Some(lie) = self.args.lie {
-            command.args(["--lie", clap::ValueEnum::to_possible_value(&lie).expect("none is skipped").get_name()]);
+        for lie in &self.args.lie {
+            command.args(["--lie", lie.to_possible_value().expect("none is skipped").get_name()]);
         }
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let pid = rustix::process::Pid::from_child(&child);

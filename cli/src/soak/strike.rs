@@ -16,9 +16,7 @@ const CATCH_BOUND: Duration = Duration::from_secs(12);
 /// What a strike did.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Struck {
-    /// CLOCK_MONOTONIC, as events have it.
-    pub at_us: u64,
-    /// Epochs the source's folder had... taken in when it landed, as far as it had been told.
+    /// Checkpoints the destination had said had committed when it landed.
     pub commits_told: u64,
     /// A VMM apart from a killed page server still ran when the guest ran elsewhere (P1).
     pub vmm_waited: Option<bool>,
@@ -67,9 +65,9 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
     match run.case.strike {
         Strike::ServerKill => {
             await_verdict_of_the_source(run);
-            let vmm =
-                run.script.apart.then(|| stage::running().iter().find(|(_, line)| is_vmm(line)).map(|(pid, _)| *pid));
-            struck.vmm_waited = vmm.map(|vmm| vmm.is_some());
+            let told = run.logs.lock()[Role::Destination as usize]
+                .find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
+            struck.vmm_waited = told.map(|()| stage::running().iter().any(|(_, line)| is_vmm(line)));
             kill_vmm();
         }
         Strike::GuardKill | Strike::ObserverCut if !run.case.goes_to_release() => {

@@ -31,7 +31,6 @@ pub struct Tally {
     silences: BTreeMap<String, Vec<u64>>,
     /// Lines of a run's processes that were not kept.
     dropped: u64,
-    failures: Vec<RunReport>,
     slowest_ms: u64,
 }
 
@@ -68,16 +67,12 @@ pub struct Sum<'a> {
 
 impl Tally {
     /// Takes a run in.
-    pub fn add(&mut self, run: RunReport) {
+    pub fn add(&mut self, run: &RunReport) {
         self.dropped += run.dropped;
         self.slowest_ms = self.slowest_ms.max(run.took_ms);
         match run.outcome {
             Outcome::Void => return self.void += 1,
-            Outcome::Broken => {
-                self.broken += 1;
-                self.failures.push(run);
-                return;
-            }
+            Outcome::Broken => return self.broken += 1,
             Outcome::Held => self.held += 1,
         }
         let fabric = run.case.fabric.to_string();
@@ -96,11 +91,6 @@ impl Tally {
     /// Runs that held, and that did not.
     pub fn counts(&self) -> (u64, u64, u64) {
         (self.held, self.broken, self.void)
-    }
-
-    /// What did not hold.
-    pub fn failures(&self) -> &[RunReport] {
-        &self.failures
     }
 
     fn latencies(&self) -> BTreeMap<&str, Latency> {

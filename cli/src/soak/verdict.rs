@@ -4,7 +4,7 @@
 //! that was meant, because a short lease had run out by itself on a busy host. A void run is made again, and counted.
 
 use super::actor::Log;
-use super::case::{Case, Phase, Script, Strike};
+use super::case::{Case, Phase, Strike};
 use super::strike::Struck;
 use belay_transport::PAGE_SIZE;
 use belay_vmm_glue::kvm::guests::GuestSpec;
@@ -75,9 +75,9 @@ impl Said {
 }
 
 /// All that is known of a run when it is quiet.
+#[derive(Clone)]
 pub struct Evidence<'a> {
     pub case: Case,
-    pub script: Script,
     /// What the run was doing when the strike landed, or why its moment never came.
     pub came: Result<&'a str, &'a str>,
     pub struck: Option<Struck>,
@@ -338,7 +338,9 @@ fn expected(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>
     let Case { strike, phase, .. } = evidence.case;
     let (source, destination) = (&evidence.source, &evidence.destination);
     let ran = destination.said(|kind| matches!(kind, Kind::Resumed { .. }));
-    let before_go = matches!(phase, Phase::Prepare | Phase::Switch);
+    // At the end of the switch the source's word may have gone out before it could notice.
+    let go_may_follow = evidence.came.is_ok_and(|came| came.contains("go-due") || came.contains("loaded-told"));
+    let before_go = matches!(phase, Phase::Prepare | Phase::Switch) && !go_may_follow;
     let homes: &[Home] = match strike {
         Strike::SourceKill if evidence.released => &[Home::Owner, Home::Fenced],
         Strike::SourceKill if before_go => &[Home::WithItsHost],

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -47,12 +47,18 @@ impl Place {
     /// Starts belay with these arguments.
     pub fn belay(&self, arguments: &[&str]) -> Process {
         let mut command = Command::new(BELAY);
-        command.args(arguments).env(MARK, &self.mark);
+        command.args(arguments);
+        self.start(command)
+    }
+
+    /// Starts a command that becomes belay, or runs it.
+    pub fn start(&self, mut command: Command) -> Process {
+        command.env(MARK, &self.mark);
         Process::start(command)
     }
 
     /// Processes of this test that run: pid and command line.
-    fn running(&self) -> Vec<(i32, String)> {
+    pub fn running(&self) -> Vec<(i32, String)> {
         let mark = format!("{MARK}={}", self.mark);
         let entries = std::fs::read_dir("/proc").expect("/proc is there").flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -169,6 +175,28 @@ impl Process {
 
     pub fn wait_for_event(&mut self, name: &str) -> Value {
         self.wait_for(name, |event| event["event"] == name)
+    }
+
+    /// Waits for an event, or for the end of the process; nothing if that came first.
+    pub fn wait_for_event_or_end(&mut self, name: &str) -> Option<Value> {
+        let end = Instant::now() + BOUND;
+        loop {
+            match self.events.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(event) => {
+                    self.seen.push(event.clone());
+                    if event["event"] == name {
+                        return Some(event);
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(error) => panic!("waited for {name}: {error}; it said {}", self.story()),
+            }
+        }
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     pub fn wait_for_state(&mut self, state: &str) -> Value {

@@ -9,11 +9,14 @@ built_executables() { sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | sort -u; }
 
 cargo_here() { (cd "$REPOSITORY" && cargo "$@"); }
 
-# Puts a program into the hosts' reach. Without its symbols it is a tenth of the size, and the hosts hold it in memory.
+# Puts a program into the hosts' reach, without what only a debugger needs; its functions keep their names for profiles.
 share_binary() { # path, name
   mkdir -p "$OUT/bin"
-  strip -o "$OUT/bin/$2" "$1"
+  strip --strip-debug -o "$OUT/bin/$2" "$1"
 }
+
+# Those tests of transport that suites run in a host; the others need no device.
+readonly TRANSPORT_TESTS=(--lib --test conformance --test fabrics --test verbs --test verbs_registration)
 
 # Builds what a suite needs: belay, bench, transport-tests. Once a run each.
 need_binaries() {
@@ -25,7 +28,7 @@ need_binaries() {
     case $what in
       belay) cargo_here build --release --locked -p belay --bin belay --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
       bench) cargo_here build --release --locked -p belay-bench --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
-      transport-tests) cargo_here test --release --locked -p belay-transport ${FEATURES:+--features "$FEATURES"} --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
+      transport-tests) cargo_here test --release --locked -p belay-transport ${FEATURES:+--features "$FEATURES"} "${TRANSPORT_TESTS[@]}" --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
     esac
     while read -r file; do share_binary "$file" "$(shared_name "$file")"; done < <(built_executables <"$WORK/built")
     : >"$WORK/built.$what"

@@ -10,7 +10,7 @@
 . "$LAB/hosts.conf"
 
 readonly HOSTS='a b'
-readonly BOOT_LIMIT_S=120
+readonly BOOT_LIMIT_S=300
 declare -A HOST_PID=() AGENT_IN=() AGENT_OUT=() MONITOR_IN=()
 
 # The value of A_NAME or B_NAME.

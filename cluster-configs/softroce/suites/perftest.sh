@@ -27,8 +27,9 @@ run_suite() {
   if [ "$round" -gt "$rounds" ]; then
     perftest_table "$rounds"
     for fabric in $FABRICS; do perftest_bounds "$fabric"; done
+    absence_of_a_copy "$([ -n "$QUICK" ] && echo 1 || echo 3)"
   fi
-  for fabric in $FABRICS; do end_wire "$fabric"; done
+  for fabric in "${!WIRE_SERVERS[@]}"; do end_wire "$fabric"; done
 }
 
 one_round() {
@@ -219,6 +220,37 @@ source_cost() { # fabric
   figure 'from N to 4N pages' "$ns" ns
   figure 'context switches' "$(named_value source_switches_per_page)" ''
   judge_bound "$1" "$name" "$ns <= 100" 'there should be none'
+}
+
+# Where the engine's threads are while they pull the same pages over tcp and over verbs. Over tcp the kernel copies them out of its buffers:
+# the control, which shows how often a copy is seen. Over verbs nothing copies a page on its way; the threads have little to do there, so
+# that few samples are theirs, and the number of those that copy is compared, not their part.
+absence_of_a_copy() { # rounds
+  local fabric name share copying all control=0
+  [[ " $FABRICS " == *' verbs '* ]] || return 0
+  for fabric in tcp verbs; do
+    name="where the engine's threads are over $fabric"
+    [ -n "${WIRE_SERVERS[$fabric]-}" ] || serve_wire "$fabric" || return 0
+    wire_client "$fabric" profile "profile --rounds $1" || { not_ok "$name" "client: $(last_words "$SAID_IN")"; continue; }
+    share=$(named_value copying_share) copying=$(named_value profile_copying)
+    all="$(named_value profile_samples) + $(named_value profile_apart)"
+    figure 'samples' "$(named_value profile_samples)" ''
+    figure 'that copy' "$copying" ''
+    figure "in the device's or an interrupt's work" "$(named_value profile_apart)" ''
+    figure 'part that copies' "$share" ''
+    case $fabric in
+      tcp)
+        control=$copying
+        judge_copying "$name: a copy is seen" "$all >= 100 && $share >= 0.05 && $copying >= 50" 'the profile does not see it'
+        ;;
+      verbs) judge_copying "$name: no copy" "$all >= 100 && $control >= 50 && $copying * 50 <= $control" 'something copies' ;;
+    esac
+  done
+}
+
+# Few samples say nothing.
+judge_copying() { # name, condition, why not
+  if holds "$2"; then ok "$1"; else not_ok "$1" "$3, or there are too few samples"; fi
 }
 
 judge_bound() { # fabric, name, condition, why not

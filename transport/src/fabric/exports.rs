@@ -54,6 +54,13 @@ impl Exports {
         Ok(key)
     }
 
+    /// The same exports under keys that are known beforehand: `base` and the place.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn with_keys(mut self, base: u64) -> Self {
+        (base..).zip(&mut self.all).for_each(|(key, export)| export.key = key);
+        self
+    }
+
     /// Exports extents for reading.
     pub(super) fn add_read(&mut self, mapping: &Arc<Mapping>, extents: &[Extent]) -> Result<ReadKey, FabricError> {
         let extents = merged(extents, mapping.len() as u64)?;

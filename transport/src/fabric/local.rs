@@ -85,17 +85,7 @@ impl LocalOwner {
 
     /// The one message of a lane's socket: what is exported, with the descriptors.
     fn send_exports(&self, lane: &LaneStream) -> Result<(), FabricError> {
-        let all = self.exports.all();
-        let mut message = Vec::with_capacity(HEAD_BYTES + all.len() * ENTRY_BYTES);
-        message.extend_from_slice(&EXPORTS_MAGIC.to_le_bytes());
-        message.extend_from_slice(&(all.len() as u64).to_le_bytes());
-        message.extend_from_slice(&self.epoch().to_le_bytes());
-        message.extend_from_slice(&self.exports.owner_region().map_or(0, |region| region.key).to_le_bytes());
-        for export in all {
-            message.extend_from_slice(&export.key.to_le_bytes());
-            message.extend_from_slice(&(export.mapping.len() as u64).to_le_bytes());
-            message.extend_from_slice(&u64::from(export.right == Right::Write).to_le_bytes());
-        }
+        let message = exports_message(&self.exports, self.epoch());
         let descriptors: Vec<_> = self.files.iter().map(AsFd::as_fd).collect();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_EXPORTS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -107,6 +97,25 @@ impl LocalOwner {
             .map_err(|error| io_error("passing the exported descriptors", error))?;
         if sent == message.len() { Ok(()) } else { Err(io_error("passing the exported descriptors", Errno::MSGSIZE)) }
     }
+}
+
+/// ```text
+/// 0 "BLYlocal" · 8 exports u64 · 16 owner epoch u64 · 24 key of the owner's region u64, 0 without one
+/// 32 one entry an export: key u64 · bytes u64 · 0 to be read, 1 to be written u64
+/// ```
+fn exports_message(exports: &Exports, owner_epoch: u64) -> Vec<u8> {
+    let all = exports.all();
+    let region = exports.owner_region().map_or(0, |region| region.key);
+    let mut message = Vec::with_capacity(HEAD_BYTES + all.len() * ENTRY_BYTES);
+    for word in [EXPORTS_MAGIC, all.len() as u64, owner_epoch, region] {
+        message.extend_from_slice(&word.to_le_bytes());
+    }
+    for export in all {
+        for word in [export.key, export.mapping.len() as u64, u64::from(export.right == Right::Write)] {
+            message.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+    message
 }
 
 impl Drop for LocalOwner {
@@ -528,3 +537,8 @@ impl Lane for LocalLane {
         Ok(())
     }
 }
+
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+mod golden;

@@ -95,12 +95,26 @@ pub struct LaneId {
 }
 
 /// Right to read one exported mapping of the owner. Valid for one session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ReadKey(pub u64);
 
 /// Right to write one exported mapping of the owner. Valid for one session, until revoked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WriteKey(pub u64);
+
+/// A key is a right for whoever knows it, so what is shown is its place among the exports.
+impl fmt::Debug for ReadKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReadKey({}, ..)", self.0 & 0xff)
+    }
+}
+
+/// As of a [`ReadKey`].
+impl fmt::Debug for WriteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WriteKey({}, ..)", self.0 & 0xff)
+    }
+}
 
 /// Longest read or write.
 pub const MAX_OPERATION_BYTES: u32 = 16 << 20;

@@ -14,6 +14,10 @@
 //! joined; what had been acknowledged is in the ring then, and nothing is placed any more. The initiator sees its
 //! connections end.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+mod golden;
 mod lane;
 mod owner;
 mod pipe;

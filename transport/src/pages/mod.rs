@@ -9,6 +9,10 @@
 //!   4096   the bytes of the first region, each region from a multiple of 64
 //! ```
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+mod golden;
 pub mod state;
 
 pub use state::{Discard, Landing, State};

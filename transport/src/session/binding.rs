@@ -9,12 +9,19 @@ use super::preamble::{SessionId, Token};
 use super::stream::LaneStream;
 use sha2::{Digest, Sha256};
 use std::fmt;
+use zeroize::Zeroize;
 
 const LABEL: &[u8] = b"EXPORTER-belay-lane-binding-1";
 
-/// Known to both ends of one session and to nobody else.
+/// Known to both ends of one session and to nobody else. Wiped when dropped.
 #[derive(Clone)]
 pub struct BindingKey([u8; 32]);
+
+impl Drop for BindingKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl fmt::Debug for BindingKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -24,7 +31,7 @@ impl fmt::Debug for BindingKey {
 
 impl BindingKey {
     /// A key that no session has.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn for_test(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }

@@ -12,6 +12,7 @@ use crate::deadline::Deadline;
 use crate::fabric::LaneId;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use zeroize::Zeroizing;
 
 /// A session as the source has it.
 #[derive(Debug)]
@@ -63,9 +64,9 @@ pub fn connect(
     let dialer = Dialer { address: address.clone(), config, session, token };
     let mut stream = dialer.open(Kind::Control, deadline)?;
     let ours = dialer.config.offers_over(address, &stream);
-    let hello = encode_hello(session, &dialer.token, versions, &ours, offer)?;
+    let hello = Zeroizing::new(encode_hello(session, &dialer.token, versions, &ours, offer)?);
     let length = u32::try_from(hello.len()).expect("a hello is at most 128 KiB").to_le_bytes();
-    stream.write_all("sending the hello", &[&length, &hello[..]].concat(), deadline)?;
+    stream.write_all("sending the hello", &Zeroizing::new([&length, &hello[..]].concat()), deadline)?;
 
     let mut length = [0; 4];
     stream.read_exact("waiting for the reply", &mut length, deadline)?;

@@ -10,6 +10,7 @@ use crate::fabric::FabricKind;
 use crate::units::{PageSize, RegionId};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use zeroize::Zeroize;
 
 /// Protocol versions this build speaks.
 pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
@@ -17,8 +18,10 @@ pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
 pub const MAX_BLOB_BYTES: usize = 64 << 10;
 /// Longest hello or reply frame.
 pub(super) const MAX_HELLO_BYTES: usize = 128 << 10;
-const MAX_REGIONS: usize = 1024;
-const MAX_TEXT_BYTES: usize = 4096;
+pub(super) const MAX_REGIONS: usize = 1024;
+pub(super) const MAX_TEXT_BYTES: usize = 4096;
+/// Most fabrics a side names: there are three, and an error names each.
+pub(super) const MAX_FABRICS: usize = 16;
 const HELLO_MAGIC: u32 = u32::from_le_bytes(*b"BLYh");
 const REPLY_MAGIC: u32 = u32::from_le_bytes(*b"BLYr");
 const BELAY_VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -95,7 +98,7 @@ pub struct Agreed {
 }
 
 #[derive(Serialize, Deserialize)]
-struct HelloBody {
+pub(super) struct HelloBody {
     role: Role,
     belay_version: String,
     session: [u8; 16],
@@ -108,7 +111,7 @@ struct HelloBody {
 }
 
 #[derive(Serialize, Deserialize)]
-enum ReplyBody {
+pub(super) enum ReplyBody {
     Accepted { role: Role, belay_version: String, protocol: u16, fabric: u8, no_verbs: Option<NoVerbs>, blob: Vec<u8> },
     Refused { reason: String },
     NoCommonFabric { fabrics: Vec<u8>, no_verbs: Option<NoVerbs> },
@@ -120,10 +123,16 @@ fn codes(fabrics: &[FabricKind]) -> Vec<u8> {
 
 /// Checks what the peer says of `verbs`.
 fn bounded(no_verbs: Option<NoVerbs>) -> Result<Option<NoVerbs>, SessionError> {
-    if let Some(NoVerbs::Unusable { why }) = &no_verbs {
+    if let Some(NoVerbs::Unusable { why }) = no_verbs {
         limit("the reason", why.len(), MAX_TEXT_BYTES)?;
+        return Ok(Some(NoVerbs::Unusable { why: printable(&why) }));
     }
     Ok(no_verbs)
+}
+
+/// A peer's text as an operator's terminal may have it: nothing in it moves the cursor or changes what stands there already.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
 }
 
 /// Whose doing it is that a session does not run over `verbs`. This side's own reason first: its operator can act on it.
@@ -191,11 +200,14 @@ pub(super) fn decode_hello(
 ) -> Result<(Hello, Token), SessionError> {
     let (theirs, body) = split(HELLO_MAGIC, bytes)?;
     let protocol = versions.common(theirs).ok_or(SessionError::Versions { ours: versions, theirs })?;
-    let body: HelloBody = postcard::from_bytes(body)
+    let mut body: HelloBody = postcard::from_bytes(body)
         .map_err(|error| SessionError::Protocol { what: format!("a hello that does not parse: {error}") })?;
+    let token = Token(body.token);
+    body.token.zeroize();
     limit("the blob", body.blob.len(), MAX_BLOB_BYTES)?;
     limit("the list of regions", body.geometry.len(), MAX_REGIONS)?;
     limit("the version", body.belay_version.len(), MAX_TEXT_BYTES)?;
+    limit("the list of fabrics", body.fabrics.len(), MAX_FABRICS)?;
     if body.role != Role::Source {
         return Err(SessionError::Protocol { what: "a destination dialled a destination".to_owned() });
     }
@@ -210,14 +222,14 @@ pub(super) fn decode_hello(
     };
     let hello = Hello {
         session,
-        belay_version: body.belay_version,
+        belay_version: printable(&body.belay_version),
         protocol,
         fabric,
         without_verbs: without_verbs.filter(|_| fabric != FabricKind::Verbs),
         geometry: body.geometry,
         blob: body.blob,
     };
-    Ok((hello, Token(body.token)))
+    Ok((hello, token))
 }
 
 pub(super) fn encode_accept(
@@ -266,8 +278,12 @@ pub(super) fn decode_reply(
     let bad = |what: String| SessionError::Protocol { what };
     let body = postcard::from_bytes(body).map_err(|error| bad(format!("a reply that does not parse: {error}")))?;
     match body {
-        ReplyBody::Refused { reason } => Err(SessionError::Refused { reason }),
+        ReplyBody::Refused { reason } => {
+            limit("the reason", reason.len(), MAX_TEXT_BYTES)?;
+            Err(SessionError::Refused { reason: printable(&reason) })
+        }
         ReplyBody::NoCommonFabric { fabrics, no_verbs } => {
+            limit("the list of fabrics", fabrics.len(), MAX_FABRICS)?;
             let why = without_verbs(&ours.no_verbs, bounded(no_verbs)?);
             Err(SessionError::NoCommonFabric { ours: codes(&ours.fabrics), theirs: fabrics, why })
         }
@@ -285,10 +301,16 @@ pub(super) fn decode_reply(
                 .ok_or_else(|| bad(format!("fabric {fabric} chosen, which was not offered")))?;
             let without_verbs = without_verbs(&ours.no_verbs, bounded(no_verbs)?);
             let without_verbs = without_verbs.filter(|_| fabric != FabricKind::Verbs);
-            Ok((Agreed { session, protocol, fabric, without_verbs, peer_belay_version: belay_version }, blob))
+            Ok((
+                Agreed { session, protocol, fabric, without_verbs, peer_belay_version: printable(&belay_version) },
+                blob,
+            ))
         }
     }
 }
+
+#[cfg(test)]
+mod golden;
 
 #[cfg(test)]
 mod tests {

@@ -70,7 +70,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     pub(super) fn token_of(&self, session: SessionId) -> Option<Token> {
-        self.slot(session).map(|slot| slot.token)
+        self.slot(session).map(|slot| slot.token.clone())
     }
 
     fn slot(&self, session: SessionId) -> Option<Arc<Slot>> {
@@ -86,6 +86,21 @@ impl Shared {
         let slot = Arc::new(Slot { token, state: Mutex::default(), changed: Condvar::new() });
         sessions.insert(session, Arc::downgrade(&slot));
         Some(slot)
+    }
+
+    /// A listener's state without its thread, that knows one session. The session lasts as long as the second is kept.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn for_fuzzing(session: SessionId, token: Token) -> (Self, Arc<impl Sized>) {
+        let shared = Self {
+            address: Address::Tcp("127.0.0.1:0".to_owned()),
+            config: SessionConfig::new(Security::LoopbackOnly),
+            stop: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd"),
+            sessions: Mutex::default(),
+            rejections: Mutex::default(),
+        };
+        let slot = shared.register(session, token).expect("the first session");
+        (shared, slot)
     }
 
     fn reject(&self, error: SessionError) {

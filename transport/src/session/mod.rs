@@ -19,6 +19,10 @@ mod binding;
 mod control;
 mod dial;
 mod fabrics;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+mod golden;
 mod hello;
 mod listen;
 mod pending;

@@ -19,6 +19,7 @@ use crate::fabric::LaneId;
 use rustix::event::PollFlags;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use zeroize::Zeroize;
 
 /// A connection that has come through.
 pub(super) enum Arrived {
@@ -125,7 +126,10 @@ impl Pending {
             Phase::Hello(_) => {
                 let versions = shared.config.versions;
                 let ours = shared.config.offers_over(&shared.address, &self.stream);
-                return match decode_hello(&self.buffer, self.session, versions, &ours) {
+                let read = decode_hello(&self.buffer, self.session, versions, &ours);
+                // The token is in it.
+                self.buffer.zeroize();
+                return match read {
                     Ok((hello, token)) => Ok(Some(What::Control { hello, token })),
                     Err(error) => {
                         self.reply(match &error {
@@ -137,8 +141,11 @@ impl Pending {
                 };
             }
             Phase::Token(lane) => {
-                let shown: [u8; 32] = self.buffer[..].try_into().expect("gathered 32 bytes");
-                if shared.token_of(self.session).is_some_and(|token| token.matches(&shown)) {
+                let mut shown: [u8; 32] = self.buffer[..].try_into().expect("gathered 32 bytes");
+                self.buffer.zeroize();
+                let is_right = shared.token_of(self.session).is_some_and(|token| token.matches(&shown));
+                shown.zeroize();
+                if is_right {
                     return Ok(Some(What::Lane { session: self.session, lane }));
                 }
                 let _ = self.stream.write(&[LANE_REFUSED]);

@@ -6,6 +6,7 @@
 use crate::fabric::{LaneId, LaneKind};
 use sha2::{Digest, Sha256};
 use std::fmt;
+use zeroize::Zeroize;
 
 pub(super) const MAGIC: [u8; 8] = *b"BELAY\0\r\n";
 /// Changes only if these 64 and 16 bytes change; the protocol's own versions are negotiated in the hello.
@@ -29,9 +30,15 @@ impl fmt::Debug for SessionId {
     }
 }
 
-/// Proves that a connection belongs to a session. Random, chosen by the source, told inside the control connection.
-#[derive(Clone, Copy)]
+/// Proves that a connection belongs to a session. Random, chosen by the source, told inside the control connection. Wiped when dropped.
+#[derive(Clone)]
 pub(super) struct Token(pub [u8; 32]);
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -60,12 +67,23 @@ pub(super) fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 }
 
 /// What a connection is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Control,
     Lane(LaneId),
     /// With the proof of [`Token::guard_proof`].
     Guard([u8; 32]),
+}
+
+/// Without the proof, which opens a connection for whoever shows it first.
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Control => f.write_str("Control"),
+            Self::Lane(lane) => f.debug_tuple("Lane").field(lane).finish(),
+            Self::Guard(_) => f.write_str("Guard(..)"),
+        }
+    }
 }
 
 /// How the bytes after the preamble are protected.
@@ -256,6 +274,32 @@ mod tests {
                 prop_assert_ne!(parsed, preamble);
             }
         }
+    }
+
+    #[test]
+    fn no_secret_of_a_session_is_formatted() {
+        use crate::fabric::{ReadKey, RingKeys, WriteKey};
+        use crate::session::{BindingKey, Credentials, Security, SessionConfig, keygen};
+        let directory = tempfile::tempdir().unwrap();
+        let (a, b) = (keygen(directory.path(), "a").unwrap(), keygen(directory.path(), "b").unwrap());
+        let credentials = Credentials::load(&a.cert, &a.key, &b.cert).unwrap();
+        let preamble = |kind| Preamble { kind, protection: Protection::Plain, session: SessionId([1; 16]) };
+        let key = 0xa7a7_a7a7_a7a7_a702;
+        let formatted = [
+            format!("{:?}", Token([0xa7; 32])),
+            format!("{:?}", BindingKey::for_test([0xa7; 32])),
+            format!("{:?} {:#?}", preamble(Kind::Guard([0xa7; 32])), preamble(Kind::Guard([0xa7; 32]))),
+            format!("{:?}", SessionConfig::new(Security::Tls(credentials))),
+            format!("{:?}", RingKeys { ring: WriteKey(key), owner_region: ReadKey(key) }),
+        ];
+        // 0xa7 as numbers are written: 167 in a list of bytes, and the key in either base.
+        for text in &formatted {
+            let shows = ["167", "a7a7", "A7A7", &key.to_string()].iter().any(|part| text.contains(part));
+            assert!(!shows && text.contains(".."), "{text}");
+        }
+        let pem = std::fs::read_to_string(&a.key).unwrap();
+        let line = pem.lines().nth(1).expect("base64");
+        assert!(formatted.iter().all(|text| !text.contains(line)));
     }
 
     #[test]

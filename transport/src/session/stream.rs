@@ -82,7 +82,7 @@ impl LaneStream {
     }
 
     /// One that no session has opened.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn for_test(fd: OwnedFd) -> Self {
         Self::plain(fd)
     }

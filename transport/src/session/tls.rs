@@ -23,6 +23,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use zeroize::Zeroizing;
 
 const VALID_FOR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 const CLOCK_SLACK: Duration = Duration::from_secs(24 * 3600);
@@ -233,7 +234,7 @@ pub fn keygen_valid(dir: &Path, name: &str, from: SystemTime, until: SystemTime)
     params.not_before = from.into();
     params.not_after = until.into();
     let certificate = params.self_signed(&key).map_err(failed)?;
-    write_new(&pair.key, 0o600, key.serialize_pem().as_bytes())?;
+    write_new(&pair.key, 0o600, Zeroizing::new(key.serialize_pem()).as_bytes())?;
     write_new(&pair.cert, 0o644, certificate.pem().as_bytes())?;
     Ok(pair)
 }

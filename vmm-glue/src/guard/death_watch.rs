@@ -99,7 +99,7 @@ impl Drop for DeathWatch {
 }
 
 /// Reads words until there are no more; why there are none.
-fn listen(
+pub(super) fn listen(
     connection: impl AsFd,
     secrets: &Secrets,
     stop: &AtomicBool,

@@ -30,6 +30,8 @@
 //! * The guard maps next to nothing and frees nothing on the way: the thread that gets the mutex says so itself.
 
 mod death_watch;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod page;
 mod process;
 mod sign_of_life;

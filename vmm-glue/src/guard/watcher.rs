@@ -83,15 +83,15 @@ pub fn guard_main() -> Result<(), GuardError> {
 }
 
 /// What every thread of the guard needs.
-struct Shared {
-    secrets: Secrets,
-    page: LifePage,
-    connections: Vec<OwnedFd>,
-    arms: Arms,
+pub(super) struct Shared {
+    pub(super) secrets: Secrets,
+    pub(super) page: LifePage,
+    pub(super) connections: Vec<OwnedFd>,
+    pub(super) arms: Arms,
     /// What is watched now, by slot: what the fence would end.
-    watched: Mutex<Vec<(usize, Arc<OwnedFd>)>>,
+    pub(super) watched: Mutex<Vec<(usize, Arc<OwnedFd>)>>,
     /// The sign has been given.
-    signed: AtomicBool,
+    pub(super) signed: AtomicBool,
 }
 
 impl Shared {
@@ -124,7 +124,7 @@ pub(super) fn run_soon() {
     unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, &parameter) };
 }
 
-fn take_over(stdin: impl AsFd) -> Result<Shared, GuardError> {
+pub(super) fn take_over(stdin: impl AsFd) -> Result<Shared, GuardError> {
     let mut bytes = Zeroizing::new([0; HAND_OVER_BYTES]);
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_CONNECTIONS + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

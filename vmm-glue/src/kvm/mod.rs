@@ -11,7 +11,7 @@ mod ioctl;
 mod machine;
 pub mod registration;
 mod shared;
-mod state;
+pub(crate) mod state;
 mod tracker_log;
 mod tracker_ring;
 mod vcpu;

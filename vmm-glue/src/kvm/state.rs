@@ -359,6 +359,9 @@ fn load_vm(machine: &Machine, sections: &mut Sections<'_>) -> Result<(), GuestEr
     Ok(())
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+
 #[cfg(test)]
 mod tests {
     use super::*;

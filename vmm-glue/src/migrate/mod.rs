@@ -4,6 +4,10 @@
 //! Who may run the guest is decided by `belay_checkpoint::ownership` alone; the roles carry its actions out.
 
 pub mod destination;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+pub(crate) mod golden;
 pub mod lane_watch;
 pub mod lease;
 pub mod observation;

@@ -34,7 +34,7 @@ use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::RegionId;
 use belay_transport::fabric::{ReadKey, RingKeys};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
 /// Version of the messages below, beside the session's own.
 pub const PROTOCOL_VERSION: u16 = 2;
@@ -69,6 +69,7 @@ pub enum ToDestination {
         because: ObservationId,
     },
     Failed {
+        #[serde(deserialize_with = "told")]
         reason: String,
         because: ObservationId,
     },
@@ -89,15 +90,49 @@ pub enum ToDestination {
 /// From destination to source.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToSource {
-    Prepared { secrets: Option<Secrets>, because: ObservationId },
-    Loaded { because: ObservationId },
-    Resumed { because: ObservationId },
-    AllLanded { because: ObservationId },
-    ReleaseAsked { all_landed: bool, because: ObservationId },
+    Prepared {
+        secrets: Option<Secrets>,
+        because: ObservationId,
+    },
+    Loaded {
+        because: ObservationId,
+    },
+    Resumed {
+        because: ObservationId,
+    },
+    AllLanded {
+        because: ObservationId,
+    },
+    ReleaseAsked {
+        all_landed: bool,
+        because: ObservationId,
+    },
     Farewell,
-    FateAsked { owner_epoch: OwnerEpoch },
-    GuestGone { because: ObservationId },
-    Failed { reason: String, because: ObservationId },
+    FateAsked {
+        owner_epoch: OwnerEpoch,
+    },
+    GuestGone {
+        because: ObservationId,
+    },
+    Failed {
+        #[serde(deserialize_with = "told")]
+        reason: String,
+        because: ObservationId,
+    },
+}
+
+/// Longest reason of a peer's that is kept.
+pub(super) const MAX_REASON_BYTES: usize = 4096;
+
+/// A peer's text as an operator's terminal may have it: not endless, and nothing in it moves the cursor.
+fn told<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    let mut text = String::deserialize(from)?;
+    let mut end = text.len().min(MAX_REASON_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    Ok(text.replace(char::is_control, "?"))
 }
 
 impl ToDestination {

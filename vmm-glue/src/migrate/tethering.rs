@@ -10,14 +10,14 @@ use belay_checkpoint::epoch::{
     Arrivals, EpochObserver, EpochStats, Heartbeat, HeartbeatConfig, Tether, TetherConfig, TetherEnd, TetherError,
     TetherParts,
 };
-use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, TrackerKind};
+use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, LeaseClock, Outbox, OutputMode};
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
 use belay_checkpoint::staging::{Slot, StageError};
 use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
 use belay_transport::pull::Engine;
-use belay_transport::{Deadline, PageIndex, RegionId};
+use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
 use std::time::Duration;
@@ -162,6 +162,21 @@ impl Tethering {
         ready.tracker = Some(left.tracker);
         ready.arrivals = Some(Box::new(Pulled(engine)));
         self.carried = Some(left.carried);
+    }
+
+    /// As [`Tethering::arm`], where the tether before this one was another process's: what it had harvested is not known, so the first
+    /// epoch carries every page that has landed.
+    pub(super) fn arm_anew(
+        &mut self,
+        guest: &mut dyn Guest,
+        engine: Arc<Engine>,
+        vmm_pid: u32,
+    ) -> Result<(), TetheringError> {
+        self.arm(guest, engine, vmm_pid)?;
+        let pages = |block: &RamBlock| (block.id, (block.alias.len() / PAGE_SIZE) as u64);
+        let sizes: Vec<_> = guest.memory().iter().map(pages).collect();
+        self.carried = Some(Harvested::everything(sizes));
+        Ok(())
     }
 
     /// The lease that this tether's heartbeat brings.

@@ -564,6 +564,11 @@ impl Emitter for ObserverClient {
     }
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+pub(crate) mod golden;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,6 +1,8 @@
 //! What the tests of the kvm VMM share.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod roles;
+
 use belay_checkpoint::guest::{GuestError, Packet, PacketSink};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize};

@@ -61,7 +61,7 @@ struct Posted {
     len: usize,
 }
 
-struct TcpLane {
+pub(super) struct TcpLane {
     id: LaneId,
     fd: OwnedFd,
     tls: Option<Box<rustls::Connection>>,
@@ -87,7 +87,13 @@ struct TcpLane {
 }
 
 impl TcpLane {
-    fn new(id: LaneId, stream: LaneStream, locals: Arc<[Arc<Mapping>]>, window: usize, patience: Duration) -> Self {
+    pub(super) fn new(
+        id: LaneId,
+        stream: LaneStream,
+        locals: Arc<[Arc<Mapping>]>,
+        window: usize,
+        patience: Duration,
+    ) -> Self {
         let (fd, tls) = stream.into_parts();
         Self {
             id,

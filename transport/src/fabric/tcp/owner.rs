@@ -216,7 +216,7 @@ impl From<io::Error> for End {
 }
 
 /// A lane's thread.
-struct Server {
+pub(super) struct Server {
     id: LaneId,
     fd: OwnedFd,
     tls: Option<Box<rustls::Connection>>,
@@ -234,7 +234,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(id: LaneId, stream: LaneStream, exports: Arc<Exports>, revoked: Arc<AtomicBool>) -> Self {
+    pub(super) fn new(id: LaneId, stream: LaneStream, exports: Arc<Exports>, revoked: Arc<AtomicBool>) -> Self {
         let (fd, tls) = stream.into_parts();
         Self {
             id,
@@ -253,7 +253,7 @@ impl Server {
     }
 
     /// Serves until the socket ends, at the latest when the owner shuts it. `None` when that was the owner's doing.
-    fn run(mut self) -> Option<FabricError> {
+    pub(super) fn run(mut self) -> Option<FabricError> {
         let mut sequence = 0;
         let end = loop {
             if let Err(end) = self.serve(&mut sequence) {

@@ -28,6 +28,10 @@ mod exports_stream;
 #[cfg(test)]
 mod fake_device;
 mod fate;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+mod golden;
 mod initiator;
 pub mod inventory;
 mod lane;

@@ -12,6 +12,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+/// How much a receive asks for at once.
+const CHUNK_BYTES: usize = 64 << 10;
 /// Longest body: the dirty words of the largest guest, or a state.
 const MAX_BODY_BYTES: usize = 64 << 20;
 
@@ -83,9 +85,11 @@ pub(super) fn receive_within<T: DeserializeOwned>(
     if len > most {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("a frame of {len} bytes")));
     }
-    let (mut body, mut filled) = (vec![0; len], 0);
+    // Memory follows what has arrived, never what a length promises.
+    let (mut body, mut filled) = (Vec::new(), 0);
     while filled < len {
         hurry()?;
+        body.resize(len.min(filled + CHUNK_BYTES), 0);
         match stream.read(&mut body[filled..]) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(got) => filled += got,

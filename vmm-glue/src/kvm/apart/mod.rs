@@ -17,6 +17,10 @@
 mod door;
 mod estate;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+pub(crate) mod golden;
 mod ledger;
 mod orphan;
 mod outlet;

@@ -37,8 +37,7 @@ pub enum ServeError {
 /// `doors`, a directory, another page server can come in there meanwhile.
 pub fn serve(stream: UnixStream, linger: Option<Duration>, doors: Option<&Path>) -> Result<(), ServeError> {
     let outlet = Arc::new(Outlet::new(stream.try_clone()?));
-    let mut vmm = Vmm::set_up(&stream, outlet.clone())?;
-    let door = doors.map(|directory| Door::open(directory, Holder::of(&stream)?)).transpose()?;
+    let (mut vmm, door) = Vmm::set_up(&stream, outlet.clone(), doors)?;
     let mut stream = stream;
     loop {
         let (asked, requests) = bounded(1);
@@ -110,7 +109,11 @@ pub(super) struct Vmm {
 }
 
 impl Vmm {
-    fn set_up(stream: &UnixStream, outlet: Arc<Outlet>) -> Result<Self, ServeError> {
+    fn set_up(
+        stream: &UnixStream,
+        outlet: Arc<Outlet>,
+        doors: Option<&Path>,
+    ) -> Result<(Self, Option<Door>), ServeError> {
         let Some((FromClient::Request { id, ask: Ask::Setup { version, spec, options } }, Some(ram))) =
             frame::receive(stream)?
         else {
@@ -122,16 +125,21 @@ impl Vmm {
             }
             let ram = RamFile::from_fd(ram).map_err(|error| GuestError::BadState(error.to_string()))?;
             let alias = ram.map().map_err(|source| GuestError::Io { doing: "mapping guest memory".into(), source })?;
-            KvmGuest::new(&spec, &options, Arc::new(ram), Arc::new(alias), outlet.clone())
+            let open = |directory| Door::open(directory, Holder::of(stream)?);
+            let door = doors.map(open).transpose().map_err(|source| {
+                let directory = doors.unwrap_or(Path::new("")).display();
+                GuestError::Io { doing: format!("opening a door for the next page server in {directory}"), source }
+            })?;
+            Ok((KvmGuest::new(&spec, &options, Arc::new(ram), Arc::new(alias), outlet.clone())?, door))
         };
         match make() {
-            Ok(guest) => {
+            Ok((guest, door)) => {
                 let vmm_address = guest.vmm_memory().address();
                 outlet.answer(id, Ok(Answer::Ready { vmm_address, tracking: options.tracking }), None)?;
                 let pages = spec.memory_bytes / PAGE_SIZE as u64;
                 let dirty = DirtySet::new([(guest.memory()[0].id, pages)]);
                 let (uffds, kept, signs) = (Vec::new(), Vec::new(), Vec::new());
-                Ok(Self { guest, tracker: None, uffds, kept, signs, outlet, dirty })
+                Ok((Self { guest, tracker: None, uffds, kept, signs, outlet, dirty }, door))
             }
             Err(error) => {
                 outlet.answer(id, Err(error.into()), None)?;

@@ -60,6 +60,8 @@ impl Destination<'_> {
                 None
             }
             Action::OpenGateForGood => {
+                // Before anything leaves that nothing covers: a page server after this one must not ask whose the guest is.
+                self.lay_down_will(true);
                 self.output.open_for_good();
                 None
             }
@@ -104,7 +106,11 @@ impl Destination<'_> {
                         .to_owned();
                     self.note(Kind::Failed { what, advice });
                 }
-                self.note(Kind::State { state: named_state(named), why: named.to_string() });
+                let why = match named {
+                    Named::PagesMissing => format!("{named}: {} pages are missing", self.pages_missing()),
+                    _ => named.to_string(),
+                };
+                self.note(Kind::State { state: named_state(named), why });
                 None
             }
         }
@@ -164,6 +170,7 @@ impl Destination<'_> {
             self.note(summary);
         }
         let Some(mut end) = end else { return };
+        self.inherited = false;
         self.leftover = Some(Leftover { tracker: end.tracker, carried: end.uncommitted });
         // A tether that failed, even while it was being stopped, leaves its guest stopped, because nothing the guest did after that
         // could be caught. An owner's guest needs no catching.

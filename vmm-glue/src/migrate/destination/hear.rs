@@ -1,5 +1,6 @@
 //! What happens to a destination: messages, the engine, the tether, the lease and signals, turned into events; and what it reports.
 
+use super::warden::Warden;
 use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
@@ -10,7 +11,7 @@ use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_transport::pull::Engine;
 use belay_transport::stop_point::reached;
-use crossbeam_channel::select;
+use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
 /// How often the pull is reported while it goes on, and after.
@@ -33,7 +34,7 @@ impl Destination<'_> {
         {
             return Some(event);
         }
-        let messages = self.inbox.messages().clone();
+        let messages = self.link.as_ref().map_or_else(never, |link| link.inbox.messages().clone());
         select! {
             recv(self.happenings) -> happening => self.happening(happening.ok()?),
             recv(messages) -> heard => match heard {
@@ -104,7 +105,8 @@ impl Destination<'_> {
                 self.go_due = None;
                 self.last = because;
                 // Before the guest runs here: from then on a page server that dies leaves something.
-                self.lay_down_will(owner_epoch, false);
+                self.owner_epoch = owner_epoch;
+                self.lay_down_will(false);
                 Some(Event::HandedOver { owner_epoch })
             }
             ToDestination::Released { because } => {
@@ -188,6 +190,12 @@ impl Destination<'_> {
             if tethering.lease_has_ended() {
                 return self.happening(Happening::LeaseExpired);
             }
+        }
+        if let State::Tethered { .. } = self.state
+            && self.warden.as_mut().is_some_and(Warden::has_gone)
+        {
+            let why = "the guard has ended; a death here is noticed by connection and lease alone".to_owned();
+            self.note(Kind::State { state: "guard-gone".to_owned(), why });
         }
         if let Some(event) = self.hear_dialler() {
             return Some(event);

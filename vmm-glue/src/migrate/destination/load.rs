@@ -31,7 +31,8 @@ impl pull::Observer for EngineEars {
 impl Destination<'_> {
     /// Waits for the switch, as long as the source likes: the guest runs there. Then loads, with faults served already.
     pub(super) fn await_switch(&mut self) -> Result<(), DestinationError> {
-        let (map, device_state, nonce, because) = match heard::next(&self.inbox, "Switch", None, self.words)? {
+        let link = self.link.as_ref().expect("whoever waits for a switch has prepared for it over a session");
+        let (map, device_state, nonce, because) = match heard::next(&link.inbox, "Switch", None, self.words)? {
             ToDestination::Switch { map, device_state, nonce, because } => (map, device_state, nonce, because),
             other => return Err(heard::unexpected(&other, "Switch")),
         };

@@ -26,6 +26,7 @@ use crate::guard::{Arms, GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::{Keeper, LedgerError};
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
+use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
@@ -39,6 +40,7 @@ use crossbeam_channel::{Receiver, Sender};
 use prepare::await_source;
 pub use prepare::shard_ranges;
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -255,6 +257,12 @@ pub fn run(
     Ok(destination.run())
 }
 
+/// A session's control stream, and the thread that listens to it.
+struct Link {
+    control: Arc<Control>,
+    inbox: Arc<Inbox<ToDestination>>,
+}
+
 /// A destination with a guest on its way.
 struct Destination<'a> {
     config: &'a DestinationConfig,
@@ -268,8 +276,8 @@ struct Destination<'a> {
     observer: &'a Observer,
     words: &'a Words,
     pending: Pending,
-    control: Arc<Control>,
-    inbox: Arc<Inbox<ToDestination>>,
+    /// The session; `None` where this page server took over and the source has not come back.
+    link: Option<Link>,
     happenings: Receiver<Happening>,
     happened: Sender<Happening>,
     state: State,
@@ -278,9 +286,8 @@ struct Destination<'a> {
     guest: Option<Box<dyn Guest>>,
     output: Arc<Outbox>,
     warden: Option<Warden>,
+    /// By which things are laid down for the next page server, where the VMM is a process of its own.
     keeper: Option<Keeper>,
-    /// What the next page server must know beside what this one was told at first; there once the switch has come.
-    map: Vec<RegionClasses>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
     /// Taken when the engine starts.
@@ -289,8 +296,16 @@ struct Destination<'a> {
     engine: Option<Arc<Engine>>,
     /// What its frames have come to; outlives an engine.
     states: Option<Arc<PageStates>>,
+    /// As the switch sent it: where a page that has not landed comes from.
+    map: Vec<RegionClasses>,
     /// Of the tether that was stopped.
     leftover: Option<Leftover>,
+    /// The tether was another process's: what it had harvested is not known, so everything that is here counts as dirty.
+    inherited: bool,
+    /// The dead page server's guard, by its hand-over socket: sent home when there is another.
+    old_guard: Option<OwnedFd>,
+    /// Under which the guest came here.
+    owner_epoch: OwnerEpoch,
     /// Built while preparing, running once the guest does.
     tethering: Option<Tethering>,
     nonces: Vec<u64>,
@@ -335,7 +350,8 @@ impl Destination<'_> {
     }
 
     fn tell(&self, message: &ToSource) -> Result<(), SessionError> {
-        self.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
+        let Some(link) = &self.link else { return Err(SessionError::Broken) };
+        link.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
     }
 
     /// Takes the step that `event` asks for, and those that its actions' answers ask for.

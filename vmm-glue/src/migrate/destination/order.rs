@@ -35,9 +35,10 @@ impl Destination<'_> {
     }
 
     /// Pages that are neither here nor given up by the guest.
-    fn pages_missing(&self) -> u64 {
-        let progress = self.engine.as_ref().map(|engine| engine.progress()).unwrap_or_default();
-        progress.absent + progress.in_flight + progress.failed
+    pub(super) fn pages_missing(&self) -> u64 {
+        // Of the states and not of the engine: a page server that took over has none before its source comes back.
+        let counts = self.states.as_ref().map(|states| states.counts()).unwrap_or_default();
+        counts.absent + counts.in_flight + counts.failed
     }
 
     /// Judges an order by where this host stands; what it makes happen.

@@ -2,7 +2,7 @@
 
 use super::order::NO_GUEST_YET;
 use super::warden::{self, Warden};
-use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Ram, VMM_SLOT, heard, io};
+use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Link, Ram, VMM_SLOT, heard, io};
 use crate::guard::GuardError;
 use crate::kvm::apart::{Kept, Ledger};
 use crate::migrate::observation::{Kind, ObservationId, Observer, connected, us};
@@ -16,6 +16,7 @@ use crate::migrate::source::lanes;
 use crate::migrate::tethering::Tethering;
 use crate::migrate::{protocol, tethering};
 use belay_checkpoint::guest::Epoch;
+use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::State;
 use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
@@ -341,8 +342,7 @@ impl<'a> Destination<'a> {
             observer,
             words,
             pending: Pending::default(),
-            control,
-            inbox,
+            link: Some(Link { control, inbox }),
             happenings,
             happened,
             state: State::new(),
@@ -351,14 +351,17 @@ impl<'a> Destination<'a> {
             output,
             warden,
             keeper: built.keeper,
-            map: Vec::new(),
             ram,
             vmm_pid: built.pid,
             parts,
             uffds: built.shards,
             engine: None,
             states: None,
+            map: Vec::new(),
             leftover: None,
+            inherited: false,
+            old_guard: None,
+            owner_epoch: OwnerEpoch(0),
             tethering,
             resumed_at: None,
             all_landed_at: None,

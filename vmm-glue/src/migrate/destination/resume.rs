@@ -3,13 +3,13 @@
 //! Mirror image of [`crate::migrate::source`]'s `resume`. Whatever goes wrong on the way leaves the guest fenced, its memory kept, and the
 //! new session closed; the source then decides as for any loss.
 
-use super::heard::unexpected;
 use super::prepare::{Joined, Opened, open_lanes, shard_parts};
 use super::warden::Warden;
-use super::{Destination, DestinationError, io};
+use super::{Destination, DestinationError, Link, VMM_SLOT, heard, io};
+use crate::guard::dismiss;
 use crate::kvm::apart::Kept;
 use crate::migrate::observation::{Kind, connected};
-use crate::migrate::peer::{Inbox, Listened, harmless, listen_to};
+use crate::migrate::peer::{Inbox, listen_to};
 use crate::migrate::protocol::{self, ToDestination, ToSource};
 use crate::migrate::reattach::{Reattach, decode_proposal};
 use crate::migrate::registering::place;
@@ -21,6 +21,7 @@ use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming};
 use belay_transport::{Deadline, PageIndex, RegionId, fabric};
 use crossbeam_channel::bounded;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -113,12 +114,12 @@ impl Destination<'_> {
         let answered = identity.answer(id, call).map_err(io("draw a challenge"))?;
         let session = incoming.accept(&protocol::encode(&answered), Deadline::after(bound))?;
         let inbox = Arc::new(listen_to(Arc::clone(&session.control)).map_err(io("start the control thread"))?);
-        match hear(&inbox, "its proof", bound)? {
+        match heard::next_within(&inbox, "its proof", bound)? {
             ToDestination::Reattach { proof } if identity.is_source(id, call, &answered, &proof) => {
                 Ok(Proved { session, inbox })
             }
             ToDestination::Reattach { .. } => Err(DestinationError::Refused("its proof is wrong".to_owned())),
-            other => Err(unexpected(&other, "Reattach")),
+            other => Err(heard::unexpected(&other, "Reattach")),
         }
     }
 
@@ -126,56 +127,43 @@ impl Destination<'_> {
         let bound = self.config.bounds.handshake;
         let asked = protocol::encode(&ToSource::FateAsked { owner_epoch });
         proved.session.control.send(&asked, Deadline::after(bound))?;
-        match hear(&proved.inbox, "what became of the guest", bound)? {
+        match heard::next_within(&proved.inbox, "what became of the guest", bound)? {
             ToDestination::Fate { fate, .. } => Ok(fate),
-            other => Err(unexpected(&other, "Fate")),
+            other => Err(heard::unexpected(&other, "Fate")),
         }
     }
 
     /// From here on this is the session.
     fn take_over_session(&mut self, proved: &Proved) {
-        self.control = Arc::clone(&proved.session.control);
-        self.inbox = Arc::clone(&proved.inbox);
+        let (control, inbox) = (Arc::clone(&proved.session.control), Arc::clone(&proved.inbox));
+        self.link = Some(Link { control, inbox });
     }
 
     /// Pulls and tethers over the new session. The guest still stands when this returns.
     fn tether_again(&mut self, proved: Proved) -> Result<Event, DestinationError> {
         let bounds = self.config.bounds;
-        let (ram, ring, offer, committed) = match hear(&proved.inbox, "where its memory is", bounds.handshake)? {
-            ToDestination::PrepareAgain { ram, ring, ring_geometry, committed, because } => {
-                self.last = because;
-                (ram, ring, ring_geometry, committed)
-            }
-            ToDestination::Failed { reason, .. } => return Err(DestinationError::PeerFailed(harmless(&reason))),
-            other => return Err(unexpected(&other, "PrepareAgain")),
-        };
+        let (ram, ring, offer, committed) =
+            match heard::next_within(&proved.inbox, "where its memory is", bounds.handshake)? {
+                ToDestination::PrepareAgain { ram, ring, ring_geometry, committed, because } => {
+                    self.last = because;
+                    (ram, ring, ring_geometry, committed)
+                }
+                other => return Err(heard::unexpected(&other, "PrepareAgain")),
+            };
         let deadline = Deadline::after(bounds.prepare);
         let refused = |why: &str| DestinationError::Refused(why.to_owned());
-        let mut leftover = self.leftover.take().ok_or_else(|| refused("nothing is left of the guest's tether"))?;
-        let (states, discards) = match self.end_engine() {
-            Ok(ended) => ended,
-            Err(error) => {
-                self.leftover = Some(leftover);
-                return Err(error);
-            }
-        };
-        for (region, page) in discards {
-            if !leftover.carried.dirty.contains(region, page) {
-                leftover.carried.discards.insert(region, page);
+        if self.leftover.is_none() && !self.inherited {
+            return Err(refused("nothing is left of the guest's tether"));
+        }
+        let (states, discards) = self.end_engine()?;
+        if let Some(leftover) = &mut self.leftover {
+            for (region, page) in discards {
+                if !leftover.carried.dirty.contains(region, page) {
+                    leftover.carried.discards.insert(region, page);
+                }
             }
         }
-        self.leftover = Some(leftover);
-        if let Some(warden) = self.warden.take() {
-            warden.stand_down(Deadline::after(Duration::from_millis(200)));
-        }
-        let connection = proved.session.lanes.take_guard(Deadline::after(bounds.handshake))?;
-        if let Some((command, arms)) = &self.guard {
-            let warden = Warden::start(command, connection, *arms, deadline)?;
-            if let Some(keeper) = &self.keeper {
-                keeper.keep(Kept::Guard, warden.guard.hand_over())?;
-            }
-            self.warden = Some(warden);
-        }
+        self.replace_guard(proved.session.lanes.take_guard(Deadline::after(bounds.handshake))?, deadline)?;
         // What the old session's threads may still say is said to nobody.
         let (happened, happenings) = bounded(64);
         let mut initiator = fabric::initiator(&proved.session)?;
@@ -203,6 +191,9 @@ impl Destination<'_> {
         let guest = self.guest.as_mut().ok_or_else(|| refused("its VMM is gone"))?;
         guest.pause(Deadline::after(bounds.stop))?;
         let mut tethering = tethering.ok_or_else(|| refused("the guest moved without a tether"))?;
+        if self.leftover.is_none() {
+            tethering.arm_anew(guest.as_mut(), Arc::clone(&engine), self.vmm_pid)?;
+        }
         self.take_over_session(&proved);
         let secrets = self.warden.as_ref().map(|warden| warden.secrets.clone());
         self.tell(&ToSource::Prepared { secrets, because: self.last.clone() })?;
@@ -214,6 +205,25 @@ impl Destination<'_> {
         self.output.renew_lease(tethering.lease());
         self.tethering = Some(tethering);
         Ok(Event::FateAnswered(Fate::StillTethered))
+    }
+
+    /// Starts this session's guard; the one before it, or the dead page server's, is sent home.
+    fn replace_guard(&mut self, connection: OwnedFd, deadline: Deadline) -> Result<(), DestinationError> {
+        if let Some(warden) = self.warden.take() {
+            warden.stand_down(Deadline::after(Duration::from_millis(200)));
+        }
+        let Some((command, arms)) = &self.guard else { return Ok(()) };
+        let mut warden = Warden::start(command, connection, *arms, deadline)?;
+        if let Some(keeper) = &self.keeper {
+            keeper.give_sign(warden.page.fd(), VMM_SLOT)?;
+            warden.guard.watch(VMM_SLOT, deadline)?;
+            keeper.keep(Kept::Guard, warden.guard.hand_over())?;
+        }
+        if let Some(old) = self.old_guard.take() {
+            dismiss(old);
+        }
+        self.warden = Some(warden);
+        Ok(())
     }
 
     /// Ends the old engine: what it had come to, and the discards nobody has taken yet.
@@ -238,18 +248,5 @@ impl Destination<'_> {
         }
         let file = rustix::io::dup(states.file()).map_err(|errno| io("keep the page states")(errno.into()))?;
         Ok((PageStates::open(RamFile::from_fd(file)?)?, discards))
-    }
-}
-
-/// The next message, within `bound`.
-fn hear(
-    inbox: &Inbox<ToDestination>,
-    waiting_for: &'static str,
-    bound: Duration,
-) -> Result<ToDestination, DestinationError> {
-    match inbox.messages().recv_timeout(bound) {
-        Ok(Listened::Message(message)) => Ok(message),
-        Ok(Listened::Closed(why)) => Err(DestinationError::PeerClosed(harmless(&why))),
-        Err(_) => Err(DestinationError::TimedOut { waiting_for, bound }),
     }
 }

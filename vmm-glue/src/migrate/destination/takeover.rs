@@ -1,22 +1,27 @@
 //! A new page server goes on with the VMM that a dead one left waiting: what it finds there, and what it lays down for the next.
 
-use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Outcome, Ram, Will, WillError, io};
-use crate::guard::dismiss;
+use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io, warden};
+use crate::guard::GuardError;
 use crate::kvm::apart::{Estate, Kept, Ledger};
 use crate::migrate::observation::{Kind, Observer};
-use crate::migrate::operator::Words;
+use crate::migrate::operator::{Pending, Words};
 use crate::migrate::protocol::explain;
+use crate::migrate::settings::Proposal;
 use crate::migrate::tethering::OUTBOX;
-use belay_checkpoint::outbox::Outbox;
-use belay_checkpoint::ownership::OwnerEpoch;
+use belay_checkpoint::outbox::{Emitter, LeaseClock, Outbox, OutputMode};
+use belay_checkpoint::ownership::destination::{Event, Fenced, State};
 use belay_transport::RegionId;
+use belay_transport::fabric::{LocalKey, ReadKey};
+use belay_transport::numa::Placement;
 use belay_transport::pages::PageStates;
 use belay_transport::pull::ShardRange;
 use belay_transport::region::RamFile;
-use belay_transport::session::Listener;
+use belay_transport::session::{Listener, RegionGeometry};
 use belay_transport::uffd::Uffd;
+use crossbeam_channel::bounded;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What a dead page server left, read and checked against each other. Nothing has been changed by that.
 pub struct Inherited {
@@ -71,10 +76,11 @@ impl Inherited {
     }
 }
 
-/// Goes on with what a dead page server left: the guest is stopped, nothing of it is shown, and the source is waited for. An error means
-/// that nothing was changed, unless it is the VMM's own.
+/// Goes on with what a dead page server left: the guest is stopped, nothing of it is shown, and the source is waited for. With `promote` the
+/// operator gives the guest to this host, knowing that the source neither runs it nor has taken it back; it is refused while pages are
+/// missing. An error means that nothing was changed, unless it is the VMM's own.
 pub fn take_over(
-    config: &DestinationConfig,
+    (config, promote): (&DestinationConfig, bool),
     inherited: Inherited,
     listener: &Listener,
     host: &mut dyn Host,
@@ -82,42 +88,113 @@ pub fn take_over(
     words: &Words,
 ) -> Result<Ended, DestinationError> {
     let missing_frames = inherited.missing();
-    let Inherited { will, states, ram, shards, ledger, guard, pid, .. } = inherited;
-    let address = config.output_to.as_deref().or(will.proposal.output_to.as_deref());
+    let Inherited { will, states, ram, shards, ledger, guard, pid, vmm_address } = inherited;
+    let Will { proposal, map, owner_epoch, nonces, owned, because } = will;
+    let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
     let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
-    let output = Outbox::commit(OUTBOX, ledger.keep(emitter)).map_err(io("start the outbox"))?;
+    let output = outbox_of(&proposal, ledger.keep(emitter)).map_err(io("start the outbox"))?;
     // Before anything is put into it.
     output.shut();
-    let (guest, _keeper) = host.adopt(Arc::clone(&ram[0].alias), output.sink())?;
-    if let Some(guard) = guard {
-        dismiss(guard);
-    }
+    let placement = Placement::decide(config.numa, None)?;
+    let tether = proposal.tether.as_ref();
+    let guard_beside = tether.map(|tether| Ok((host.guard_command()?, warden::arms(tether, true))));
+    let guard_beside = guard_beside.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
+    let output = Arc::new(output);
+    words.board.emits_through(&output);
+    let (guest, keeper) = host.adopt(Arc::clone(&ram[0].alias), output.sink())?;
     let landed_frames = states.counts().landed + states.counts().discarded;
     let held_packets = output.facts().held_packets as u64;
-    let took = observer.note(Some(&will.because), Kind::TookOver { pid, landed_frames, missing_frames, held_packets });
-    let why = "the page server of this guest has died".to_owned();
-    observer.note(Some(&took), Kind::State { state: "fenced".to_owned(), why });
-    let _ = (listener, words.signals.recv());
-    Ok(Ended {
-        outcome: Outcome::Fenced,
-        why: "ended by a signal".to_owned(),
+    let last = observer.note(Some(&because), Kind::TookOver { pid, landed_frames, missing_frames, held_packets });
+    let geometry =
+        |ram: &Ram| RegionGeometry { id: ram.id, bytes: ram.file.len() as u64, page_size: ram.file.page_size() };
+    let (happened, happenings) = bounded(64);
+    let now = Instant::now();
+    let all_landed = missing_frames == 0;
+    let fenced = Fenced { owner_epoch, all_landed, revoked: false, guest_dead: false, source_dead: false };
+    let mut destination = Destination {
+        config,
+        listener,
+        guard: guard_beside,
+        placement,
+        geometry: ram.iter().map(geometry).collect(),
+        proposal,
+        observer,
+        words,
+        pending: Pending::default(),
+        link: None,
+        happenings,
+        happened,
+        state: State::Fenced(fenced),
+        last,
         guest: Some(guest),
-        faults: shards.into_iter().map(|(uffd, _)| uffd).collect(),
-        output: Some(Arc::new(output)),
-        nonces: will.nonces,
-        spec: Some(will.proposal.vmm),
-    })
+        output,
+        warden: None,
+        keeper: Some(keeper),
+        // Keys are a session's; there is none yet, and no engine without one.
+        ram: ram.into_iter().map(|ram| (ram, LocalKey(0), ReadKey(0), vmm_address)).collect(),
+        vmm_pid: pid,
+        parts: Vec::new(),
+        uffds: shards,
+        engine: None,
+        states: Some(states),
+        map,
+        leftover: None,
+        inherited: true,
+        old_guard: guard,
+        owner_epoch,
+        tethering: None,
+        nonces,
+        resumed_at: None,
+        all_landed_at: None,
+        release_asked_at: None,
+        go_due: None,
+        leaving: None,
+        warned: false,
+        ticked_at: now,
+        dialled_at: now,
+        reported_at: now,
+        latencies_at: now,
+        why: "the page server of this guest has died".to_owned(),
+        outcome: None,
+    };
+    let why = destination.why.clone();
+    words.board.entered(destination.state.name(), Some(owner_epoch.0), &why);
+    destination.note(Kind::State { state: "fenced".to_owned(), why });
+    words.board.emits_through(&destination.output);
+    words.board.entered(destination.state.name(), Some(owner_epoch.0), &destination.why);
+    if owned {
+        // The source had let go before: there is nobody to ask.
+        destination.drive(Event::ReleaseAcknowledged);
+    } else if promote {
+        destination.drive(Event::Promoted);
+    }
+    Ok(destination.run())
+}
+
+/// An outbox under the proposal's rule; one that goes by lease has none until a session brings one.
+fn outbox_of(proposal: &Proposal, emitter: Box<dyn Emitter>) -> std::io::Result<Outbox> {
+    struct NoLease;
+    impl LeaseClock for NoLease {
+        fn valid(&self) -> bool {
+            false
+        }
+    }
+    match proposal.tether.as_ref().map(|tether| tether.output) {
+        None => Outbox::open(OUTBOX, emitter),
+        Some(OutputMode::Commit) => Outbox::commit(OUTBOX, emitter),
+        Some(OutputMode::Lease) => Outbox::lease(OUTBOX, Arc::new(NoLease), emitter),
+    }
 }
 
 impl Destination<'_> {
     /// Writes down for the next page server what this one alone knows. Where that cannot be done the guest goes on, and nobody can take it
     /// over: that is said.
-    pub(super) fn lay_down_will(&mut self, owner_epoch: OwnerEpoch, owned: bool) {
+    pub(super) fn lay_down_will(&mut self, owned: bool) {
         let Some(keeper) = &self.keeper else { return };
         let will = Will {
             proposal: self.proposal.clone(),
             map: self.map.clone(),
-            owner_epoch,
+            owner_epoch: self.owner_epoch,
             nonces: self.nonces.clone(),
             owned,
             because: self.last.clone(),

@@ -6,6 +6,7 @@ use belay_checkpoint::outbox::OutputMode;
 use belay_transport::Deadline;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The page server's slot in the page of signs of life.
 pub(super) const SERVER_SLOT: usize = 0;
@@ -18,12 +19,18 @@ pub(super) fn arms(tether: &TetherSettings, vmm_is_apart: bool) -> Arms {
     }
 }
 
+/// How long a guard that was told to go may take.
+const GOING_BOUND: Duration = Duration::from_millis(200);
+
 /// The guard beside this process, and what it watches.
 pub(super) struct Warden {
     pub(super) guard: Guard,
     pub(super) page: Arc<LifePage>,
-    life: SignOfLife,
+    /// Until it has stood down.
+    life: Option<SignOfLife>,
     pub(super) secrets: Secrets,
+    /// Its loss has been told.
+    told: bool,
 }
 
 impl Warden {
@@ -39,13 +46,34 @@ impl Warden {
         let mut guard = Guard::spawn(command, &page, &secrets, arms, &[connection.as_fd()])?;
         let life = SignOfLife::hold(Arc::clone(&page), SERVER_SLOT)?;
         guard.watch(SERVER_SLOT, deadline)?;
-        Ok(Self { guard, page, life, secrets })
+        Ok(Self { guard, page, life: Some(life), secrets, told: false })
+    }
+
+    /// Whether the guard has gone, once: what it would have told is then told by slower ways, until the next session brings another.
+    pub(super) fn has_gone(&mut self) -> bool {
+        let gone = !self.told && !self.guard.is_running();
+        self.told |= gone;
+        gone
     }
 
     /// An orderly end: the guard goes without a word.
     pub(super) fn stand_down(mut self, deadline: Deadline) {
+        self.end(deadline);
+    }
+
+    fn end(&mut self, deadline: Deadline) {
+        let Some(life) = self.life.take() else { return };
         dismiss(self.guard.hand_over());
-        self.life.stand_down();
+        life.stand_down();
         let _ = self.guard.wait(deadline);
+    }
+}
+
+impl Drop for Warden {
+    /// A guest that never came leaves no thread, page or guard behind. A panic is a death, and is told as one.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.end(Deadline::after(GOING_BOUND));
+        }
     }
 }

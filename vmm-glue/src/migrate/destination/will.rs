@@ -136,6 +136,7 @@ mod tests {
     use super::*;
     use crate::kvm::guests::GuestSpec;
     use crate::migrate::protocol::PROTOCOL_VERSION;
+    use crate::migrate::reattach::Identity;
     use crate::migrate::settings::{ReleasePolicy, VmmSpec};
     use belay_transport::RegionId;
 
@@ -149,6 +150,8 @@ mod tests {
                 release: ReleasePolicy::Never,
                 shards: 3,
                 nonces: vec![1, 2],
+                identity: Identity::random().expect("random"),
+                reattach: None,
             },
             map: vec![RegionClasses {
                 id: RegionId(0),
@@ -171,7 +174,8 @@ mod tests {
 
     #[test]
     fn a_will_reads_back_as_it_was_written_also_over_more_than_a_page() {
-        let (will, file) = (will(), file_of(&will()));
+        let will = will();
+        let file = file_of(&will);
         assert!(file.len() > PAGE_SIZE);
         assert_eq!(read(&file).expect("read"), will);
         assert!(matches!(Will::read(None), Err(WillError::None)));

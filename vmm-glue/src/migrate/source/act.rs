@@ -2,6 +2,7 @@
 
 use super::keep::limits;
 use super::{Source, SourceError, fresh_nonce, io};
+use crate::guard::DeathWatch;
 use crate::migrate::lease::{Silence, boot_time};
 use crate::migrate::observation::{Kind, named_state, us};
 use crate::migrate::protocol;
@@ -109,6 +110,14 @@ impl Source<'_> {
     pub(super) fn report(&mut self, named: Named) -> Option<Event> {
         self.note(Kind::State { state: named_state(named), why: named.to_string() });
         let advice = match named {
+            Named::AwaitingLease => {
+                // Its proof makes the catch safe at once. Where it is not armed or out of reach the lease decides, as it would have.
+                if self.live.as_ref().and_then(|live| live.death_watch.as_ref()).is_some_and(DeathWatch::fence) {
+                    let why = "the guard there was ordered to end the guest's VMM".to_owned();
+                    self.note(Kind::State { state: "fence-ordered".to_owned(), why });
+                }
+                return None;
+            }
             Named::AwaitingOperator if self.config.catch_on_loss => return Some(Event::OperatorCatch),
             Named::AwaitingOperator => {
                 "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \

@@ -158,8 +158,9 @@ struct Live {
     ring: Arc<Mapping>,
     owner_region: Arc<Mapping>,
     nonce: u64,
+    /// By which the destination's guard is heard, and told to fence.
+    death_watch: Option<DeathWatch>,
     // Kept going until the session ends.
-    _death_watch: Option<DeathWatch>,
     _lane_watch: Option<LaneWatch>,
 }
 

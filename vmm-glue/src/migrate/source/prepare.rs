@@ -162,7 +162,7 @@ impl Exported {
             ring,
             owner_region,
             nonce,
-            _death_watch: None,
+            death_watch: None,
             _lane_watch: None,
         }
     }
@@ -195,7 +195,7 @@ impl Live {
             }
         })?;
         let (secrets, prepared) = await_prepared(inbox, bounds.prepare, words)?;
-        self._death_watch = match (guard, secrets) {
+        self.death_watch = match (guard, secrets) {
             (Some(connection), Some(secrets)) => Some(watch_guard(connection, secrets, happened.clone(), session)?),
             _ => None,
         };

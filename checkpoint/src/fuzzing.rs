@@ -1,0 +1,152 @@
+//! What the fuzz targets of `checkpoint/fuzz` call, and CI over their corpora: each function takes any bytes, and panics when a
+//! reader breaks a promise. See docs/fuzzing.md.
+
+use crate::record::{
+    ALIGN, HEADER, Limits, MAGIC, RecordView, SegmentHeader, Trailer, VERSION, crc, kind, parse, stride,
+};
+use crate::ring::{RingReader, RingShape, SEGMENTS_OFFSET, Step};
+use belay_transport::{PAGE_SIZE, RegionId};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// The session that inputs belong to.
+const NONCE: u64 = 0x1bad_cafe_5eed_0001;
+/// Regions of the guest and their pages.
+const REGIONS: [(u16, u64); 2] = [(0, 100), (1, 10)];
+/// Least ring region, rounded up to pages.
+const RING_BYTES: usize = RingShape::LEAST.next_multiple_of(4096);
+/// Memory for the record being put together.
+const OVERFLOW_BYTES: usize = 64 << 10;
+/// Longest input that is looked at.
+const MOST_BYTES: usize = 64 << 10;
+
+fn limits() -> Limits {
+    let regions = REGIONS.map(|(id, pages)| (RegionId(id), pages));
+    Limits { device_state_bytes: 1000, output_bytes: 1000, ..Limits::for_regions(regions) }
+}
+
+/// Makes what checksums and counts say fit the bytes, as a hostile writer would: the sums are no secret. Segments are those that the
+/// lengths make, up to a trailer.
+fn seal(image: &mut [u8], mut sequence: u64, epoch: u64) {
+    let (mut at, mut segments, mut chain) = (0, 0u64, Vec::new());
+    while let Some(Ok((header, rest))) = image.get_mut(at..).map(SegmentHeader::mut_from_prefix) {
+        let section = &mut header.section;
+        let Some(body) = rest.get_mut(..section.len.get() as usize) else { return };
+        let last = section.kind.get() == kind::TRAILER;
+        if last && let Ok((trailer, _)) = Trailer::mut_from_prefix(body) {
+            trailer.segments = segments.into();
+            trailer.bytes = (at as u64).into();
+            trailer.chain = crc(&chain).into();
+        }
+        section.checksum = crc(body).into();
+        chain.extend_from_slice(section.as_bytes());
+        sequence += 1;
+        (header.magic, header.version, header.nonce) = (MAGIC.into(), VERSION.into(), NONCE.into());
+        (header.sequence, header.epoch) = (sequence.into(), epoch.into());
+        *header = header.sealed();
+        at += header.stride();
+        segments += 1;
+        if last {
+            return;
+        }
+    }
+}
+
+/// A whole record in private memory, after its checksums.
+pub fn record(data: &[u8]) {
+    let Some((mode, bytes)) = data[..data.len().min(MOST_BYTES)].split_first() else { return };
+    let mut image = bytes.to_vec();
+    if mode % 2 == 1 {
+        seal(&mut image, 0, 1);
+    }
+    let Ok(view) = parse(&image, &limits(), true) else { return };
+    holds(&view, image.len());
+    // What is checked with its sums is the same without.
+    let again = parse(&image, &limits(), false).expect("it parsed before");
+    assert!(again.pages == view.pages && again.outputs == view.outputs && again.discards == view.discards);
+}
+
+/// All that whoever folds a record relies on.
+fn holds(view: &RecordView<'_>, image_bytes: usize) {
+    let pages_of =
+        |id: RegionId| REGIONS.iter().find(|(region, _)| *region == id.0).expect("a region of the guest's").1;
+    let mut ends = [0u64; 2];
+    for run in &view.pages {
+        let (first, count) = (run.first.0, (run.bytes.len() / PAGE_SIZE) as u64);
+        assert!(count > 0 && run.bytes.len().is_multiple_of(PAGE_SIZE));
+        assert!(first >= ends[usize::from(run.region.0)], "pages come once and in order");
+        ends[usize::from(run.region.0)] = first + count;
+        assert!(first + count <= pages_of(run.region));
+    }
+    let mut ends = [0u64; 2];
+    for (region, run) in &view.discards {
+        assert!(!run.is_empty() && run.start >= ends[usize::from(region.0)] && run.end <= pages_of(*region));
+        ends[usize::from(region.0)] = run.end;
+    }
+    let output: usize = view.outputs.iter().map(|packet| packet.bytes.len()).sum();
+    assert!(view.device_state.len() <= 1000 && output <= 1000);
+    assert!(view.outputs.is_sorted_by(|a, b| a.sequence < b.sequence));
+    assert!(view.page_count() as usize * PAGE_SIZE + view.device_state.len() + output <= image_bytes);
+}
+
+/// A ring that a hostile destination has written, seen by the source's reader.
+pub fn ring(data: &[u8]) {
+    let Some((mode, bytes)) = data[..data.len().min(MOST_BYTES)].split_first() else { return };
+    let mut ring = vec![0; RING_BYTES];
+    let room = RING_BYTES - SEGMENTS_OFFSET;
+    let bytes = &bytes[..bytes.len().min(room)];
+    ring[SEGMENTS_OFFSET..SEGMENTS_OFFSET + bytes.len()].copy_from_slice(bytes);
+    thread_local! {
+        static FRESH: RingReader = RingReader::new(RING_BYTES, NONCE, OVERFLOW_BYTES).expect("a little memory");
+    }
+    let mut reader = FRESH.with(Clone::clone);
+    let whole = u64::from(mode % 8);
+    for _ in 0..whole {
+        // One record after the other is made whole, as if it had just been written.
+        let at = SEGMENTS_OFFSET + (reader.consumed() % reader.shape().bytes) as usize;
+        seal(&mut ring[at..], reader.sequence(), reader.committed().next().0);
+        if !drain(&mut reader, &ring) {
+            return;
+        }
+    }
+    drain(&mut reader, &ring);
+}
+
+/// Takes everything that is there; `false` when the reader has had enough of this destination.
+fn drain(reader: &mut RingReader, ring: &[u8]) -> bool {
+    // A ring that stands still has as many segments as fit into it, and no more.
+    let most = ring.len() / ALIGN + 1;
+    for _ in 0..=most {
+        let (before, epoch) = (reader.consumed(), reader.committed());
+        match reader.step(ring) {
+            Ok(Step::NotYet) => {
+                assert_eq!((reader.consumed(), reader.committed()), (before, epoch));
+                return true;
+            }
+            Ok(step) => {
+                let taken = reader.consumed() - before;
+                assert!(taken >= HEADER as u64 && taken.is_multiple_of(ALIGN as u64));
+                assert!(taken <= stride(reader.shape().body_max) as u64 || step == Step::Spooled);
+                let Step::Committed(now) = step else {
+                    assert!(reader.record().is_none() && reader.committed() == epoch);
+                    continue;
+                };
+                assert_eq!((now, reader.committed()), (epoch.next(), now));
+                let image = reader.record().expect("committed").to_vec();
+                assert!(image.len() <= OVERFLOW_BYTES);
+                if let Ok(view) = parse(&image, &limits(), true) {
+                    assert_eq!(view.epoch, now);
+                    holds(&view, image.len());
+                }
+                reader.clear();
+            }
+            Err(error) => {
+                assert_eq!(reader.consumed(), before, "{error}");
+                return false;
+            }
+        }
+    }
+    panic!("more segments than the ring can hold");
+}
+
+#[cfg(test)]
+mod tests;

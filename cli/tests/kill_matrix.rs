@@ -1,0 +1,187 @@
+//! The kill matrix: `belay soak` as CI runs it. Every phase and strike over both fabrics of one host, each run judged by what its
+//! processes said and did and what an observer saw. A failure prints the command that makes the run again.
+
+mod running;
+
+use running::{BELAY, has_kvm};
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const PHASES: [&str; 13] = [
+    "prepare", "switch", "handover", "pull", "landing", "epoch", "record", "commit", "output", "fold", "tethered",
+    "release", "catch",
+];
+
+fn can_soak(name: &str) -> bool {
+    let why = match (has_kvm(), rustix::process::geteuid().is_root()) {
+        (false, _) => "needs /dev/kvm",
+        (_, false) => "needs root: its runs have namespaces of their own",
+        (true, true) => return true,
+    };
+    eprintln!("skipped: {name} {why}");
+    false
+}
+
+/// Runs `belay soak --json` and gives its exit code, what it said of each run, and its sum.
+fn soak(arguments: &[&str]) -> (i32, Vec<Value>, Value) {
+    let Output { status, stdout, stderr } =
+        Command::new(BELAY).args(["soak", "--json"]).args(arguments).output().expect("belay starts");
+    let lines = String::from_utf8_lossy(&stdout);
+    let lines: Vec<Value> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let runs = lines.iter().filter(|line| line.get("case").is_some()).cloned().collect();
+    let sum = lines.iter().find(|line| line["event"] == "soak").cloned();
+    let complaints = String::from_utf8_lossy(&stderr);
+    let sum = sum.unwrap_or_else(|| panic!("{status}, and no sum: {complaints}"));
+    (status.code().expect("it ends by itself"), runs, sum)
+}
+
+/// The case of a run as the command line takes it.
+fn named(run: &Value) -> String {
+    let of = |field: &str| run["case"][field].as_str().expect("a word").to_owned();
+    format!("{}/{}/{}/{}", of("fabric"), of("phase"), of("strike"), run["case"]["seed"])
+}
+
+/// What broke, for a person.
+fn failures(runs: &[Value]) -> String {
+    let broken = runs.iter().filter(|run| run["outcome"] == "broken");
+    let told = broken.map(|run| {
+        let lines = |field: &str| {
+            let lines = run[field].as_array().into_iter().flatten();
+            lines.filter_map(Value::as_str).map(|line| format!("\n    {line}")).collect::<String>()
+        };
+        format!(
+            "{} ({}){}{}\n  again: belay soak --case {}",
+            named(run),
+            run["landed"],
+            lines("wrong"),
+            lines("story"),
+            named(run)
+        )
+    });
+    told.collect::<Vec<_>>().join("\n")
+}
+
+mod kvm {
+    use super::*;
+
+    #[test]
+    fn two_hundred_and_sixty_seeded_strikes_lose_nothing_that_was_promised() {
+        if !can_soak("the kill matrix") {
+            return;
+        }
+        let begun = Instant::now();
+        let jobs = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4).to_string();
+        let (code, runs, sum) = soak(&["--runs", "260", "--jobs", &jobs, "--fabric", "local,tcp", "--seed", "1"]);
+        println!("kill matrix: {:.0} s, {jobs} at a time: {sum}", begun.elapsed().as_secs_f64());
+        assert_eq!((code, &sum["broken"], &sum["held"]), (0, &0.into(), &260.into()), "{}", failures(&runs));
+        for fabric in ["local", "tcp"] {
+            for phase in PHASES {
+                let held = sum["by_phase"][format!("{fabric}/{phase}")].as_u64().unwrap_or(0);
+                assert!(held >= 10, "{fabric}/{phase}: {held} runs held");
+            }
+            let latency = &sum["death_to_running"][fabric];
+            assert!(latency["runs"].as_u64().is_some_and(|runs| runs >= 10), "{fabric}: {latency}");
+        }
+        assert!(sum["kills_after_folding"].as_u64() >= Some(1), "{sum}");
+        // A short lease may run out on a busy host; more often than that it would hide something.
+        assert!(sum["void"].as_u64() <= Some(26), "{} runs were made again", sum["void"]);
+        assert_eq!(sum["dropped_lines"], 0, "a process of a run talked too much");
+    }
+
+    #[test]
+    fn a_seed_is_repeated_by_one_command_and_is_the_same_case() {
+        if !can_soak("a seed repeated") {
+            return;
+        }
+        let (_, first, _) = soak(&["--runs", "3", "--seed", "77", "--fabric", "local"]);
+        let (_, second, _) = soak(&["--runs", "3", "--seed", "77", "--fabric", "local"]);
+        let cases = |runs: &[Value]| {
+            let mut cases: Vec<_> = runs.iter().filter(|run| run["outcome"] == "held").map(named).collect();
+            cases.sort();
+            cases
+        };
+        assert_eq!(cases(&first), cases(&second));
+        // A failure names its case so that it can be typed as it stands; a lie in the evidence makes one.
+        let case = named(first.iter().find(|run| run["outcome"] == "held").expect("one held"));
+        let lying = Command::new(BELAY).args(["soak", "--case", &case, "--lie", "left-behind"]).output().unwrap();
+        assert_eq!(lying.status.code(), Some(20));
+        let said = String::from_utf8_lossy(&lying.stderr).into_owned();
+        let again = said.lines().find_map(|line| line.trim().strip_prefix("again: belay ")).expect("it says how");
+        let words: Vec<_> = again.split(' ').skip(1).collect();
+        let (code, again, _) = soak(&words);
+        let landed = |runs: &[Value]| {
+            let run = runs.iter().find(|run| run["outcome"] == "held" && named(run) == case);
+            run.map(|run| run["landed"].clone())
+        };
+        assert_eq!((code, landed(&again)), (0, landed(&first)), "{again:?}");
+    }
+
+    #[test]
+    fn a_soak_goes_on_until_told_to_stop_and_then_sums_up() {
+        if !can_soak("a soak without end") {
+            return;
+        }
+        let arguments = ["soak", "--json", "--until-stopped", "--jobs", "1", "--fabric", "tcp", "--seed", "5"];
+        let mut child = Command::new(BELAY).args(arguments).stdout(Stdio::piped()).spawn().expect("belay starts");
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut next = || -> Option<Value> { serde_json::from_str(&lines.next()?.ok()?).ok() };
+        let mut held = 0;
+        while held < 2 {
+            let run = next().expect("it goes on");
+            held += u64::from(run["outcome"] == "held");
+            assert_ne!(run["outcome"], "broken", "{run}");
+        }
+        running::kill(child.id() as i32, libc::SIGTERM);
+        let told = Instant::now();
+        let sum = std::iter::from_fn(&mut next).find(|line| line["event"] == "soak").expect("it sums up");
+        assert!(sum["held"].as_u64() >= Some(held) && sum["broken"] == 0, "{sum}");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert!(told.elapsed() < Duration::from_secs(100), "it took {:?} to stop", told.elapsed());
+    }
+
+    #[test]
+    fn a_soak_that_is_killed_leaves_neither_process_nor_file() {
+        if !can_soak("a soak that is killed") {
+            return;
+        }
+        let place = running::Place::new();
+        let arguments =
+            ["soak", "--json", "--jobs", "2", "--case", "local/pull/server-kill/3", "--case", "tcp/pull/server-kill/4"];
+        let before = shared_files();
+        let soak = place.belay(&arguments);
+        // Waits until the runs' own processes are there: a VMM apart is the last of them.
+        let end = Instant::now() + running::BOUND;
+        while place.running().iter().filter(|(_, line)| line.contains(" vmm")).count() == 0 {
+            assert!(Instant::now() < end, "no run ever had a VMM: {:?}", place.running());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        soak.signal(libc::SIGKILL);
+        place.expect_nothing_left();
+        assert_eq!(shared_files(), before);
+    }
+
+    #[test]
+    fn every_lie_about_a_run_is_found_out_by_its_verdict() {
+        if !can_soak("lies") {
+            return;
+        }
+        let lies = "lost-packet,contradiction,forged-packet,wrong-page,unchecked,lost-commit,two-owners,stale-output,released,other-exit-code,left-behind,empty-guest";
+        let (code, runs, sum) = soak(&["--case", "local/pull/destination-kill/11", "--lie", lies]);
+        let wrong = &runs.last().expect("a report")["wrong"];
+        assert_eq!((code, &sum["broken"]), (20, &1.into()), "{wrong}");
+        let found = wrong.as_array().unwrap().iter().filter_map(Value::as_str);
+        let found: Vec<_> = found.filter(|line| line.contains(" was found out: ")).collect();
+        assert_eq!(found.len(), lies.split(',').count(), "{found:#?}");
+    }
+}
+
+/// Files of belay in memory that outlive a process.
+fn shared_files() -> Vec<String> {
+    let entries = std::fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.retain(|name| name.contains("belay"));
+    names.sort();
+    names
+}

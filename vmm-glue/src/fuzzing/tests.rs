@@ -1,0 +1,57 @@
+//! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
+
+use super::{apart, control, guard, observer};
+use proptest::prelude::*;
+use std::path::{Path, PathBuf};
+
+#[path = "../../../transport/src/fuzzing/corpus.rs"]
+mod corpus;
+use corpus::{changed, check, corpus};
+
+fn at(target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+}
+
+#[test]
+fn the_corpus_of_control_breaks_no_promise() {
+    check(&at("control"), &crate::migrate::fuzzing::seeds(), control);
+}
+
+#[test]
+fn the_corpus_of_guard_breaks_no_promise() {
+    check(&at("guard"), &crate::guard::fuzzing::seeds(), guard);
+}
+
+#[test]
+fn the_corpus_of_apart_breaks_no_promise() {
+    let mut seeds = crate::kvm::apart::fuzzing::seeds();
+    seeds.extend(crate::kvm::state::fuzzing::seeds());
+    check(&at("apart"), &seeds, apart);
+}
+
+#[test]
+fn the_corpus_of_observer_breaks_no_promise() {
+    check(&at("observer"), &crate::witness::fuzzing::seeds(), observer);
+}
+
+proptest! {
+    #[test]
+    fn no_message_breaks_a_promise(input in changed(corpus(&at("control")))) {
+        control(&input);
+    }
+
+    #[test]
+    fn no_bytes_to_or_of_a_guard_break_a_promise(input in changed(corpus(&at("guard")))) {
+        guard(&input);
+    }
+
+    #[test]
+    fn no_frame_of_a_vmm_breaks_a_promise(input in changed(corpus(&at("apart")))) {
+        apart(&input);
+    }
+
+    #[test]
+    fn no_bytes_to_the_observer_break_a_promise(input in changed(corpus(&at("observer")))) {
+        observer(&input);
+    }
+}

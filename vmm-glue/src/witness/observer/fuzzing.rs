@@ -1,0 +1,38 @@
+//! A connection to the observer on which anything is said.
+
+use super::*;
+use crate::fuzzing::heard;
+
+/// What is written down is exactly the packets that came whole, and each was acknowledged.
+pub(crate) fn served(bytes: &[u8]) {
+    let (ours, mut theirs) = heard(bytes);
+    let shared = Shared { log: Mutex::default(), arrived: Condvar::new(), began: Instant::now() };
+    serve(Stream::Unix(ours), &shared).expect_err("a connection ends at its end, if not before");
+    let mut due = Vec::new();
+    if bytes.len() >= 12 && &bytes[..8] == MAGIC && bytes[8..10] == VERSION.to_le_bytes() {
+        let label = usize::from(u16::from_le_bytes([bytes[10], bytes[11]]));
+        let mut rest = bytes.get(12 + label..).unwrap_or_default();
+        let named =
+            label <= MAX_LABEL_BYTES && bytes.get(12..12 + label).is_some_and(|name| str::from_utf8(name).is_ok());
+        while named && let Some((length, after)) = rest.split_first_chunk::<4>() {
+            let length = u32::from_le_bytes(*length) as usize;
+            if !(8..=8 + MAX_PACKET_BYTES).contains(&length) || after.len() < length {
+                break;
+            }
+            let (sequence, packet) = after[..length].split_first_chunk::<8>().expect("eight bytes or more");
+            due.push((u64::from_le_bytes(*sequence), packet));
+            rest = &after[length..];
+        }
+    }
+    let seen = std::mem::take(&mut shared.lock().seen);
+    assert!(seen.iter().map(|seen| (seen.sequence, &seen.bytes[..])).eq(due.iter().copied()));
+    let mut acknowledged = Vec::new();
+    match theirs.read_to_end(&mut acknowledged) {
+        Ok(_) => {}
+        // What it would not read: its end is closed over it, after what it said.
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{error}"),
+    }
+    assert!(acknowledged.chunks(8).eq(due.iter().map(|(sequence, _)| sequence.to_le_bytes())));
+    // The judge comes to a verdict about anything.
+    assert_eq!(judge(&seen).arrivals, seen.len() as u64);
+}
