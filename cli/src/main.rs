@@ -57,7 +57,7 @@ enum Command {
     /// Move a guest, kill its destination in mid-pull, catch it, check every byte and packet
     Demo(demo::DemoArgs),
     /// Run a guest and move it to a waiting `belay receive`, tethered
-    Send(send::SendArgs),
+    Send(Box<send::SendArgs>),
     /// Wait for a guest, pull its memory, send checkpoints back
     Receive(receive::ReceiveArgs),
     /// List the migrations that run on this host
@@ -107,7 +107,7 @@ fn main() -> ExitCode {
     }
     let exit = match command {
         Command::Demo(args) => demo::run(args),
-        Command::Send(args) => send::run(args),
+        Command::Send(args) => send::run(*args),
         Command::Receive(args) => receive::run(args),
         Command::List(args) => operate::list(&args),
         Command::Status(args) => operate::status(&args),

@@ -246,13 +246,9 @@ fn a_source_that_dies_while_it_folds_is_taken_over_and_the_guest_goes_on() {
 #[test]
 fn p6_a_source_that_dies_in_a_release_has_released_exactly_if_it_is_on_disk() {
     needs_kvm!("takeover");
-    for (point, released) in [
-        ("release-due", false),
-        ("release-unsynced", false),
-        ("release-renamed", true),
-        ("release-recorded", true),
-        ("release-told", true),
-    ] {
+    for (point, released) in
+        [("release-due", false), ("release-unsynced", false), ("release-renamed", true), ("release-recorded", true)]
+    {
         let receive = ["--run-on", "100ms", "--check"];
         let mut road = Road::start("tcp", &receive, &["--stop-at", point]);
         road.crash_where_it_stopped();
@@ -269,6 +265,24 @@ fn p6_a_source_that_dies_in_a_release_has_released_exactly_if_it_is_on_disk() {
         drop((again, late));
         road.expect_good_end();
     }
+}
+
+#[test]
+fn p6_a_release_that_was_told_stands_though_nobody_says_farewell() {
+    needs_kvm!("takeover");
+    let mut road = Road::start("tcp", &["--run-on", "100ms", "--check"], &["--stop-at", "release-told"]);
+    road.crash_where_it_stopped();
+    assert_eq!(road.destination.end(), 0, "{}", road.destination.story());
+    expect_right(&road.destination);
+    // It is not found any more; that changes nothing, and whoever wants may ask again.
+    for _ in 0..2 {
+        let mut again = road.take_over(&["--takeover-grace", "300ms"]);
+        assert_eq!(again.end(), 0, "{}", again.story());
+        assert_eq!(again.events("taken-over").last().expect("it says so")["was"], "released");
+        assert_eq!(again.events("caught").count(), 0, "{}", again.story());
+        assert_eq!((road.left(), road.journals()), (vec![], 1), "the record stands, its memory is given back");
+    }
+    road.expect_good_end();
 }
 
 #[test]
