@@ -61,9 +61,9 @@ fn look(name: &str) {
     }
     // Whoever waits for this line and has gone has nothing to wait for; the stop is seen by waitid(2) too.
     let _ = writeln!(std::io::stderr().lock(), "{ANNOUNCED}{name}");
-    let thread = rustix::thread::gettid();
+    let (process, thread) = (std::process::id(), rustix::thread::gettid().as_raw_nonzero().get());
     // SAFETY: takes no pointers; a thread of this process sends itself a signal, which stops the process before the call returns.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.as_raw_nonzero().get(), libc::SIGSTOP) };
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGSTOP) };
 }
 
 #[cfg(test)]
