@@ -241,6 +241,11 @@ pub fn run(
     // Kept until the reason of a failure has been told: dropped, it hangs up.
     let inbox = Arc::new(listen_to::<ToDestination>(Arc::clone(&control)).map_err(io("start the control thread"))?);
     let tell = |error: DestinationError| {
+        // What could not be let in may be why: a lane that found no descriptor left, say.
+        for rejection in listener.take_rejections() {
+            let (state, why) = ("turned-away".to_owned(), protocol::explain(&rejection.error));
+            observer.note(observer.latest().as_ref(), Kind::State { state, why });
+        }
         let reason = protocol::explain(&error);
         let state = "aborted".to_owned();
         let because = observer.note(observer.latest().as_ref(), Kind::State { state, why: reason.clone() });
