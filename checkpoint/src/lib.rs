@@ -8,6 +8,9 @@ pub mod fold;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(test)]
+#[path = "../../transport/src/golden.rs"]
+mod golden;
 pub mod guest;
 pub mod journal;
 pub mod outbox;

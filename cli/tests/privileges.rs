@@ -92,13 +92,13 @@ fn nobody_may_look_into_a_guard_or_a_page_server_of_root() {
     // The executable is opened here: the other user may not reach the folder it is in.
     let executable = std::fs::File::open(BELAY).expect("the program");
     let place = std::os::fd::AsRawFd::as_raw_fd(&executable);
-    // SAFETY: dup2 is a system call and nothing else; it may be made between fork and exec.
-    unsafe {
-        command.pre_exec(move || {
-            // SAFETY: both are numbers.
-            if libc::dup2(place, 100) == 100 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-        })
+    let take_place = move || {
+        // SAFETY: both are numbers.
+        let taken = unsafe { libc::dup2(place, 100) };
+        if taken == 100 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
     };
+    // SAFETY: dup2 is a system call and nothing else; it may be made between fork and exec.
+    unsafe { command.pre_exec(take_place) };
     command.arg("guard").stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs))).stdout(Stdio::null());
     let mut child = command.uid(NOBODY).gid(NOBODY).spawn().expect("a guard as another user");
     let pid = child.id() as i32;

@@ -296,7 +296,8 @@ impl Between {
     fn new(to: String) -> Self {
         let listening = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listening.local_addr().unwrap();
-        let (kept, flip): (Arc<Mutex<Vec<Vec<u8>>>>, Arc<Mutex<Option<usize>>>) = Default::default();
+        let kept: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
+        let flip: Arc<Mutex<Option<usize>>> = Arc::default();
         let passed: Arc<Mutex<Vec<u8>>> = Arc::default();
         let (keep, flipping, all) = (Arc::clone(&kept), Arc::clone(&flip), Arc::clone(&passed));
         // Its threads end with the connections, and the acceptor with the test's process: it waits for nobody.

@@ -4,6 +4,9 @@
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(test)]
+#[path = "../../transport/src/golden.rs"]
+mod golden;
 pub mod guard;
 pub mod kvm;
 pub mod migrate;

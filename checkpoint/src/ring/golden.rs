@@ -9,9 +9,7 @@ use belay_transport::RegionId;
 use std::time::Duration;
 use zerocopy::FromBytes;
 
-#[path = "../../../transport/src/golden.rs"]
-mod golden;
-use golden::compare;
+use crate::golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 const RING_BYTES: usize = RingShape::LEAST.next_multiple_of(4096);

@@ -59,7 +59,7 @@ impl Dialect for Scrapers {
     fn hear(&mut self, received: &[u8]) -> Heard<Never> {
         match http::parse(received) {
             Ok(None) => Heard::More,
-            Ok(Some(Request { path, head_only })) if path == "/metrics" => {
+            Ok(Some(Request { path: "/metrics", head_only })) => {
                 let body = render::text(&self.0.status());
                 Heard::Say(http::answer("200 OK", render::CONTENT_TYPE, &body, head_only))
             }

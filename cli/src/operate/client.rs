@@ -59,6 +59,9 @@ pub struct Processes {
     places: Vec<Place>,
 }
 
+/// A process by its id, and what it says of itself.
+type Answered = (String, Result<Status, AskError>);
+
 impl Processes {
     /// Those whose sockets lie at `path`. A directory that is not there holds none.
     pub fn at(path: PathBuf) -> Result<Self, PlaceError> {
@@ -86,7 +89,7 @@ impl Processes {
     }
 
     /// What each says of itself.
-    pub fn all(&self) -> Result<Vec<(String, Result<Status, AskError>)>, AskError> {
+    pub fn all(&self) -> Result<Vec<Answered>, AskError> {
         let ids = self.ids()?;
         // One that is stopped must not make the others wait.
         Ok(std::thread::scope(|scope| {

@@ -22,9 +22,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::fmt::Debug;
 use std::time::Duration;
 
-#[path = "../../../transport/src/golden.rs"]
-mod golden;
-use golden::compare;
+use crate::golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 

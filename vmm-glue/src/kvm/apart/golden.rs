@@ -5,9 +5,7 @@ use crate::kvm::guests::{Filler, GuestSpec, Program};
 use crate::kvm::{KvmOptions, Tracking};
 use belay_checkpoint::guest::TrackerKind;
 
-#[path = "../../../../transport/src/golden.rs"]
-mod golden;
-use golden::compare;
+use crate::golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 

@@ -21,11 +21,7 @@ pub(crate) fn state(bytes: &[u8]) {
                     all_of_it(msrs.len(), size_of::<kvm_msr_entry>());
                 }
             }
-            Tag::Regs => {
-                if value_of::<kvm_regs>(tag, body).is_ok() {
-                    all_of_it(1, size_of::<kvm_regs>());
-                }
-            }
+            Tag::Regs if value_of::<kvm_regs>(tag, body).is_ok() => all_of_it(1, size_of::<kvm_regs>()),
             Tag::Port => {
                 if let Ok(port) = postcard::from_bytes::<PortState>(body) {
                     let written = postcard::to_stdvec(&port).expect("plain data");

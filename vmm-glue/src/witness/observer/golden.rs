@@ -2,8 +2,7 @@
 
 use super::*;
 
-#[path = "../../../../transport/src/golden.rs"]
-mod golden;
+use crate::golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 
@@ -35,7 +34,7 @@ pub(crate) fn said() -> Vec<u8> {
 
 #[test]
 fn a_client_of_the_observer_speaks_as_when_the_version_came_out() {
-    for (_, bytes) in golden::compare(FOLDER, VERSION, "observer", &[("client", said())]) {
+    for (_, bytes) in compare(FOLDER, VERSION, "observer", &[("client", said())]) {
         fuzzing::served(&bytes);
         assert_eq!(bytes.len(), 20 + 2 * 17);
     }
