@@ -5,6 +5,7 @@ mod running;
 
 use running::{BELAY, BOUND, Place, Process, has_kvm};
 use serde_json::Value;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -140,6 +141,25 @@ impl Drop for MemoryGroup {
     }
 }
 
+/// Waits until a process stands still, which only /proc tells of somebody else's child.
+fn await_stop(pid: i32) {
+    let end = Instant::now() + BOUND;
+    let stands = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T'))
+    };
+    while !stands() {
+        assert!(Instant::now() < end, "process {pid} did not come to its stop point within {BOUND:?}");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// Takes all the room that is left where `file` is.
+fn fill(file: &Path) {
+    let mut file = std::fs::File::create(file).expect("room for a name");
+    while file.write_all(&[0; 4096]).is_ok() {}
+}
+
 macro_rules! needs_kvm {
     ($what:literal) => {
         if !has_kvm() {
@@ -201,10 +221,14 @@ mod kvm {
         let state = place.text("source");
         std::fs::create_dir(&state).unwrap();
         // Seen by the source alone, and gone with it.
-        let small = format!(
-            "mount -t tmpfs -o size=16k,mode=0700 none {state} && head -c 16384 /dev/zero > {state}/filler; exec \"$@\""
-        );
-        let mut roles = both(&place, &[], &["unshare", "--mount", "sh", "-c", &small, "sh"], &[]);
+        let small = format!("mount -t tmpfs -o size=256k,mode=0700 none {state} && exec \"$@\"");
+        // The source stands still until the directory is full: its journal is in it then, the release is not.
+        let frozen = ["--stop-at", "release-due"];
+        let mut roles = both(&place, &[], &["unshare", "--mount", "sh", "-c", &small, "sh"], &frozen);
+        await_stop(roles.source.pid());
+        let filler = format!("/proc/{}/root{state}/filler", roles.source.pid());
+        fill(Path::new(&filler));
+        roles.source.signal(libc::SIGCONT);
         let refused = roles.source.wait_for_event("failed");
         assert!(refused["what"].as_str().unwrap().contains("release record"), "{refused}");
         assert!(refused["advice"].as_str().unwrap().contains("make room"), "{refused}");
@@ -212,7 +236,7 @@ mod kvm {
         // The tether goes on: more checkpoints commit after the refusal.
         roles.destination.wait_for_event("committed");
         assert!(!roles.destination.was("owner"));
-        std::fs::remove_file(format!("/proc/{}/root{state}/filler", roles.source.pid())).unwrap();
+        std::fs::remove_file(filler).unwrap();
         let ended = ends(&mut roles);
         assert_eq!(home_is_whole(&roles, ended), "released");
         drop(roles);

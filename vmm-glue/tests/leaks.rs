@@ -206,7 +206,7 @@ fn however_many_migrations_end_between_two_processes_nothing_of_them_is_left() {
         let theirs = word("ended");
         let (end, ..) = nth(n);
         let as_meant = match end {
-            End::Released => ours == "Released" && theirs == "Owner",
+            End::Released => ours == "Released { heard: true }" && theirs == "Owner",
             End::Caught => ours.starts_with("Caught") && theirs == "Retired",
             End::NotMoved => ours.starts_with("Failed") && theirs.starts_with("Failed"),
         };

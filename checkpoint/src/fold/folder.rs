@@ -228,11 +228,7 @@ impl Work {
         if let (Step::Committed(_), Some(image)) = (step, self.reader.record()) {
             let (ring, owner, shared, lease) = (&self.ring, &self.owner, &self.shared, self.config.lease);
             reached("fold-begun");
-            let between = || {
-                reached("fold-mid");
-                listen(ring, owner, shared, lease);
-            };
-            self.state.fold(image, between)?;
+            self.state.fold(image, || listen(ring, owner, shared, lease))?;
             reached("fold-done");
             self.reader.clear();
             self.owner.set_folded(self.state.epoch());

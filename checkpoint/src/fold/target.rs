@@ -4,6 +4,7 @@ use super::FoldError;
 use crate::guest::RamBlock;
 use crate::record::{PageBytes, RecordView};
 use belay_transport::region::RegionError;
+use belay_transport::stop_point::reached;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::io;
@@ -79,10 +80,13 @@ impl FoldTarget {
 /// Copies runs that were checked and whose pages are allocated.
 fn copy(blocks: &[Block], runs: &[PageBytes<'_>], between: &mut impl FnMut()) {
     let mut pages = 0;
-    for run in runs {
+    for (at, run) in runs.iter().enumerate() {
         let block = blocks.iter().find(|block| block.ram.id == run.region);
         let block = block.expect("the record was checked against these regions");
         block.ram.alias.write(run.first.offset(), run.bytes);
+        if at == 0 {
+            reached("fold-mid");
+        }
         pages += run.bytes.len() / PAGE_SIZE;
         if pages >= BREATH {
             pages = 0;
