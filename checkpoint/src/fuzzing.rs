@@ -24,6 +24,16 @@ fn limits() -> Limits {
     Limits { device_state_bytes: 1000, output_bytes: 1000, ..Limits::for_regions(regions) }
 }
 
+/// A journal on disk, and a value in kept memory.
+pub fn journal(data: &[u8]) {
+    let Some((mode, bytes)) = data.split_first() else { return };
+    match mode % 3 {
+        0 => crate::journal::disk::fuzz(bytes, false),
+        1 => crate::journal::disk::fuzz(bytes, true),
+        _ => crate::journal::cell::fuzz(bytes),
+    }
+}
+
 /// Makes what checksums and counts say fit the bytes, as a hostile writer would: the sums are no secret. Segments are those that the
 /// lengths make, up to a trailer.
 fn seal(image: &mut [u8], mut sequence: u64, epoch: u64) {

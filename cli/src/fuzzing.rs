@@ -1,6 +1,9 @@
 //! What the fuzz target of `cli/fuzz` calls, and CI over its corpus: it takes any bytes, and panics when a parser breaks a promise.
 //! See docs/fuzzing.md.
 
+use crate::metrics::http;
+use crate::operate::console::ConsoleOptions;
+use crate::operate::protocol;
 use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
@@ -9,6 +12,59 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
+
+/// What comes over the operator's socket, either way.
+pub fn operator(data: &[u8]) {
+    let Some((mode, bytes)) = data.split_first() else { return };
+    match mode % 4 {
+        0 => framed::<protocol::Request>(bytes, protocol::LONGEST_REQUEST),
+        1 => framed::<protocol::Response>(bytes, protocol::LONGEST_ANSWER),
+        2 => said_again::<protocol::Request>(bytes),
+        _ => said_again::<protocol::Response>(bytes),
+    }
+}
+
+/// Takes the frames out of what was received, one after the other.
+fn framed<T: Serialize + DeserializeOwned>(received: &[u8], longest: usize) {
+    let mut rest = received;
+    while let Ok(Some(body)) = protocol::body(rest, longest) {
+        assert!(!body.is_empty() && body.len() <= longest && body.len() + 4 <= rest.len());
+        said_again::<T>(body);
+        // A byte less is not a frame yet.
+        assert_eq!(protocol::body(&rest[..body.len() + 3], longest), Ok(None));
+        rest = &rest[body.len() + 4..];
+    }
+}
+
+/// What is understood is written as something that is understood the same.
+fn said_again<T: Serialize + DeserializeOwned>(body: &[u8]) {
+    if let Ok(message) = protocol::parse::<T>(body) {
+        let written = protocol::frame(&message);
+        let again = protocol::body(&written, protocol::LONGEST_ANSWER).expect("short enough").expect("whole");
+        let again: T = protocol::parse(again).expect("our own words");
+        assert_eq!(protocol::frame(&again), written);
+    }
+}
+
+/// What comes over a connection to the metrics: a request that is taken is one however its bytes come, and asks for a path.
+pub fn metrics(data: &[u8]) {
+    let whole = http::parse(data);
+    if let Ok(Some(request)) = &whole {
+        assert!(request.path.starts_with('/') && request.path.bytes().all(|byte| byte.is_ascii_graphic()));
+    }
+    if let Err(refusal) = &whole {
+        assert!(refusal.answer().starts_with(b"HTTP/1.1 "));
+    }
+    let ends = [data.len() / 4, data.len() / 2, data.len().saturating_sub(1)];
+    let before: Vec<_> = ends.iter().map(|&end| http::parse(&data[..end])).collect();
+    for verdict in before {
+        match verdict {
+            // Nothing that follows takes a request or a refusal back.
+            Ok(None) => {}
+            decided => assert_eq!(decided, whole),
+        }
+    }
+}
 
 /// A configuration file, and every kind of text that an option takes.
 pub fn config(data: &[u8]) {
@@ -42,8 +98,9 @@ fn file(text: &str) {
     same::<GuestOptions>(&file.guest);
     same::<FabricOptions>(&file.fabric);
     same::<SecurityOptions>(&file.security);
+    same::<ConsoleOptions>(&file.operate);
     let table: toml::Table = text.parse().expect("it was read");
-    assert!(table.keys().all(|key| ["tether", "guest", "fabric", "security"].contains(&&**key)), "{text:?}");
+    assert!(table.keys().all(|key| ["tether", "guest", "fabric", "security", "operate"].contains(&&**key)), "{text:?}");
     // Every file goes under any command line.
     let tether = TetherOptions::default().or(file.tether.clone());
     assert_eq!(written(&tether), written(&file.tether));
@@ -67,11 +124,39 @@ mod corpus;
 mod tests {
     use super::corpus::{changed, check, corpus};
     use super::*;
+    use belay_vmm_glue::migrate::operator::Ask;
     use proptest::prelude::*;
     use std::path::{Path, PathBuf};
 
-    fn at() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/config")
+    fn at(target: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+    }
+
+    #[test]
+    fn the_corpus_of_operator_breaks_no_promise() {
+        let order = protocol::Wanted::Order { order: Ask::Promote { source_is_gone: true }, wait_ms: 30_000 };
+        let request = |ask| protocol::frame(&protocol::Request { belay: protocol::VERSION, ask });
+        let (status, order) = (request(protocol::Wanted::Status), request(order));
+        let refused = protocol::answer(protocol::Said::Bad { why: "nothing runs here".to_owned() });
+        let of = |mode: u8, bytes: &[u8]| [&[mode], bytes].concat();
+        let seeds = [
+            ("requests", of(0, &[&status[..], &order].concat())),
+            ("answer", of(1, &refused)),
+            ("request", of(2, &order[4..])),
+            ("said", of(3, &refused[4..])),
+        ];
+        check(&at("operator"), &seeds, operator);
+    }
+
+    #[test]
+    fn the_corpus_of_metrics_breaks_no_promise() {
+        let scrape = "GET /metrics HTTP/1.1\r\nHost: host-b:9100\r\nAccept: text/plain;version=0.0.4\r\n\r\n";
+        let seeds = [
+            ("scrape", scrape.as_bytes().to_vec()),
+            ("head", b"HEAD /metrics?x=1 HTTP/1.0\r\n\r\n".to_vec()),
+            ("body", b"GET /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello".to_vec()),
+        ];
+        check(&at("metrics"), &seeds, metrics);
     }
 
     #[test]
@@ -91,13 +176,23 @@ mod tests {
             ("release", of(6, "when-landed")),
             ("numa", of(7, "1")),
         ];
-        check(&at(), &seeds, config);
+        check(&at("config"), &seeds, config);
     }
 
     proptest! {
         #[test]
-        fn no_configuration_breaks_a_promise(input in changed(corpus(&at()))) {
+        fn no_configuration_breaks_a_promise(input in changed(corpus(&at("config")))) {
             config(&input);
+        }
+
+        #[test]
+        fn no_bytes_over_the_operators_socket_break_a_promise(input in changed(corpus(&at("operator")))) {
+            operator(&input);
+        }
+
+        #[test]
+        fn no_request_for_metrics_breaks_a_promise(input in changed(corpus(&at("metrics")))) {
+            metrics(&input);
         }
     }
 }

@@ -28,6 +28,11 @@ pub fn apart(data: &[u8]) {
     }
 }
 
+/// What a dead page server left for the next.
+pub fn will(data: &[u8]) {
+    crate::migrate::destination::will::fuzz(bounded(data));
+}
+
 /// The observer's protocol, and the packets that guests emit.
 pub fn observer(data: &[u8]) {
     crate::witness::fuzzing::observer(bounded(data));

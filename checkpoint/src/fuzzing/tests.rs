@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{record, ring};
+use super::{journal, record, ring};
 use crate::guest::Packet;
 use crate::record::build::Image;
 use crate::record::{CRITICAL, DEVICE_VMM, kind};
@@ -56,7 +56,19 @@ fn the_corpus_of_ring_breaks_no_promise() {
     check(&at("ring"), &seeds, ring);
 }
 
+#[test]
+fn the_corpus_of_journal_breaks_no_promise() {
+    let whole = [&[0; 32][..], b"what a source must know to be started again"].concat();
+    let seeds = [("sealed", of(1, &[whole])), ("kept", of(2, &[crate::journal::cell::seed()]))];
+    check(&at("journal"), &seeds, journal);
+}
+
 proptest! {
+    #[test]
+    fn no_journal_breaks_a_promise(input in changed(corpus(&at("journal")))) {
+        journal(&input);
+    }
+
     #[test]
     fn no_record_breaks_a_promise(input in changed(corpus(&at("record")))) {
         record(&input);

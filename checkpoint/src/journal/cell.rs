@@ -1,7 +1,7 @@
 //! A value in kept memory that is replaced whole or not at all, whenever the process that writes it dies.
 //!
 //! ```text
-//!    0  commit word: "BLYc" in the upper half, the generation in the lower; 0 while the slot is being written
+//!    0  commit word: "BL" in the upper 16 bits, the generation in the other 48; 0 while the slot is being written
 //!    8  bytes of the value      16  their CRC-64/NVME, the generation and length in it
 //!   64  the value
 //! ```
@@ -17,7 +17,9 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 const HEAD: usize = 64;
-const COMMITTED: u64 = (u32::from_le_bytes(*b"BLYc") as u64) << 32;
+const COMMITTED: u64 = (u16::from_le_bytes(*b"BL") as u64) << GENERATION_BITS;
+/// At a thousand values a second these last nine thousand years; 32 would not have lasted two months.
+const GENERATION_BITS: u32 = 48;
 
 /// What is kept is not what was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -36,7 +38,7 @@ pub(crate) struct Cell {
     offset: usize,
     capacity: usize,
     /// Of the newest value; 0 before the first.
-    generation: u32,
+    generation: u64,
     /// Bytes of each slot that can be written without taking memory.
     reserved: [usize; 2],
 }
@@ -56,7 +58,7 @@ impl Cell {
     ) -> Result<(Self, Option<Vec<u8>>), Damaged> {
         let (file, mapping) = (file.clone(), mapping.clone());
         let mut cell = Self { what, file, mapping, offset, capacity, generation: 0, reserved: [0; 2] };
-        let mut newest: Option<(u32, Vec<u8>)> = None;
+        let mut newest: Option<(u64, Vec<u8>)> = None;
         for slot in 0..2 {
             if let Some((generation, value)) = cell.read(slot)?
                 && newest.as_ref().is_none_or(|(before, _)| *before < generation)
@@ -75,7 +77,7 @@ impl Cell {
         self.offset + slot * slot_stride(self.capacity)
     }
 
-    fn read(&self, slot: usize) -> Result<Option<(u32, Vec<u8>)>, Damaged> {
+    fn read(&self, slot: usize) -> Result<Option<(u64, Vec<u8>)>, Damaged> {
         let at = self.at(slot);
         let damaged = Damaged { what: self.what, offset: at };
         let word = |offset| self.mapping.load_u64(at + offset, Ordering::Acquire);
@@ -83,12 +85,12 @@ impl Cell {
         if commit == 0 {
             return Ok(None);
         }
-        let generation = commit as u32;
+        let generation = commit & ((1 << GENERATION_BITS) - 1);
         let len = usize::try_from(len).ok().filter(|&len| len <= self.capacity).ok_or_else(|| damaged.clone())?;
         let mut value = vec![0; len];
         self.mapping.read(at + HEAD, &mut value);
         // Slots take turns, so a generation says by itself in which one it stands.
-        let right = commit == COMMITTED | u64::from(generation) && generation as usize % 2 == slot;
+        let right = commit == COMMITTED | generation && generation % 2 == slot as u64;
         if !right || word(16) != crc(generation, &value) {
             return Err(damaged);
         }
@@ -123,7 +125,7 @@ impl Cell {
         self.mapping.store_u64(at + 8, value.len() as u64, Ordering::Release);
         self.mapping.store_u64(at + 16, crc(generation, value), Ordering::Release);
         fence(Ordering::SeqCst);
-        self.mapping.store_u64(at, COMMITTED | u64::from(generation), Ordering::SeqCst);
+        self.mapping.store_u64(at, COMMITTED | generation, Ordering::SeqCst);
         self.generation = generation;
     }
 }
@@ -132,12 +134,47 @@ const fn slot_stride(capacity: usize) -> usize {
     (HEAD + capacity).next_multiple_of(64)
 }
 
-fn crc(generation: u32, value: &[u8]) -> u64 {
+fn crc(generation: u64, value: &[u8]) -> u64 {
     let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
     digest.update(&generation.to_le_bytes());
     digest.update(&(value.len() as u64).to_le_bytes());
     digest.update(value);
     digest.finalize()
+}
+
+/// What a fuzz target asks of a cell: whatever its memory holds, it is refused or gives a value that one of its slots holds whole; and what is
+/// written next is read next.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(memory: &[u8]) {
+    const CAPACITY: usize = 500;
+    const BYTES: usize = 4096;
+    let file = RamFile::memfd("belay-cell-fuzz", BYTES, belay_transport::PageSize::Small).expect("memory");
+    let file = Arc::new(file);
+    let mapping = Arc::new(file.map().expect("memory"));
+    mapping.write(0, &memory[..memory.len().min(BYTES)]);
+    let open = || Cell::open("a fuzzed value", (&file, &mapping), 0, CAPACITY);
+    let Ok((mut cell, value)) = open() else { return };
+    assert!(value.is_none_or(|value| value.len() <= CAPACITY));
+    if cell.generation < (1 << GENERATION_BITS) - 1 {
+        cell.reserve(4).expect("room");
+        cell.write(b"next");
+        assert_eq!(open().expect("just written").1.as_deref(), Some(&b"next"[..]));
+    }
+}
+
+/// Memory with a value of each slot, as it is written, for the corpus.
+#[cfg(test)]
+pub(crate) fn seed() -> Vec<u8> {
+    let file = Arc::new(RamFile::memfd("belay-cell-fuzz", 4096, belay_transport::PageSize::Small).expect("memory"));
+    let mapping = Arc::new(file.map().expect("memory"));
+    let (mut cell, _) = Cell::open("a seed", (&file, &mapping), 0, 500).expect("empty");
+    for value in [&b"before"[..], b"now"] {
+        cell.reserve(value.len()).expect("room");
+        cell.write(value);
+    }
+    let mut bytes = vec![0; Cell::stride(500)];
+    mapping.read(0, &mut bytes);
+    bytes
 }
 
 #[cfg(test)]

@@ -142,14 +142,7 @@ impl Journal {
 
     fn draft(&self, draft: &Path, body: &[u8]) -> io::Result<File> {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(draft)?;
-        let mut bytes = Vec::with_capacity(HEAD + body.len());
-        bytes.extend_from_slice(&MAGIC);
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(&crc(body).to_le_bytes());
-        bytes.extend_from_slice(body);
-        file.write_all(&bytes)?;
+        file.write_all(&[&header(body)[..], body].concat())?;
         file.sync_all()?;
         File::open(&self.folder)
     }
@@ -158,6 +151,16 @@ impl Journal {
     pub fn remove(self) -> Result<(), JournalError> {
         fs::remove_dir_all(&self.folder).map_err(io("remove", &self.folder))
     }
+}
+
+/// What stands before a body.
+fn header(body: &[u8]) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    head[..8].copy_from_slice(&MAGIC);
+    head[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    head[16..24].copy_from_slice(&(body.len() as u64).to_le_bytes());
+    head[24..].copy_from_slice(&crc(body).to_le_bytes());
+    head
 }
 
 fn crc(body: &[u8]) -> u64 {
@@ -253,6 +256,21 @@ pub fn list(state_dir: &Path) -> Result<Vec<Listed>, JournalError> {
         });
     }
     Ok(found)
+}
+
+/// What a fuzz target asks of a journal's bytes: what is taken is exactly what would be written; with `sealed`, the head is made to fit first.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(bytes: &[u8], sealed: bool) {
+    let mut bytes = bytes.to_vec();
+    if sealed && let Some((head, body)) = bytes.split_at_mut_checked(HEAD) {
+        head.copy_from_slice(&header(body));
+    }
+    let parsed = parse(Path::new("journal"), &bytes);
+    assert!(!sealed || bytes.len() < HEAD || parsed.is_ok(), "what is right was refused");
+    match parsed {
+        Ok(body) => assert_eq!([&header(&body)[..], &body].concat(), bytes),
+        Err(error) => assert!(error.to_string().len() < 400),
+    }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@
 //! * One process at a time: the lock is taken before anything is read, and goes with the process.
 
 pub(crate) mod cell;
-mod disk;
+pub(crate) mod disk;
 mod memory;
 
 pub(crate) use cell::Cell;

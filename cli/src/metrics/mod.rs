@@ -1,6 +1,6 @@
 //! `--metrics ADDR`: how a role stands, in Prometheus' text format over HTTP, within the same bounds as the operator's socket.
 
-mod http;
+pub(crate) mod http;
 mod render;
 
 use crate::operate::serve::{Dialect, Door, Heard, Looked, Server, Stream};

@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{apart, control, guard, observer};
+use super::{apart, control, guard, observer, will};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -34,7 +34,17 @@ fn the_corpus_of_observer_breaks_no_promise() {
     check(&at("observer"), &crate::witness::fuzzing::seeds(), observer);
 }
 
+#[test]
+fn the_corpus_of_will_breaks_no_promise() {
+    check(&at("will"), &crate::migrate::destination::will::seeds(), will);
+}
+
 proptest! {
+    #[test]
+    fn no_will_breaks_a_promise(input in changed(corpus(&at("will")))) {
+        will(&input);
+    }
+
     #[test]
     fn no_message_breaks_a_promise(input in changed(corpus(&at("control")))) {
         control(&input);

@@ -12,7 +12,7 @@ mod prepare;
 mod resume;
 mod takeover;
 mod warden;
-mod will;
+pub(crate) mod will;
 
 use super::observation::{Kind, ObservationId, Observer};
 use super::operator::{Pending, Words};

@@ -69,6 +69,16 @@ pub enum WillError {
     Malformed(#[source] postcard::Error),
 }
 
+/// What stands before a body.
+fn header(body: &[u8]) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    head[..8].copy_from_slice(&MAGIC);
+    head[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    head[12..16].copy_from_slice(&(body.len() as u32).to_le_bytes());
+    head[16..].copy_from_slice(&crc(body).to_le_bytes());
+    head
+}
+
 impl Will {
     /// As a file in memory.
     fn write(&self) -> Result<RamFile, WillError> {
@@ -81,13 +91,8 @@ impl Will {
         let file = RamFile::memfd("belay-will", len, PageSize::Small)?;
         file.preallocate(1, &|_| ())?;
         let mapping = file.map().map_err(WillError::Map)?;
-        let mut head = [0; HEAD];
-        head[..8].copy_from_slice(&MAGIC);
-        head[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        head[12..16].copy_from_slice(&(body.len() as u32).to_le_bytes());
-        head[16..].copy_from_slice(&crc(&body).to_le_bytes());
         mapping.write(HEAD, &body);
-        mapping.write(0, &head);
+        mapping.write(0, &header(&body));
         Ok(file)
     }
 
@@ -129,6 +134,41 @@ impl Will {
         })?;
         Ok(keeper.keep(Kept::Will, file.as_fd())?)
     }
+}
+
+/// What a fuzz target asks of a will: one that is taken is laid down again as one that says the same.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(data: &[u8]) {
+    let Some((mode, bytes)) = data.split_first() else { return };
+    // Whoever can lay a will down can make its head right: most inputs are to come past it.
+    let bytes = match mode % 2 {
+        0 => bytes.to_vec(),
+        _ => [&header(bytes)[..], bytes].concat(),
+    };
+    let len = bytes.len().max(1).next_multiple_of(PAGE_SIZE);
+    let file = RamFile::memfd("belay-will-fuzz", len, PageSize::Small).expect("memory");
+    file.map().expect("memory").write(0, &bytes);
+    let read = |file: &RamFile| Will::read(Some(file.as_fd().try_clone_to_owned().expect("a descriptor")));
+    match read(&file) {
+        Ok(will) => assert_eq!(read(&will.write().expect("it was one")).expect("our own"), will),
+        Err(error) => assert!(error.to_string().len() < 400),
+    }
+}
+
+/// Inputs of our own encoder, for the corpus.
+#[cfg(test)]
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let will = Will {
+        proposal: crate::migrate::golden::proposal(),
+        map: vec![RegionClasses { id: belay_transport::RegionId(0), runs: vec![(2, 1), (1, 300)] }],
+        owner_epoch: OwnerEpoch(3),
+        nonces: vec![7, 0x4847_4645_4443_4241],
+        owned: false,
+        because: ObservationId("source-4711-3".to_owned()),
+    };
+    let body = postcard::to_stdvec(&will).expect("plain data");
+    let whole = [&[0][..], &header(&body), &body].concat();
+    vec![("whole", whole), ("sealed", [&[1][..], &body].concat())]
 }
 
 #[cfg(test)]
