@@ -338,8 +338,9 @@ fn expected(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>
     let Case { strike, phase, .. } = evidence.case;
     let (source, destination) = (&evidence.source, &evidence.destination);
     let ran = destination.said(|kind| matches!(kind, Kind::Resumed { .. }));
-    // At the end of the switch the source's word may have gone out before it could notice.
-    let go_may_follow = evidence.came.is_ok_and(|came| came.contains("go-due") || came.contains("loaded-told"));
+    // At the end of the switch the source's word may have gone out before it could notice: the destination's answer may be there already.
+    let told = ["switch-told", "loaded-told", "go-due"];
+    let go_may_follow = evidence.came.is_ok_and(|came| told.iter().any(|point| came.contains(point)));
     let before_go = matches!(phase, Phase::Prepare | Phase::Switch) && !go_may_follow;
     let homes: &[Home] = match strike {
         Strike::SourceKill if evidence.released => &[Home::Owner, Home::Fenced],
