@@ -90,7 +90,7 @@ impl Destination<'_> {
         let tracked = self.proposal.tether.as_ref().is_some_and(|tether| tether.tracker == TrackerKind::UffdWp);
         let install = if tracked { Install::Tracked } else { Install::Clean };
         let total: u64 = frames.iter().map(|region| region.frames).sum();
-        let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64) as u64);
+        let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64).ceil() as u64);
         let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
         let states = Arc::new(match states {
             Some(states) => states,
