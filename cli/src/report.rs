@@ -137,7 +137,7 @@ pub fn sentence(kind: &Kind) -> Option<String> {
         // An event's name, or a sentence for people.
         Kind::State { state, why } if !why.contains(' ') => format!("now {state} ({why})"),
         Kind::State { why, .. } => why.clone(),
-        Kind::Operable { id, socket } => format!("`belay status {id}` tells how it stands ({socket})"),
+        Kind::Operable { name, socket } => format!("`belay status {name}` tells how it stands ({socket})"),
         Kind::Metrics { address } => format!("metrics at http://{address}/metrics"),
         Kind::Listening { address } => format!("listening on {address}"),
         Kind::GuestStarted { driven_by, spec, .. } => {

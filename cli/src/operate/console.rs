@@ -86,7 +86,7 @@ impl Console {
             Ok((name, server)) => {
                 observer.note(
                     None,
-                    Kind::Operable { id: board.id().to_owned(), socket: name.path().display().to_string() },
+                    Kind::Operable { name: board.id().to_owned(), socket: name.path().display().to_string() },
                 );
                 servers.push(server);
                 Some(name)

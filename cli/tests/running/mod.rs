@@ -3,6 +3,7 @@
 // Each file of tests uses its part.
 #![allow(dead_code)]
 
+use belay_vmm_glue::migrate::observation::Observation;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -122,7 +123,10 @@ impl Process {
         let (say, events) = channel();
         std::thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
+                // What belay itself could not read back is no event: whoever waits for it waits in vain, and says so.
+                let is_read_back = !line.starts_with("{\"id\":") || serde_json::from_str::<Observation>(&line).is_ok();
                 if let Ok(event) = serde_json::from_str(&line)
+                    && is_read_back
                     && say.send(event).is_err()
                 {
                     return;

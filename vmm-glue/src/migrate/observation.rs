@@ -36,7 +36,7 @@ pub enum Kind {
     /// A state of `ownership` was entered.
     State { state: String, why: String },
     /// The operator can reach this process.
-    Operable { id: String, socket: String },
+    Operable { name: String, socket: String },
     /// Metrics are served.
     Metrics { address: String },
     /// The destination listens.
