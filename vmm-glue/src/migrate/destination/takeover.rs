@@ -160,8 +160,6 @@ pub fn take_over(
     let why = destination.why.clone();
     words.board.entered(destination.state.name(), Some(owner_epoch.0), &why);
     destination.note(Kind::State { state: "fenced".to_owned(), why });
-    words.board.emits_through(&destination.output);
-    words.board.entered(destination.state.name(), Some(owner_epoch.0), &destination.why);
     if owned {
         // The source had let go before: there is nobody to ask.
         destination.drive(Event::ReleaseAcknowledged);
