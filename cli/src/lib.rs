@@ -4,6 +4,7 @@
 
 mod check;
 mod demo;
+mod descriptors;
 mod exit;
 mod fabric;
 #[cfg(any(test, feature = "fuzzing"))]

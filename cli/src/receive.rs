@@ -1,12 +1,13 @@
 //! `belay receive`: waits for a guest, pulls its memory, tethers it, and owns it once the source has let go.
 
+use crate::descriptors::TooFew;
 use crate::exit::Exit;
 use crate::holder::{self, Doors, Held, ThisHost};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
-use crate::{fabric, logs, report, signals, takeover};
+use crate::{descriptors, fabric, logs, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Inherited, Outcome};
@@ -119,7 +120,13 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
     };
     let board = args.console.board("destination");
     let observer = report::watched("destination", args.json, Some(Arc::clone(&board)), Some(logs));
-    let exit = receive(&args, &board, &observer);
+    let exit = match descriptors::take() {
+        Ok(()) => receive(&args, &board, &observer),
+        Err(too_few) => {
+            report::failed(&observer, &too_few, TooFew::ADVICE);
+            Exit::Missing
+        }
+    };
     report::ended(&observer, exit)
 }
 

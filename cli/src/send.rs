@@ -1,5 +1,6 @@
 //! `belay send`: runs the proof guest and moves it to a waiting `belay receive`; catches it if that fails.
 
+use crate::descriptors::TooFew;
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
 use crate::keeping::{self, KeepOptions};
@@ -9,7 +10,7 @@ use crate::options::{
 };
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
-use crate::{fabric, logs, report, signals};
+use crate::{descriptors, fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
@@ -111,9 +112,13 @@ pub fn run(mut args: SendArgs) -> Exit {
     };
     let board = args.console.board("source");
     let observer = report::watched("source", args.json, Some(Arc::clone(&board)), Some(logs));
-    let exit = match args.keep.takeover {
-        Some(id) => keeping::take_over(args, id, &board, &observer),
-        None => send(&args, &board, &observer),
+    let exit = match (descriptors::take(), args.keep.takeover) {
+        (Err(too_few), _) => {
+            report::failed(&observer, &too_few, TooFew::ADVICE);
+            Exit::Missing
+        }
+        (Ok(()), Some(id)) => keeping::take_over(args, id, &board, &observer),
+        (Ok(()), None) => send(&args, &board, &observer),
     };
     report::ended(&observer, exit)
 }

@@ -1,5 +1,6 @@
 //! What there is on this host. Looks and changes nothing.
 
+use crate::descriptors;
 use belay_checkpoint::guest::{DirtyTracker, GuestError, RamBlock};
 use belay_checkpoint::tracker::{REQUIRED_FEATURES, UffdWpTracker, WhoseMemory};
 use belay_transport::fabric::verbs::inventory::Inventory;
@@ -61,6 +62,8 @@ pub struct Facts {
     /// Free bytes of /dev/shm; none where it is no tmpfs.
     pub shm_free_bytes: Option<u64>,
     pub cores: usize,
+    /// Files this process may have open if it asks for it; none: any number.
+    pub open_files: Option<u64>,
     /// Libraries, devices, ports and how much memory may be locked.
     pub rdma: Inventory,
 }
@@ -78,6 +81,7 @@ impl Facts {
             available_bytes: available(),
             shm_free_bytes: shm_free(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
+            open_files: descriptors::most(),
             rdma: Inventory::of_this_host(),
         }
     }

@@ -1,6 +1,7 @@
 //! What the facts of a host mean for belay, and what mends what is wrong.
 
 use super::facts::{Facts, KvmFacts, NoKvm};
+use crate::descriptors;
 use belay_checkpoint::tracker::REQUIRED_FEATURES;
 use belay_transport::uffd::Features;
 use serde::Serialize;
@@ -63,7 +64,7 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
         findings.push(postcopy(facts, has));
     }
     findings.push(tracker(facts));
-    findings.extend([memory(facts), shm(facts), cores(facts), huge_pages(facts)]);
+    findings.extend([memory(facts), shm(facts), cores(facts), open_files(facts), huge_pages(facts)]);
     findings.extend(super::rdma::judge(&facts.rdma));
     findings
 }
@@ -189,6 +190,19 @@ fn cores(facts: &Facts) -> Finding {
             "one for this process: faults are served by the core that waits for them, and figures mean little",
             &[],
         )
+    }
+}
+
+fn open_files(facts: &Facts) -> Finding {
+    const NAME: &str = "open files";
+    match facts.open_files {
+        Some(limit) if limit < descriptors::NEEDED => missing(
+            NAME,
+            descriptors::TooFew { limit }.to_string(),
+            &["ulimit -Hn 1024   # LimitNOFILE=1024 in a unit"],
+        ),
+        Some(limit) => ok(NAME, format!("{limit} may be open")),
+        None => ok(NAME, "any number may be open"),
     }
 }
 

@@ -19,6 +19,7 @@ fn good() -> Facts {
         available_bytes: Some(8 << 30),
         shm_free_bytes: Some(4 << 30),
         cores: 4,
+        open_files: Some(1 << 20),
         rdma: good_rdma(),
     }
 }
@@ -78,6 +79,8 @@ fn each_missing_thing_is_named_with_the_command_that_mends_it() {
     assert_eq!(odd(&lacking(|facts| facts.shm_free_bytes = None)).0, "tmpfs");
     assert_eq!(odd(&lacking(|facts| facts.available_bytes = Some(1 << 20))).0, "memory");
     assert_eq!(odd(&lacking(|facts| facts.cores = 1)).0, "cores");
+    assert_eq!(odd(&lacking(|facts| facts.open_files = Some(127))).0, "open files");
+    assert!(judge(&lacking(|facts| facts.open_files = None)).iter().all(|finding| finding.verdict == Verdict::Ok));
     assert_eq!(odd(&lacking(|facts| facts.rdma.devices.clear())).0, "rdma device");
 }
 
