@@ -10,4 +10,5 @@ mod golden;
 pub mod guard;
 pub mod kvm;
 pub mod migrate;
+pub mod qemu;
 pub mod witness;
