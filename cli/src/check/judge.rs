@@ -5,6 +5,7 @@ use crate::descriptors;
 use belay_checkpoint::tracker::REQUIRED_FEATURES;
 use belay_transport::uffd::Features;
 use serde::Serialize;
+use std::borrow::Cow;
 
 /// What a guest in post-copy needs of userfaultfd.
 const POSTCOPY_FEATURES: Features = Features::MISSING_SHMEM.union(Features::MINOR_SHMEM);
@@ -29,7 +30,7 @@ pub enum Verdict {
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     pub verdict: Verdict,
     pub detail: String,
     /// Commands that mend it, alternatives one an entry; none when all is well or no command can.
@@ -37,7 +38,7 @@ pub struct Finding {
 }
 
 fn ok(name: &'static str, detail: impl Into<String>) -> Finding {
-    Finding { name, verdict: Verdict::Ok, detail: detail.into(), mend: vec![] }
+    Finding { name: name.into(), verdict: Verdict::Ok, detail: detail.into(), mend: vec![] }
 }
 
 fn commands(mend: &[&str]) -> Vec<String> {
@@ -45,11 +46,11 @@ fn commands(mend: &[&str]) -> Vec<String> {
 }
 
 fn degraded(name: &'static str, detail: impl Into<String>, mend: &[&'static str]) -> Finding {
-    Finding { name, verdict: Verdict::Degraded, detail: detail.into(), mend: commands(mend) }
+    Finding { name: name.into(), verdict: Verdict::Degraded, detail: detail.into(), mend: commands(mend) }
 }
 
 fn missing(name: &'static str, detail: impl Into<String>, mend: &[&'static str]) -> Finding {
-    Finding { name, verdict: Verdict::Missing, detail: detail.into(), mend: commands(mend) }
+    Finding { name: name.into(), verdict: Verdict::Missing, detail: detail.into(), mend: commands(mend) }
 }
 
 /// Judges a host, most needed things first.

@@ -17,11 +17,11 @@ const MEMLOCK: &str = "memlock";
 const GUEST_BYTES: u64 = 256 << 20;
 
 fn ok(name: &'static str, detail: String) -> Finding {
-    Finding { name, verdict: Verdict::Ok, detail, mend: vec![] }
+    Finding { name: name.into(), verdict: Verdict::Ok, detail, mend: vec![] }
 }
 
 fn degraded(name: &'static str, trouble: &Trouble) -> Finding {
-    Finding { name, verdict: Verdict::Degraded, detail: trouble.to_string(), mend: trouble.mend() }
+    Finding { name: name.into(), verdict: Verdict::Degraded, detail: trouble.to_string(), mend: trouble.mend() }
 }
 
 /// Every row, from the libraries on to memory.

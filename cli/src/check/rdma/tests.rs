@@ -1,5 +1,6 @@
 //! RDMA rows of hosts that lack something.
 
+use super::super::tests::name;
 use super::*;
 use belay_transport::fabric::verbs::inventory::{Access, DeviceFile, Gid, GidKind, Libraries, PortState, Transport};
 
@@ -63,7 +64,8 @@ fn lacking(change: impl FnOnce(&mut Inventory)) -> Vec<Finding> {
 
 #[test]
 fn a_good_hosts_rows_say_what_an_operator_chooses_by() {
-    let rows: Vec<(&str, String)> = judge(&good()).into_iter().map(|finding| (finding.name, finding.detail)).collect();
+    let rows: Vec<(&str, String)> =
+        judge(&good()).into_iter().map(|finding| (name(&finding), finding.detail)).collect();
     let expected = [
         ("rdma libraries", "libibverbs 1.14.44.0, librdmacm 1.3.44.0"),
         ("rdma connections", "/dev/infiniband/rdma_cm may be used"),
@@ -115,7 +117,7 @@ fn without_libraries_the_devices_are_shown_all_the_same() {
     inventory.libraries = Err(error);
     inventory.devices[0].asked = Asked::NotAsked;
     let findings = judge(&inventory);
-    assert_eq!((findings[0].name, findings[0].verdict), (LIBRARIES, Verdict::Degraded));
+    assert_eq!((name(&findings[0]), findings[0].verdict), (LIBRARIES, Verdict::Degraded));
     assert!(findings[0].mend[0].contains("libibverbs1"), "{:?}", findings[0]);
     assert!(findings.iter().any(|finding| finding.name == PORT && finding.detail.contains("ACTIVE")));
 }
