@@ -5,7 +5,7 @@ use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
-use crate::migrate::protocol::ToSource;
+use crate::migrate::protocol::{ToSource, explain};
 use belay_checkpoint::ownership::source::{Event, State};
 use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
@@ -63,7 +63,15 @@ impl Source<'_> {
         match what {
             Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
             Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
-            Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
+            Happening::LaneBroken => {
+                // The owner knows more than that: a peer that closed is not a device that was removed.
+                let told = self.live.as_mut().map(|live| live.owner.take_failures()).unwrap_or_default();
+                let by = match told.first() {
+                    Some(first) => format!("a data lane closed: {}", harmless(&explain(first))),
+                    None => "a data lane closed".to_owned(),
+                };
+                Some(self.lost(Event::ConnectionClosed, &by))
+            }
             Happening::GuardGone(why) => {
                 // Only the fastest of several ways to notice is gone; the connection and the lease remain.
                 self.note(Kind::State { state: "guard-gone".to_owned(), why });
