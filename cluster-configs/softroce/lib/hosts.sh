@@ -30,7 +30,7 @@ start_host() { # a or b
   bounded_files "${alone[@]}" qemu-system-x86_64 -name "belay-lab-$host" -nodefaults -no-user-config -display none -no-reboot \
     -machine q35 -accel "tcg,thread=multi,tb-size=$HOST_TRANSLATION_MIB" -cpu max -smp "$HOST_CPUS" -m "${MEMORY_MIB[$host]}" \
     -kernel "$KERNEL_IMAGE" -initrd "$INITRAMFS" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
+    -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check $(time_stamp_counter) belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
     -chardev "file,id=log,path=$OUT/$host/console.log,append=on" -serial chardev:log \
     -chardev "pipe,id=agent,path=$WORK/$host.agent" -serial chardev:agent \
     ${console[@]+"${console[@]}"} \
@@ -53,6 +53,13 @@ start_host() { # a or b
   MONITOR_CAT[$host]=$!
 }
 declare -A BOOTS=() MEMORY_MIB=() MONITOR_CAT=() HALF_HEARD=()
+
+# What a host's kernel is told of its time stamp counter, which is this machine's. A host that boots while others have the processors
+# measures it wrong, by as much as eightfold: its clock then runs as wrong, and KVM takes no guest of a host with a faster counter. Where the
+# processors' frequency changes, /proc/cpuinfo does not tell the counter's, and hosts measure it themselves.
+time_stamp_counter() {
+  [ -e /sys/devices/system/cpu/cpu0/cpufreq ] || awk -F: '$1 ~ /^cpu MHz/ {printf "tsc_early_khz=%d", $2 * 1000; exit}' /proc/cpuinfo
+}
 
 # Whether a host's QEMU runs.
 is_up() { [ -n "${HOST_PID[$1]-}" ] && kill -0 "${HOST_PID[$1]}" 2>/dev/null; }

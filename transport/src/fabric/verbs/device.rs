@@ -137,6 +137,17 @@ fn numa_node_in(devices: &Path, name: &str) -> Option<u32> {
     std::fs::read_to_string(devices.join(name).join("device/numa_node")).ok()?.trim().parse().ok()
 }
 
+/// Whether the kernel says now that a port is down. Not so of a device that it does not list.
+pub(super) fn port_is_down(device: &str, port: u8) -> bool {
+    port_is_down_in(Path::new("/sys/class/infiniband"), device, port)
+}
+
+fn port_is_down_in(devices: &Path, device: &str, port: u8) -> bool {
+    let state = std::fs::read_to_string(devices.join(device).join(format!("ports/{port}/state")));
+    // "1: DOWN", "4: ACTIVE", …
+    state.is_ok_and(|state| state.trim().ends_with(": DOWN"))
+}
+
 fn limits(verbs: NonNull<ibv::ibv_context>, port: u8, name: &str) -> Result<Limits, VerbsError> {
     let mut device: ibv::ibv_device_attr_ex = ibv::zeroed();
     // SAFETY: the context is open, no input is needed, `device` may be written.
@@ -341,6 +352,19 @@ impl AsFd for AsyncEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_is_down_where_the_kernel_says_so_and_nowhere_else() {
+        let devices = tempfile::tempdir().unwrap();
+        let port = devices.path().join("rxe0/ports/1");
+        std::fs::create_dir_all(&port).unwrap();
+        let is_down = |number| port_is_down_in(devices.path(), "rxe0", number);
+        assert!(!is_down(1), "nothing is said");
+        for (state, down) in [("4: ACTIVE\n", false), ("1: DOWN\n", true), ("2: INIT\n", false)] {
+            std::fs::write(port.join("state"), state).unwrap();
+            assert_eq!((is_down(1), is_down(2)), (down, false), "{state}");
+        }
+    }
 
     #[test]
     fn the_node_of_a_device_is_what_sysfs_says() {
