@@ -46,7 +46,7 @@ lose_port() { # kind, host
 # A device whose port was down is made anew too: rxe answers and makes no connection of rdma_cm any more, since the queue pair by which
 # the kernel does that (GSI) had something to send meanwhile and is left in error.
 renew_device() { # kind, host
-  await "$2" "$LOSS" 30 && LABEL=renewed on "$2" 20 '/usr/bin/rdma link delete rxe0 2>/dev/null; exec /usr/bin/rdma link add rxe0 type rxe netdev eth0'
+  await "$2" "$LOSS" 30 && LABEL=renewed on "$2" 20 'rdma resource show qp; /usr/bin/rdma link delete rxe0 2>/dev/null; exec /usr/bin/rdma link add rxe0 type rxe netdev eth0'
 }
 
 # A named failure within its bound on the host whose port it is, the guest caught, the old destination shut out.
