@@ -29,16 +29,23 @@ run_suite() {
 }
 
 soak() { # fabric
-  local cases=() wanted=$KILL_CASES one code=0 sum
+  local cases=() wanted=$KILL_CASES one code sum order end=$((SECONDS + KILL_LIMIT_S))
   [ -z "$QUICK" ] || wanted=$KILL_CASES_QUICK
   for one in $wanted; do
     choose_case "$1" "$one" || { not_ok "$1: a case of $one" 'no seed of two hundred comes to that place'; return; }
     cases+=("$CASE")
   done
   # From memory: each run starts the program several times.
-  LABEL=soak on a "$KILL_LIMIT_S" "cp /lab/bin/belay /opt/belay && exec /opt/belay soak --json --jobs 1 --slow-host $KILL_PACE ${cases[*]/#/--case }" || code=$?
-  judge_runs
+  start_on a soak "cp /lab/bin/belay /opt/belay && exec /opt/belay soak --json --jobs 1 --slow-host $KILL_PACE ${cases[*]/#/--case }"
+  order=$ORDER SAID_IN=$OUT/a/$ORDER LINES_JUDGED=0 RUNS_TOLD=0
+  while :; do
+    code=0
+    await a "$order" 2 || code=$?
+    judge_runs
+    if [ "$code" != 124 ] || [ "$SECONDS" -ge "$end" ]; then break; fi
+  done
   if [ "$code" = 124 ]; then
+    signal_order a "$order" KILL
     not_ok "$1: all of the soak within $KILL_LIMIT_S s" "$RUNS_TOLD of ${#cases[@]} runs were told"
     return
   fi
@@ -60,10 +67,11 @@ choose_case() { # fabric, PHASE/STRIKE[@PLACE]
   return 1
 }
 
-# A check a run; those that were made again because a lease had run out by itself are remarks. What each was struck in is said.
+# A check a run, of the lines that have come since; those that were made again because a lease had run out by itself are remarks.
 judge_runs() {
-  local line name landed wrong
-  RUNS_TOLD=0
+  local line name landed wrong whole
+  whole=$(wc -l <"$SAID_IN.out")
+  [ "$whole" -gt "$LINES_JUDGED" ] || return 0
   while IFS= read -r line; do
     name=$(sed -n 's/^{"case":{"fabric":"\([a-z]*\)","phase":"\([a-z]*\)","strike":"\([a-z-]*\)","seed":\([0-9]*\)}.*/\1\/\2\/\3\/\4/p' <<<"$line")
     landed=$(json_text landed <<<"$line")
@@ -73,7 +81,8 @@ judge_runs() {
       *'"outcome":"void"'*) remark "$name is made again: $wrong" ;;
       *) RUNS_TOLD=$((RUNS_TOLD + 1)); not_ok "$name" "$landed; $wrong; again: belay soak --slow-host $KILL_PACE --case $name" ;;
     esac
-  done < <(grep '^{"case":' "$SAID_IN.out")
+  done < <(sed -n "$((LINES_JUDGED + 1)),${whole}p" "$SAID_IN.out" | grep '^{"case":')
+  LINES_JUDGED=$whole
 }
 
 # The first text, or number, of a name in a line of JSON.
