@@ -85,16 +85,16 @@ judge_runs() {
   LINES_JUDGED=$whole
 }
 
-# The first text, or number, of a name in a line of JSON.
-json_text() { grep -oEm1 "\"$1\":\"[^\"]*\"" | head -1 | cut -d'"' -f4; }
-json_number() { grep -oEm1 "\"$1\":[0-9]+" | head -1 | cut -d: -f2; }
+# The first text, or number, of a name in a line of JSON; nothing where there is none.
+json_text() { { grep -oEm1 "\"$1\":\"[^\"]*\"" || true; } | head -1 | cut -d'"' -f4; }
+json_number() { { grep -oEm1 "\"$1\":[0-9]+" || true; } | head -1 | cut -d: -f2; }
 
 # What the soak itself counted.
 judge_sum() { # fabric, its last line, runs
   local held broken void folded phases
   held=$(json_number held <<<"$2") broken=$(json_number broken <<<"$2") void=$(json_number void <<<"$2")
   folded=$(json_number kills_after_folding <<<"$2")
-  phases=$(grep -o '"by_phase":{[^}]*}' <<<"$2" | grep -o "\"$1/[a-z]*\"" | wc -l)
+  phases=$(grep -o '"by_phase":{[^}]*}' <<<"$2" | { grep -o "\"$1/[a-z]*\"" || true; } | wc -l)
   figure held "$held" ''
   figure broken "$broken" ''
   figure 'made again' "$void" ''
