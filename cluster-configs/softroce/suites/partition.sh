@@ -29,9 +29,10 @@ cut_link() { # kind
 
 # What a host's own RDMA port or device can do in the middle of a migration. The kernel tells (IBV_EVENT_PORT_ERR,
 # RDMA_CM_EVENT_DEVICE_REMOVAL), and the operator of that host is to hear it, and no guess.
-readonly PORT_LOSSES='port-down-on-b device-removed-on-b device-removed-on-a'
-readonly PORT_DOWN='port 1 of the RDMA device rxe0 went down' DEVICE_REMOVED='the RDMA device rxe0 was removed'
-# A queue pair tries for 1.9 s, by the specification up to four times as long: twice that, because the hosts are emulated.
+readonly PORT_LOSSES='port-down-on-b port-down-on-a device-removed-on-b device-removed-on-a'
+readonly PORT_DOWN='port 1 of the RDMA device rxe0 (went|is) down' DEVICE_REMOVED='the RDMA device rxe0 was removed'
+# A queue pair tries for 1.9 s, by the specification up to four times as long, and a source whose own port is down waits for the lease of
+# five seconds to run out: twice the longer, because the hosts are emulated.
 readonly PORT_LOSS_BOUND_MS=15000
 
 # Leaves the order in LOSS; when it began is the first thing it says. A removal ends when nobody has the device open any more.
@@ -43,10 +44,10 @@ lose_port() { # kind, host
   await_line "$2" "$LOSS" '^[0-9]' 20
 }
 
-# A device whose port was down is made anew too: rxe answers and makes no connection of rdma_cm any more, since the queue pair by which
-# the kernel does that (GSI) had something to send meanwhile and is left in error.
+# A device whose port was down is made anew too: on rxe, requests of rdma_cm that leave a host whose interface has been down are not answered
+# any more, whoever makes them.
 renew_device() { # kind, host
-  await "$2" "$LOSS" 30 && LABEL=renewed on "$2" 20 'rdma resource show qp; /usr/bin/rdma link delete rxe0 2>/dev/null; exec /usr/bin/rdma link add rxe0 type rxe netdev eth0'
+  await "$2" "$LOSS" 30 && LABEL=renewed on "$2" 20 '/usr/bin/rdma link delete rxe0 2>/dev/null; exec /usr/bin/rdma link add rxe0 type rxe netdev eth0'
 }
 
 # A named failure within its bound on the host whose port it is, the guest caught, the old destination shut out.
@@ -54,7 +55,7 @@ port_loss() { # kind
   local name percent host=${1##*-} order=$SEND words=$DEVICE_REMOVED lost_ms told_ms
   choose 10 70 && percent=$CHOSEN
   name="verbs, ${1//-/ } at $percent %"
-  start_migration "$1" verbs "--hold-pull-at $percent" "$GUEST --lease 5s --run-on 2s" && await_mid_pull "$percent" 90 ||
+  reach_mid_pull "$percent" 90 "$1" verbs "--hold-pull-at $percent" "$GUEST --lease 5s --run-on 2s" ||
     { not_ok "$name: reached" "$(story_words)"; clear_migration; return; }
   if [ "$host" = a ]; then order=$SEND; else order=$RECEIVE; fi
   [ "${1%-on-*}" != port-down ] || words=$PORT_DOWN
@@ -81,7 +82,7 @@ long_cut() { # fabric, kind
   choose 10 70 && percent=$CHOSEN
   choose 0 1500 && heal_after_ms=$CHOSEN
   name="$1, $2 cut at $percent %"
-  start_migration "cut-$2" "$1" "--hold-pull-at $percent" "$GUEST --lease 1s --run-on 2s" && await_mid_pull "$percent" 90 ||
+  reach_mid_pull "$percent" 90 "cut-$2" "$1" "--hold-pull-at $percent" "$GUEST --lease 1s --run-on 2s" ||
     { not_ok "$name: reached" "$(story_words)"; heal; clear_migration; return; }
   cut_link "$2" || { not_ok "$name: the link is cut" "$(last_words "$SAID_IN")"; clear_migration; return; }
   if await_line a "$SEND" '"event":"caught"' 60; then
@@ -126,7 +127,7 @@ short_cut() { # fabric, kind
   choose 10 60 && percent=$CHOSEN
   choose 50 400 && cut_ms=$CHOSEN
   name="$1, $2 hiccup at $percent %"
-  start_migration "hiccup-$2" "$1" '--check --run-on 500ms' "$GUEST --lease 8s" && await_mid_pull "$percent" 90 ||
+  reach_mid_pull "$percent" 90 "hiccup-$2" "$1" '--check --run-on 500ms' "$GUEST --lease 8s" ||
     { not_ok "$name: reached" "$(story_words)"; heal; clear_migration; return; }
   interrupt_for "$2" "$cut_ms" || not_ok "$name: the link is cut and healed" 'the hosts took too long for it'
   expect_exits "$name" 0 0 120

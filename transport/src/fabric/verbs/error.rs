@@ -106,6 +106,8 @@ pub enum VerbsError {
         "port {port} of the RDMA device {device} went down, and lane {lane:?} with it: look at the cable, the switch and `ip link`"
     )]
     PortDown { lane: LaneId, device: String, port: u8 },
+    #[error("port {port} of the RDMA device {device} is down: look at the cable, the switch and `ip link`")]
+    OwnPortDown { device: String, port: u8 },
     #[error(
         "lane {lane:?}: its queue pair neither went to its error state nor was destroyed within {bound:?}, so the peer may still use it: see the driver's log (dmesg), reset the device"
     )]
