@@ -93,7 +93,7 @@ reach_mid_pull() { # percent, seconds, and what start_migration takes
   shift 2
   start_migration "$@" && await_mid_pull "$percent" "$seconds" && return
   guest_has_not_moved || return
-  remark "$1 is started again, its guest did not move: $(last_words "$OUT/a/$SEND")"
+  remark "$1 is started again, its guest did not move: $(sed -n 's/.*"event":"failed","what":"\([^"]*\)".*/\1/p' "$OUT/a/$SEND.out" | tail -1)"
   clear_migration
   start_migration "$@" && await_mid_pull "$percent" "$seconds"
 }
