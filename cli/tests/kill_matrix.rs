@@ -119,6 +119,20 @@ mod kvm {
     }
 
     #[test]
+    fn a_soak_at_the_pace_of_a_slow_host_holds_and_a_failure_says_how_to_make_it_again_at_that_pace() {
+        if !can_soak("a slow soak") {
+            return;
+        }
+        let case = "tcp/fold/destination-kill/5";
+        let (code, runs, sum) = soak(&["--case", case, "--slow-host", "3"]);
+        assert_eq!((code, &sum["held"]), (0, &1.into()), "{}", failures(&runs));
+        let lying = ["soak", "--slow-host", "3", "--case", case, "--lie", "left-behind"];
+        let said = Command::new(BELAY).args(lying).output().unwrap().stderr;
+        let said = String::from_utf8_lossy(&said).into_owned();
+        assert!(said.contains(&format!("again: belay soak --slow-host 3 --case {case}")), "{said}");
+    }
+
+    #[test]
     fn a_soak_goes_on_until_told_to_stop_and_then_sums_up() {
         if !can_soak("a soak without end") {
             return;
@@ -175,6 +189,27 @@ mod kvm {
         let found: Vec<_> = found.filter(|line| line.contains(" was found out: ")).collect();
         assert_eq!(found.len(), lies.split(',').count(), "{found:#?}");
     }
+}
+
+#[test]
+fn a_plan_says_what_each_run_would_be_and_when_it_is_struck_and_makes_none() {
+    let plan = |arguments: &[&str]| {
+        let Output { status, stdout, stderr } =
+            Command::new(BELAY).args(["soak", "--plan"]).args(arguments).output().expect("belay starts");
+        assert!(status.success(), "{status}: {}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).expect("text")
+    };
+    let all = plan(&["--runs", "26", "--fabric", "verbs", "--seed", "9"]);
+    assert_eq!(all.lines().count(), 26);
+    for phase in PHASES {
+        let of_it = all.lines().filter(|line| line.starts_with(&format!("verbs/{phase}/")));
+        assert_eq!(of_it.count(), 2, "{phase} in {all}");
+    }
+    // A line's first word is a case as the command line takes it, and its moment is the same then.
+    let line = all.lines().nth(7).expect("26 of them");
+    let (case, moment) = line.split_once("  ").expect("a case and a moment");
+    assert!(moment.starts_with("at ") || moment.starts_with("with "), "{line}");
+    assert_eq!(plan(&["--case", case]).trim_end(), line);
 }
 
 /// Files of belay in memory that outlive a process.

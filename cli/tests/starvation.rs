@@ -318,6 +318,22 @@ mod kvm {
     }
 
     #[test]
+    fn a_source_that_takes_longer_than_a_handshake_to_register_its_memory_still_moves_its_guest() {
+        needs_kvm!("a slow registration");
+        let place = Place::new();
+        // It stands still where it is about to register: pinning a large guest takes as long.
+        let mut roles = both(&place, &[], &[], &["--stop-at", "source-connected"]);
+        await_stop(roles.source.pid());
+        // What is waited for is time itself: more than the ten seconds of one step of a handshake.
+        std::thread::sleep(std::time::Duration::from_secs(11));
+        roles.source.signal(libc::SIGCONT);
+        let ended = ends(&mut roles);
+        assert_eq!(home_is_whole(&roles, ended), "released");
+        drop(roles);
+        place.expect_nothing_left();
+    }
+
+    #[test]
     fn on_one_cpu_everything_is_slower_and_nothing_is_lost() {
         needs_kvm!("one CPU");
         let place = Place::new();

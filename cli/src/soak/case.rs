@@ -2,10 +2,13 @@
 
 use super::points::{self, At, Point};
 use crate::options::FabricChoice;
+use belay_checkpoint::tracker::REQUIRED_FEATURES;
+use belay_transport::uffd::{OpenMode, Uffd};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 macro_rules! named {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
@@ -180,6 +183,9 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
+/// Whether this kernel has what the tracker `uffd-wp` needs (6.7 and newer do).
+static HAS_UFFD_WP: LazyLock<bool> = LazyLock::new(|| Uffd::open(OpenMode::UserModeOnly, REQUIRED_FEATURES).is_ok());
+
 /// Percent of RAM by which a moment comes before the pull is held: the last page of a share need not come by itself.
 pub const SHORT_OF_HOLD: u64 = 2;
 
@@ -210,7 +216,7 @@ pub struct Script {
 }
 
 impl Case {
-    /// What this run does in detail: always the same.
+    /// What this run does in detail: always the same (but for the tracker, where the kernel lacks the one that was drawn).
     pub fn script(&self) -> Script {
         let mut state = self.seed;
         let mut draw = |below: u64| {
@@ -235,7 +241,7 @@ impl Case {
         };
         let in_the_middle =
             !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
-        let trackers = ["kvm-ring", "kvm-log", "uffd-wp"];
+        let trackers = ["kvm-ring", "kvm-log", if *HAS_UFFD_WP { "uffd-wp" } else { "kvm-log" }];
         Script {
             moment,
             delay_ms,

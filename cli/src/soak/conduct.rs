@@ -3,10 +3,11 @@
 use super::actor::{Actor, Log, Logs, Role};
 use super::case::{Case, Moment, Phase, SHORT_OF_HOLD, Script, Strike};
 use super::doctor::{self, Lie};
+use super::pace::Pace;
 use super::points::At;
 use super::relay::Relay;
 use super::verdict::{self, Evidence, RunReport, Said};
-use super::{LEASE_MS, stage, strike};
+use super::{stage, strike};
 use crate::options::FabricChoice;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::process::Signal;
@@ -15,6 +16,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+// All of these at the pace of a host with processors of its own.
 /// How long the moment of the strike may take to come.
 const MOMENT_BOUND: Duration = Duration::from_secs(25);
 /// How long everything may take to be quiet after it.
@@ -25,6 +27,15 @@ const STOP_BOUND: Duration = Duration::from_millis(30);
 const END_BOUND: Duration = Duration::from_secs(12);
 /// How long a fenced destination is left to hear its fate before it is told to end.
 const FATE_BOUND: Duration = Duration::from_millis(400);
+/// How long a process may take to say where it listens, to end once it has been told to, and to be gone once it was killed.
+const LISTENING_BOUND: Duration = Duration::from_secs(10);
+const OBSERVER_BOUND: Duration = Duration::from_secs(10);
+const GONE_BOUND: Duration = Duration::from_secs(5);
+const NOTHING_LEFT_BOUND: Duration = Duration::from_secs(3);
+
+/// How long the guest runs before its switch, and once its fate is settled.
+const RUN_BEFORE: Duration = Duration::from_millis(20);
+const RUN_ON: Duration = Duration::from_millis(60);
 
 /// Why a run could not be made or judged.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +57,7 @@ fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> ConductError {
 /// A run under way.
 pub(super) struct Run {
     pub case: Case,
+    pub pace: Pace,
     pub script: Script,
     pub logs: Arc<Logs>,
     pub source: Actor,
@@ -72,16 +84,16 @@ fn belay(arguments: &[&str]) -> Result<Command, ConductError> {
 }
 
 /// Makes the run and judges it.
-pub fn run(case: Case, lies: &[Lie]) -> Result<RunReport, ConductError> {
+pub fn run(case: Case, pace: Pace, lies: &[Lie]) -> Result<RunReport, ConductError> {
     let begun = Instant::now();
-    let mut run = Run::start(case)?;
+    let mut run = Run::start(case, pace)?;
     let came = run.await_moment()?;
     let struck = match &came {
         Ok(_) => Some(strike::land(&run).map_err(io("strike"))?),
         Err(_) => None,
     };
     let forgotten = run.await_quiet()?;
-    let left = await_nothing_left();
+    let left = await_nothing_left(pace.of(NOTHING_LEFT_BOUND));
     let logs = run.logs.lock();
     let evidence = Evidence {
         case,
@@ -101,14 +113,14 @@ pub fn run(case: Case, lies: &[Lie]) -> Result<RunReport, ConductError> {
 }
 
 impl Run {
-    fn start(case: Case) -> Result<Self, ConductError> {
+    fn start(case: Case, pace: Pace) -> Result<Self, ConductError> {
         let script = case.script();
         let logs = Arc::new(Logs::default());
         let start = |role, command| Actor::start(role, command, &logs).map_err(io("start a process of the run"));
         let log = path("packets");
         let observe = ["observe", "--json", "--listen", &unix("observer.sock"), "--log", &log.display().to_string()];
         let observer = start(Role::Observer, belay(&observe)?)?;
-        listening(&logs, Role::Observer)?;
+        listening(&logs, Role::Observer, pace)?;
         let view = match case.strike {
             Strike::ObserverCut => {
                 let view = Relay::unix(&path("view.sock"), path("observer.sock"));
@@ -117,8 +129,8 @@ impl Run {
             _ => None,
         };
         let output = view.as_ref().map_or(unix("observer.sock"), |view| view.address.clone());
-        let destination = start(Role::Destination, receive(&case, &script, &output)?)?;
-        let mut to = listening(&logs, Role::Destination)?;
+        let destination = start(Role::Destination, receive(&case, pace, &script, &output)?)?;
+        let mut to = listening(&logs, Role::Destination, pace)?;
         let link = match case.strike {
             Strike::LinkCut | Strike::HalfOpen if case.fabric == FabricChoice::Tcp => {
                 Some(Relay::tcp(&to).map_err(io("put a relay between the hosts"))?)
@@ -126,13 +138,13 @@ impl Run {
             _ => None,
         };
         to = link.as_ref().map_or(to, |link| link.address.clone());
-        let source = start(Role::Source, send(&case, &script, &output, &to)?)?;
-        Ok(Self { case, script, logs, source, destination, observer, link, view })
+        let source = start(Role::Source, send(&case, pace, &script, &output, &to)?)?;
+        Ok(Self { case, pace, script, logs, source, destination, observer, link, view })
     }
 
     /// Waits for the moment of the strike. What the run was doing then, or why it never came there.
     fn await_moment(&self) -> Result<Result<String, String>, ConductError> {
-        let end = Instant::now() + MOMENT_BOUND;
+        let end = Instant::now() + self.pace.of(MOMENT_BOUND);
         if self.case.phase == Phase::Catch {
             // The first blow: the source hears nothing any more, and begins to catch.
             let percent = self.script.hold_at.map_or(10, |percent| percent - SHORT_OF_HOLD);
@@ -145,7 +157,7 @@ impl Run {
         match self.script.moment.stop_at() {
             Some((at, _)) => {
                 let role = if at == At::Source { Role::Source } else { Role::Destination };
-                let soon = Instant::now() + STOP_BOUND;
+                let soon = Instant::now() + self.pace.of(STOP_BOUND);
                 self.logs.wait(soon, |logs| logs[role as usize].is_stopped.then_some(()));
             }
             // What this waits for is time itself: the strike lands anywhere, not on the heels of an event.
@@ -169,13 +181,13 @@ impl Run {
             early.or(over).map(Err)
         });
         let what = moment.to_string();
-        let silent = || ConductError::Silent { who: Role::Destination, what, bound: MOMENT_BOUND };
+        let silent = || ConductError::Silent { who: Role::Destination, what, bound: self.pace.of(MOMENT_BOUND) };
         found.ok_or_else(silent)
     }
 
     /// Waits until every process has ended that can, and tells the others to. What had to be told to end, and could not say why.
     fn await_quiet(&mut self) -> Result<Vec<String>, ConductError> {
-        let end = Instant::now() + QUIET_BOUND;
+        let end = Instant::now() + self.pace.of(QUIET_BOUND);
         let mut forgotten = Vec::new();
         let source_ended = self.source.wait(end).is_some();
         if !source_ended {
@@ -189,19 +201,19 @@ impl Run {
             (log.ended.is_some() || log.was("fenced")).then_some(())
         };
         self.logs.wait(soon, settled);
-        if self.destination.wait((Instant::now() + FATE_BOUND).min(soon)).is_none() {
+        if self.destination.wait((Instant::now() + self.pace.of(FATE_BOUND)).min(soon)).is_none() {
             self.destination.signal(Signal::CONT);
             self.destination.signal(Signal::TERM);
-            if self.destination.wait(Instant::now() + END_BOUND).is_none() {
+            if self.destination.wait(Instant::now() + self.pace.of(END_BOUND)).is_none() {
                 forgotten.push("the destination".to_owned());
             }
         }
         for actor in [&self.source, &self.destination] {
             actor.signal(Signal::KILL);
-            actor.wait(Instant::now() + Duration::from_secs(5));
+            actor.wait(Instant::now() + self.pace.of(GONE_BOUND));
         }
         self.observer.signal(Signal::TERM);
-        if self.observer.wait(Instant::now() + Duration::from_secs(10)).is_none() {
+        if self.observer.wait(Instant::now() + self.pace.of(OBSERVER_BOUND)).is_none() {
             forgotten.push("the observer".to_owned());
         }
         Ok(forgotten)
@@ -209,8 +221,8 @@ impl Run {
 }
 
 /// Where the observer or the destination listens.
-fn listening(logs: &Logs, role: Role) -> Result<String, ConductError> {
-    let bound = Duration::from_secs(10);
+fn listening(logs: &Logs, role: Role, pace: Pace) -> Result<String, ConductError> {
+    let bound = pace.of(LISTENING_BOUND);
     let address = |kind: &Kind| match kind {
         Kind::Listening { address } => Some(address.clone()),
         _ => None,
@@ -219,14 +231,14 @@ fn listening(logs: &Logs, role: Role) -> Result<String, ConductError> {
     found.ok_or(ConductError::Silent { who: role, what: "where it listens".to_owned(), bound })
 }
 
-fn receive(case: &Case, script: &Script, output: &str) -> Result<Command, ConductError> {
+fn receive(case: &Case, pace: Pace, script: &Script, output: &str) -> Result<Command, ConductError> {
     let listen = match case.fabric {
         FabricChoice::Local => unix("receive.sock"),
         _ => "127.0.0.1:0".to_owned(),
     };
     let state = path("destination").display().to_string();
     let mut command = belay(&["receive", "--json", "--listen", &listen, "--output-to", output, "--state-dir", &state])?;
-    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", "60ms"]);
+    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", &pace.ms(RUN_ON)]);
     command.args(["--vmm", if script.apart { "apart" } else { "in-process" }]);
     if let Some(percent) = script.hold_at {
         command.args(["--hold-pull-at", &percent.to_string()]);
@@ -234,13 +246,13 @@ fn receive(case: &Case, script: &Script, output: &str) -> Result<Command, Conduc
     finish(command, case, script, At::Destination)
 }
 
-fn send(case: &Case, script: &Script, output: &str, to: &str) -> Result<Command, ConductError> {
+fn send(case: &Case, pace: Pace, script: &Script, output: &str, to: &str) -> Result<Command, ConductError> {
     let state = path("source").display().to_string();
     let mut command = belay(&["send", "--json", "--to", to, "--output-to", output, "--state-dir", &state])?;
-    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", "60ms"]);
-    command.args(["--memory", "64M", "--working-set", "24M", "--ring", "16M", "--run-before", "20ms"]);
+    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", &pace.ms(RUN_ON)]);
+    command.args(["--memory", "64M", "--working-set", "24M", "--ring", "16M", "--run-before", &pace.ms(RUN_BEFORE)]);
     command.args(["--seed", &script.guest_seed.to_string(), "--tracker", script.tracker]);
-    command.args(["--lease", &format!("{LEASE_MS}ms")]);
+    command.args(pace.words());
     command.args(["--release", if script.keep_tether { "never" } else { "when-landed" }]);
     finish(command, case, script, At::Source)
 }
@@ -305,8 +317,8 @@ fn last_words(log: &Log) -> String {
 }
 
 /// What is left of the run's processes once those that end by themselves have; they are ended.
-fn await_nothing_left() -> Vec<String> {
-    let end = Instant::now() + Duration::from_secs(3);
+fn await_nothing_left(bound: Duration) -> Vec<String> {
+    let end = Instant::now() + bound;
     loop {
         let left = stage::running();
         if left.is_empty() || Instant::now() > end {

@@ -1,12 +1,13 @@
 //! `belay soak`: seeded runs of real migrations that are struck in a known place, each judged against the promises.
 //!
-//! `case.rs` says what is tried, `points.rs` where, `conduct.rs` makes a run, `strike.rs` strikes, `verdict.rs` judges, `tally.rs` sums
+//! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run, `strike.rs` strikes, `verdict.rs` judges, `tally.rs` sums
 //! up, `stage.rs` keeps a run's processes and files from outliving it.
 
 mod actor;
 mod case;
 mod conduct;
 mod doctor;
+mod pace;
 pub mod points;
 mod relay;
 mod stage;
@@ -21,6 +22,7 @@ use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::protocol::explain;
 use case::{Case, plan};
 use clap::{Args, ValueEnum};
+use pace::Pace;
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,9 +31,7 @@ use std::time::{Duration, Instant};
 use tally::{Memory, Tally};
 use verdict::{Outcome, RunReport};
 
-/// Lease of a run: short, so that silence is noticed soon.
-const LEASE_MS: u64 = 500;
-/// A run that has not ended by now is ended, with all its processes.
+/// A run that has not ended by now (longer at a slower pace) is ended, with all its processes.
 const RUN_BOUND: Duration = Duration::from_secs(90);
 /// How often a run is made again whose lease ran out by itself.
 const MOST_TRIES: u32 = 4;
@@ -70,6 +70,13 @@ pub struct SoakArgs {
     /// This run alone, as a report names it: FABRIC/PHASE/STRIKE/SEED
     #[arg(long, value_name = "CASE")]
     case: Vec<Case>,
+    /// For a host that is N times slower than one with processors of its own (an emulated one): leases, checkpoint periods and every bound
+    /// are N times longer, and the guest writes N times fewer pages a second
+    #[arg(long, value_name = "N", default_value_t, value_parser = pace::parse)]
+    slow_host: Pace,
+    /// Say which runs these would be and when each is struck, and make none
+    #[arg(long, conflicts_with_all = ["until_stopped", "json"])]
+    plan: bool,
     /// Every run and the sum as JSON lines on stdout
     #[arg(long)]
     json: bool,
@@ -88,6 +95,7 @@ const EXAMPLES: &str = "\
 Examples:
   belay soak                                       260 runs over local and tcp, two at a time
   belay soak --fabric verbs --runs 40 --jobs 1     through this host's RDMA device
+  belay soak --plan --runs 26 --seed 7             what would be tried
   belay soak --until-stopped --seed 7              until Ctrl-C
   belay soak --case tcp/commit/freeze/123          one run again, as a failure names it
 
@@ -96,9 +104,16 @@ Needs root: each run has namespaces of its own, so that nothing of it is left, h
 /// Runs the command.
 pub fn run(args: &SoakArgs) -> Exit {
     match args.conduct {
-        Some(case) if args.inside => conduct(case, &args.lie),
+        Some(case) if args.inside => conduct(case, args.slow_host, &args.lie),
         Some(_) => outer(),
-        None => manage(args),
+        None => {
+            let observer = report::reporter("soak", args.json);
+            if args.fabric.contains(&FabricChoice::Auto) {
+                report::failed_text(&observer, "--fabric auto", "Name the fabrics to try: local, tcp, verbs.");
+                return report::ended(&observer, Exit::Usage);
+            }
+            if args.plan { tell_plan(args) } else { manage(args, &observer) }
+        }
     }
 }
 
@@ -116,9 +131,9 @@ fn outer() -> Exit {
 }
 
 /// One run; its report on stdout.
-fn conduct(case: Case, lies: &[doctor::Lie]) -> Exit {
+fn conduct(case: Case, pace: Pace, lies: &[doctor::Lie]) -> Exit {
     let made = stage::inner().map_err(|error| error.to_string());
-    let made = made.and_then(|()| conduct::run(case, lies).map_err(|error| explain(&error)));
+    let made = made.and_then(|()| conduct::run(case, pace, lies).map_err(|error| explain(&error)));
     match made {
         Ok(report) => {
             let line = serde_json::to_string(&report).expect("a report is plain data");
@@ -133,6 +148,27 @@ fn conduct(case: Case, lies: &[doctor::Lie]) -> Exit {
     }
 }
 
+/// The runs that were asked for, in order.
+fn cases(args: &SoakArgs) -> Box<dyn Iterator<Item = Case> + '_> {
+    match (&args.case[..], args.until_stopped) {
+        ([], true) => Box::new(plan(args.seed, &args.fabric)),
+        ([], false) => Box::new(plan(args.seed, &args.fabric).take(usize::try_from(args.runs).unwrap_or(usize::MAX))),
+        (cases, _) => Box::new(cases.iter().copied()),
+    }
+}
+
+/// One line a run: its case, and the moment of its strike.
+fn tell_plan(args: &SoakArgs) -> Exit {
+    let mut out = std::io::stdout().lock();
+    for case in cases(args) {
+        // A reader that went away has read enough.
+        if writeln!(out, "{case}  {}", case.script().moment).is_err() {
+            break;
+        }
+    }
+    Exit::Done
+}
+
 /// What the workers share.
 struct Soak<'a> {
     args: &'a SoakArgs,
@@ -144,17 +180,13 @@ struct Soak<'a> {
     began: Instant,
 }
 
-fn manage(args: &SoakArgs) -> Exit {
-    let observer = report::reporter("soak", args.json);
+fn manage(args: &SoakArgs, observer: &Observer) -> Exit {
     let fail = |what: &str, advice: &str, exit: Exit| {
-        report::failed_text(&observer, what, advice);
-        report::ended(&observer, exit)
+        report::failed_text(observer, what, advice);
+        report::ended(observer, exit)
     };
     if !rustix::process::geteuid().is_root() {
         return fail("a soak needs root", "Its runs have PID and mount namespaces of their own.", Exit::Missing);
-    }
-    if args.fabric.contains(&FabricChoice::Auto) {
-        return fail("--fabric auto", "Name the fabrics to try: local, tcp, verbs.", Exit::Usage);
     }
     let words = match signals::termination() {
         Ok(words) => words,
@@ -188,11 +220,11 @@ fn manage(args: &SoakArgs) -> Exit {
     };
     std::thread::scope(|scope| {
         for _ in 0..args.jobs {
-            scope.spawn(|| soak.work(&observer));
+            scope.spawn(|| soak.work(observer));
         }
     });
     soak.sample();
-    soak.sum_up(&observer)
+    soak.sum_up(observer)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -202,11 +234,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Soak<'_> {
     fn case(&self, index: u64) -> Option<Case> {
-        if !self.args.case.is_empty() {
-            return self.args.case.get(index as usize).copied();
-        }
-        let wanted = self.args.until_stopped || index < self.args.runs;
-        wanted.then(|| plan(self.args.seed, &self.args.fabric).nth(index as usize)).flatten()
+        cases(self.args).nth(index as usize)
     }
 
     fn work(&self, observer: &Observer) {
@@ -235,7 +263,7 @@ impl Soak<'_> {
             let line = serde_json::to_string(report).expect("a report is plain data");
             let _ = writeln!(std::io::stdout().lock(), "{line}");
         } else if report.outcome == Outcome::Broken {
-            eprintln!("{}", failure(report));
+            eprintln!("{}", failure(report, self.args.slow_host));
         }
         let counts = {
             let mut tally = lock(&self.tally);
@@ -281,7 +309,7 @@ impl Soak<'_> {
     /// What the conductor of a run says on stdout and stderr. Ended when its time is over.
     fn conducted(&self, case: Case) -> std::io::Result<(String, String)> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["soak", "--conduct", &case.to_string()]);
+        command.args(["soak", "--conduct", &case.to_string(), "--slow-host", &self.args.slow_host.to_string()]);
         for lie in &self.args.lie {
             command.args(["--lie", lie.to_possible_value().expect("none is skipped").get_name()]);
         }
@@ -301,7 +329,8 @@ impl Soak<'_> {
                     bytes
                 })
             });
-            let bound = rustix::time::Timespec { tv_sec: RUN_BOUND.as_secs() as i64, tv_nsec: 0 };
+            let bound =
+                rustix::time::Timespec { tv_sec: self.args.slow_host.of(RUN_BOUND).as_secs() as i64, tv_nsec: 0 };
             let mut fds = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
             if !matches!(rustix::event::poll(&mut fds, Some(&bound)), Ok(1)) {
                 let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
@@ -367,11 +396,14 @@ impl Soak<'_> {
 }
 
 /// A broken run, for a person, with the command that makes it again.
-fn failure(report: &RunReport) -> String {
+fn failure(report: &RunReport, pace: Pace) -> String {
     let RunReport { case, wrong, landed, home, took_ms, story, .. } = report;
     let wrong = wrong.iter().map(|wrong| format!("  WRONG {wrong}\n")).collect::<String>();
     let story = story.iter().map(|line| format!("        {line}\n")).collect::<String>();
-    format!("{case} ({landed}; {home:?}; {took_ms} ms)\n{wrong}{story}  again: belay soak --case {case}")
+    format!(
+        "{case} ({landed}; {home:?}; {took_ms} ms)\n{wrong}{story}  again: belay soak{} --case {case}",
+        pace.option()
+    )
 }
 
 /// Memory that could be had without swapping, and what files in memory take (MemAvailable and Shmem of proc_meminfo(5)), in bytes.

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How long a source may take to catch the guest of a destination that stands still.
 const CATCH_BOUND: Duration = Duration::from_secs(12);
+/// How long a stale destination may take to find out that it is.
+const FENCE_BOUND: Duration = Duration::from_secs(5);
 
 /// What a strike did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,7 +57,7 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
         run.destination.signal(Signal::CONT);
         let role = Role::Destination as usize;
         let done = |logs: &[Log; 3]| (logs[role].was("fenced") || logs[role].ended.is_some()).then_some(());
-        run.logs.wait(Instant::now() + Duration::from_secs(5), done);
+        run.logs.wait(Instant::now() + run.pace.of(FENCE_BOUND), done);
     }
     run.source.signal(Signal::CONT);
     if run.case.strike == Strike::Freeze {
@@ -73,7 +75,7 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
         Strike::GuardKill | Strike::ObserverCut if !run.case.goes_to_release() => {
             // Nothing happens of it, so after a while the operator gives the guest back.
             if run.case.phase != Phase::Catch {
-                std::thread::sleep(Duration::from_millis(40 + run.script.delay_ms));
+                std::thread::sleep(run.pace.of(Duration::from_millis(40 + run.script.delay_ms)));
             }
             run.destination.signal(Signal::TERM);
         }
@@ -91,12 +93,10 @@ fn await_verdict_of_the_source(run: &Run) {
         });
         caught.or(source.ended.map(|_| ()))
     };
-    if run.logs.wait(Instant::now() + CATCH_BOUND, decided).is_none() {
+    let bound = run.pace.of(CATCH_BOUND);
+    if run.logs.wait(Instant::now() + bound, decided).is_none() {
         let logs = run.logs.lock();
-        eprintln!(
-            "soak: the source decided nothing within {CATCH_BOUND:?}: {:?}",
-            noticed(&logs[Role::Source as usize])
-        );
+        eprintln!("soak: the source decided nothing within {bound:?}: {:?}", noticed(&logs[Role::Source as usize]));
     }
 }
 

@@ -19,7 +19,7 @@ of_host() { local name=${1^^}_$2; printf '%s' "${!name}"; }
 start_host() { # a or b
   local host=$1 peer=b number=${BOOTS[$1]:-0} fifo console=() alone=(setpriv --pdeathsig KILL)
   [ "$host" = a ] || peer=a
-  BOOTS[$host]=$((number + 1))
+  BOOTS[$host]=$((number + 1)) MEMORY_MIB[$host]=${NEEDS_MIB:-$HOST_MEMORY_MIB}
   mkdir -p "$OUT/$host" "$OUT/orders"
   for fifo in agent monitor; do
     rm -f "$WORK/$host.$fifo".{in,out}
@@ -28,9 +28,9 @@ start_host() { # a or b
   # A host ends with its lab, however that ends, unless it is to be kept.
   [ -z "${KEEP-}" ] || { console=(-chardev "pty,id=console" -serial chardev:console); alone=(); }
   bounded_files "${alone[@]}" qemu-system-x86_64 -name "belay-lab-$host" -nodefaults -no-user-config -display none -no-reboot \
-    -machine q35 -accel "tcg,thread=multi,tb-size=$HOST_TRANSLATION_MIB" -cpu max -smp "$HOST_CPUS" -m "$HOST_MEMORY_MIB" \
+    -machine q35 -accel "tcg,thread=multi,tb-size=$HOST_TRANSLATION_MIB" -cpu max -smp "$HOST_CPUS" -m "${MEMORY_MIB[$host]}" \
     -kernel "$KERNEL_IMAGE" -initrd "$INITRAMFS" \
-    -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
+    -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check $(time_stamp_counter) belay.host=$host belay.data=$(of_host "$host" DATA)/24 belay.out=$OUT_SELF/24" \
     -chardev "file,id=log,path=$OUT/$host/console.log,append=on" -serial chardev:log \
     -chardev "pipe,id=agent,path=$WORK/$host.agent" -serial chardev:agent \
     ${console[@]+"${console[@]}"} \
@@ -52,16 +52,24 @@ start_host() { # a or b
   cat <"$WORK/$host.monitor.out" >"$OUT/$host/monitor.log" 2>&1 &
   MONITOR_CAT[$host]=$!
 }
-declare -A BOOTS=() MONITOR_CAT=() HALF_HEARD=()
+declare -A BOOTS=() MEMORY_MIB=() MONITOR_CAT=() HALF_HEARD=()
+
+# What a host's kernel is told of its time stamp counter, which is this machine's. A host that boots while others have the processors
+# measures it wrong, by as much as eightfold: its clock then runs as wrong, and KVM takes no guest of a host with a faster counter. Where the
+# processors' frequency changes, /proc/cpuinfo does not tell the counter's, and hosts measure it themselves.
+time_stamp_counter() {
+  [ -e /sys/devices/system/cpu/cpu0/cpufreq ] || awk -F: '$1 ~ /^cpu MHz/ {printf "tsc_early_khz=%d", $2 * 1000; exit}' /proc/cpuinfo
+}
 
 # Whether a host's QEMU runs.
 is_up() { [ -n "${HOST_PID[$1]-}" ] && kill -0 "${HOST_PID[$1]}" 2>/dev/null; }
 
-# Makes sure that both hosts are up, whole and joined, whatever a suite before this one did to them.
+# Makes sure that both hosts are up, whole, joined and large enough, whatever a suite before this one did to them.
 need_hosts() {
   local host started=''
   for host in $HOSTS; do
-    is_up "$host" && continue
+    if is_up "$host" && [ "${MEMORY_MIB[$host]}" -ge "${NEEDS_MIB:-$HOST_MEMORY_MIB}" ]; then continue; fi
+    power_off "$host"
     start_host "$host"
     started+=" $host"
   done

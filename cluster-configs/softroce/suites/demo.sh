@@ -23,8 +23,7 @@ power_loss() { # fabric
   choose 1 9999 && seed=$CHOSEN
   name="$1, power lost at $percent %"
   need_hosts
-  start_migration power-loss "$1" "--hold-pull-at $percent" "$GUEST --lease $LEASE --seed $seed --run-on 500ms" &&
-    await_mid_pull "$percent" 90 ||
+  reach_mid_pull "$percent" 90 power-loss "$1" "--hold-pull-at $percent" "$GUEST --lease $LEASE --seed $seed --run-on 500ms" ||
     { not_ok "$name: reached" "$(story_words)"; clear_migration; return; }
   power_off b
   expect_exits "$name" 10 lost 60
@@ -49,7 +48,7 @@ to_release() { # fabric
 # until the operator gives it up (SIGTERM).
 source_loss() { # fabric
   local name="$1, source's power lost" code=0
-  start_migration source-loss "$1" '--hold-pull-at 40' "$GUEST --lease $LEASE" && await_mid_pull 40 90 ||
+  reach_mid_pull 40 90 source-loss "$1" '--hold-pull-at 40' "$GUEST --lease $LEASE" ||
     { not_ok "$name: reached" "$(story_words)"; clear_migration; return; }
   power_off a
   if await_line b "$RECEIVE" '"event":"state","state":"fenced"' 60; then

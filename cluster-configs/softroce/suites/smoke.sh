@@ -9,9 +9,26 @@ run_suite() {
   for host in $HOSTS; do
     LABEL=devinfo check "host $host has an active RoCE device" on "$host" 20 "ibv_devinfo -d rxe0 | tee /dev/stderr | grep -q PORT_ACTIVE"
   done
+  same_counters
   pingpong
   rping_pair
   for host in $HOSTS; do belay_check "$host"; done
+}
+
+# A guest takes its time stamp counter along, and KVM without TSC scaling, which emulated hosts have not, refuses it where the counter is
+# faster by more than 250 ppm.
+same_counters() {
+  local host mhz=()
+  for host in $HOSTS; do
+    LABEL=tsc on "$host" 20 "dmesg | sed -nE 's/.*tsc: .* ([0-9]+\.[0-9]+) MHz.*/\1/p' | tail -1" || true
+    mhz+=("${SAID:-0}")
+    figure "host $host" "${SAID:-0}" MHz
+  done
+  if holds "${mhz[0]} > 0 && ${mhz[1]} > 0 && ${mhz[0]} / ${mhz[1]} < 1.0002 && ${mhz[1]} / ${mhz[0]} < 1.0002"; then
+    ok "both hosts' time stamp counters have one frequency"
+  else
+    not_ok "both hosts' time stamp counters have one frequency" 'one was measured wrong, on a busy machine: no guest can move between these hosts'
+  fi
 }
 
 # RC queue pairs with addresses exchanged over TCP. ibv_rc_pingpong checks the buffer's content with -c.

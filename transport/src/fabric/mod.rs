@@ -305,7 +305,8 @@ pub trait Owner: Send {
     /// cannot tell.
     fn broken(&self) -> Option<BorrowedFd<'_>>;
 
-    /// What ended the lanes that have ended by themselves, each told once, for the operator (P9).
+    /// What ended the lanes that have ended by themselves, each told once, for the operator (P9); and, for as long as it is so, that this
+    /// host's own port is down.
     fn take_failures(&mut self) -> Vec<FabricError>;
 }
 

@@ -306,8 +306,15 @@ fn load_vcpu(machine: &Machine, index: usize, fd: &VcpuFd, sections: &mut Sectio
         ));
     }
     let khz: u32 = value_of(Tag::TscKhz, take(sections, vcpu, Tag::TscKhz)?)?;
-    if khz != fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))? {
-        fd.set_tsc_khz(khz).map_err(failed(format!("KVM_SET_TSC_KHZ to {khz}")))?;
+    let here = fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))?;
+    if khz != here {
+        // KVM takes another frequency where the CPU scales it, or where it is higher or within 250 ppm.
+        let refused = |error| {
+            format!(
+                "the guest's time stamp counter runs at {khz} kHz and this host's at {here} kHz, which its CPU cannot scale down (KVM_SET_TSC_KHZ: {error}): choose a host whose counter is no faster"
+            )
+        };
+        fd.set_tsc_khz(khz).map_err(|error| GuestError::BadState(refused(error)))?;
     }
     let sregs = value_of(Tag::Sregs, take(sections, vcpu, Tag::Sregs)?)?;
     fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
@@ -499,6 +506,24 @@ mod tests {
                 }
                 _ => assert_eq!(again, bytes, "{tag:?} of vCPU {vcpu}"),
             }
+        }
+    }
+
+    #[test]
+    fn a_guest_of_a_slower_counter_is_taken_or_refused_with_both_frequencies() {
+        let Some(mut guest) = guest() else { return };
+        let here = guest.tsc_khz().unwrap();
+        let mut state = saved(&mut guest);
+        let at = parse(&state, usize::from(VCPUS)).unwrap()[&(0, Tag::TscKhz)].as_ptr().addr() - state.as_ptr().addr();
+        let half = here / 2;
+        state[at..at + 4].copy_from_slice(&half.to_ne_bytes());
+        match guest.load(&state) {
+            // This CPU scales.
+            Ok(()) => assert_eq!(guest.tsc_khz().unwrap(), half),
+            Err(GuestError::BadState(why)) => {
+                assert!(why.contains(&format!("{half} kHz")) && why.contains(&format!("{here} kHz")), "{why}");
+            }
+            Err(other) => panic!("{other:?}"),
         }
     }
 

@@ -120,7 +120,7 @@ pub enum ReleasePolicy {
 pub struct Bounds {
     /// Connecting, and each step of the handshake.
     pub handshake: Duration,
-    /// Prepare to Prepared: allocating RAM is in it.
+    /// Connected to Prepare, and Prepare to Prepared: registering RAM is in the one, allocating it in the other.
     pub prepare: Duration,
     /// Switch sent to Resumed.
     pub switch: Duration,

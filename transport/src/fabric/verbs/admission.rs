@@ -63,6 +63,8 @@ struct State {
     acknowledged: u64,
     /// The exports connection has ended.
     ended: bool,
+    /// This host's port: no end by itself, but a reason for silence.
+    port_down: bool,
     revoked: bool,
     /// Queue pairs of a revoked session that would not stop: until they are given back, nobody can say that the peer is shut out.
     unstopped: Vec<(LaneId, Burial)>,
@@ -141,7 +143,13 @@ impl Shared {
 
     pub(super) fn take_failures(&self) -> Vec<FabricError> {
         let mut state = self.lock();
-        let mut told = std::mem::take(&mut state.failures);
+        let mut told = Vec::new();
+        if state.port_down {
+            // First: the lanes' ends follow from it.
+            let device = self.pd.context().name().to_owned();
+            told.push(VerbsError::OwnPortDown { device, port: self.local.port }.into());
+        }
+        told.append(&mut state.failures);
         told.extend(state.refusals.drain(..));
         told
     }
@@ -355,6 +363,8 @@ impl Shared {
                     signal(&self.broken);
                 }
             }
+            AsyncEvent::PortDown(port) if port == self.local.port => state.port_down = true,
+            AsyncEvent::PortUp(port) if port == self.local.port => state.port_down = false,
             AsyncEvent::CompletionQueue(_) | AsyncEvent::PortDown(_) | AsyncEvent::PortUp(_) => {}
         }
     }

@@ -137,6 +137,28 @@ fn numa_node_in(devices: &Path, name: &str) -> Option<u32> {
     std::fs::read_to_string(devices.join(name).join("device/numa_node")).ok()?.trim().parse().ok()
 }
 
+/// Whether the kernel says now that a port is down, or the network interface below it. Not so of a device that it does not list.
+pub(super) fn port_is_down(device: &str, port: u8) -> bool {
+    port_is_down_in(Path::new("/sys/class"), device, port)
+}
+
+fn port_is_down_in(class: &Path, device: &str, port: u8) -> bool {
+    const IFF_UP: u32 = libc::IFF_UP as u32;
+    let port = class.join("infiniband").join(device).join(format!("ports/{port}"));
+    // "1: DOWN", "4: ACTIVE", …
+    if std::fs::read_to_string(port.join("state")).is_ok_and(|state| state.trim().ends_with(": DOWN")) {
+        return true;
+    }
+    // An interface that goes down sends nothing any more before its port is said to be.
+    let interfaces = std::fs::read_dir(port.join("gid_attrs/ndevs")).into_iter().flatten().flatten();
+    let Some(interface) = interfaces.filter_map(|entry| std::fs::read_to_string(entry.path()).ok()).next() else {
+        return false;
+    };
+    let flags = std::fs::read_to_string(class.join("net").join(interface.trim()).join("flags"));
+    let flags = flags.ok().and_then(|flags| u32::from_str_radix(flags.trim().strip_prefix("0x")?, 16).ok());
+    flags.is_some_and(|flags| flags & IFF_UP == 0)
+}
+
 fn limits(verbs: NonNull<ibv::ibv_context>, port: u8, name: &str) -> Result<Limits, VerbsError> {
     let mut device: ibv::ibv_device_attr_ex = ibv::zeroed();
     // SAFETY: the context is open, no input is needed, `device` may be written.
@@ -341,6 +363,25 @@ impl AsFd for AsyncEvents {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_is_down_where_the_kernel_says_so_of_it_or_of_its_interface_and_nowhere_else() {
+        let class = tempfile::tempdir().unwrap();
+        let (port, interface) = (class.path().join("infiniband/rxe0/ports/1"), class.path().join("net/eth0"));
+        let is_down = |number| port_is_down_in(class.path(), "rxe0", number);
+        assert!(!is_down(1), "nothing is said");
+        std::fs::create_dir_all(port.join("gid_attrs/ndevs")).unwrap();
+        std::fs::create_dir_all(&interface).unwrap();
+        for (state, down) in [("4: ACTIVE\n", false), ("1: DOWN\n", true), ("2: INIT\n", false)] {
+            std::fs::write(port.join("state"), state).unwrap();
+            assert_eq!((is_down(1), is_down(2)), (down, false), "{state}");
+        }
+        std::fs::write(port.join("gid_attrs/ndevs/0"), "eth0\n").unwrap();
+        for (flags, down) in [("0x1003\n", false), ("0x1002\n", true), ("what\n", false)] {
+            std::fs::write(interface.join("flags"), flags).unwrap();
+            assert_eq!((is_down(1), is_down(2)), (down, false), "{flags}");
+        }
+    }
 
     #[test]
     fn the_node_of_a_device_is_what_sysfs_says() {

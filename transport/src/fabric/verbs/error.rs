@@ -87,6 +87,10 @@ pub enum VerbsError {
     )]
     LocalProtection { lane: LaneId, id: u64, vendor: u32 },
     #[error(
+        "lane {lane:?}: this host's device could not send operation {id} (vendor error {vendor:#x}): has it still an address and a route to the peer (`ip route get`)? If so this is a defect of belay or of the driver, please report it"
+    )]
+    NotSent { lane: LaneId, id: u64, vendor: u32 },
+    #[error(
         "lane {lane:?}: operation {id} failed with status {status} ({name}, vendor error {vendor:#x}): see the driver's log (dmesg)"
     )]
     Completion { lane: LaneId, id: u64, status: u32, name: &'static str, vendor: u32 },
@@ -99,9 +103,11 @@ pub enum VerbsError {
     #[error("the RDMA device {device} was removed or has failed: see the driver's log (dmesg)")]
     DeviceLost { device: String },
     #[error(
-        "port {port} of the RDMA device {device} went down and nothing came back on lane {lane:?} within {bound:?}: look at the cable and the switch"
+        "port {port} of the RDMA device {device} went down, and lane {lane:?} with it: look at the cable, the switch and `ip link`"
     )]
-    PortDown { lane: LaneId, device: String, port: u8, bound: Duration },
+    PortDown { lane: LaneId, device: String, port: u8 },
+    #[error("port {port} of the RDMA device {device} is down: look at the cable, the switch and `ip link`")]
+    OwnPortDown { device: String, port: u8 },
     #[error(
         "lane {lane:?}: its queue pair neither went to its error state nor was destroyed within {bound:?}, so the peer may still use it: see the driver's log (dmesg), reset the device"
     )]

@@ -7,6 +7,7 @@
 //!
 //! *End*: dropping a lane stops its queue pair, which flushes it, and gives it back: afterwards nothing it had posted lands anywhere.
 
+use super::device;
 use super::error::VerbsError;
 use super::fate::Fate;
 use super::queue::{Operation, Queue};
@@ -279,24 +280,27 @@ impl VerbsLane {
     fn name(&self, completion: Completion) -> FabricError {
         let Completion { number, status, vendor } = completion;
         let (lane, id) = (self.id, self.queue.id_of(number).unwrap_or(u64::MAX));
-        let cause = self.fate.cause().map(|cause| cause.error(lane, &self.device));
+        // What is known beside a status that tells no cause.
+        let cause = || {
+            let told = self.fate.cause().map(|cause| cause.error(lane, &self.device));
+            let down = || VerbsError::PortDown { lane, device: self.device.clone(), port: self.port }.into();
+            told.or_else(|| self.port_is_down().then(down))
+        };
         match status {
-            status::IBV_WC_RETRY_EXC_ERR | status::IBV_WC_RESP_TIMEOUT_ERR => cause.unwrap_or_else(|| {
-                let bound = UNREACHABLE_AFTER;
-                if self.fate.port_is_down() {
-                    return VerbsError::PortDown { lane, device: self.device.clone(), port: self.port, bound }.into();
-                }
+            status::IBV_WC_RETRY_EXC_ERR | status::IBV_WC_RESP_TIMEOUT_ERR => cause().unwrap_or_else(|| {
                 let (tries, each) = (u32::from(RETRY_COUNT) + 1, acknowledgement_timeout());
-                VerbsError::Unreachable { lane, tries, each, bound }.into()
+                VerbsError::Unreachable { lane, tries, each, bound: UNREACHABLE_AFTER }.into()
             }),
+            // SoftRoCE's word for a packet that has no way out, at once where the interface is down.
+            status::IBV_WC_LOC_QP_OP_ERR => cause().unwrap_or_else(|| VerbsError::NotSent { lane, id, vendor }.into()),
             status::IBV_WC_RNR_RETRY_EXC_ERR => VerbsError::ReceiverNotReady { lane }.into(),
             status::IBV_WC_REM_ACCESS_ERR | status::IBV_WC_REM_INV_REQ_ERR | status::IBV_WC_REM_OP_ERR => {
                 FabricError::Refused { lane, id, reason: RefusedReason::ByDevice }
             }
-            status::IBV_WC_LOC_PROT_ERR | status::IBV_WC_LOC_LEN_ERR | status::IBV_WC_LOC_QP_OP_ERR => {
+            status::IBV_WC_LOC_PROT_ERR | status::IBV_WC_LOC_LEN_ERR => {
                 VerbsError::LocalProtection { lane, id, vendor }.into()
             }
-            status::IBV_WC_WR_FLUSH_ERR => cause.unwrap_or_else(|| VerbsError::Flushed { lane }.into()),
+            status::IBV_WC_WR_FLUSH_ERR => cause().unwrap_or_else(|| VerbsError::Flushed { lane }.into()),
             status::IBV_WC_FATAL_ERR => VerbsError::DeviceLost { device: self.device.clone() }.into(),
             status::IBV_WC_SUCCESS => FabricError::Protocol {
                 lane,
@@ -304,6 +308,11 @@ impl VerbsLane {
             },
             _ => VerbsError::Completion { lane, id, status, name: status_name(status), vendor }.into(),
         }
+    }
+
+    /// Its event may come after the completions that it caused.
+    fn port_is_down(&self) -> bool {
+        self.fate.port_is_down() || device::port_is_down(&self.device, self.port)
     }
 
     /// Waits until `enough` says so of the queue; `false` once `deadline` has passed. Looks first, sleeps later.

@@ -305,6 +305,8 @@ fn every_status_of_a_device_has_a_name_and_the_operation_it_struck() {
         matches!(protection, FabricError::Verbs(VerbsError::LocalProtection { id: 8, vendor: 0x51, .. })),
         "{protection:?}"
     );
+    let unsent = named(status::IBV_WC_LOC_QP_OP_ERR);
+    assert!(matches!(unsent, FabricError::Verbs(VerbsError::NotSent { id: 8, .. })), "{unsent:?}");
     assert!(matches!(named(status::IBV_WC_WR_FLUSH_ERR), FabricError::Verbs(VerbsError::Flushed { .. })));
     assert!(matches!(named(status::IBV_WC_FATAL_ERR), FabricError::Verbs(VerbsError::DeviceLost { .. })));
     let other = named(status::IBV_WC_BAD_RESP_ERR).to_string();
@@ -313,12 +315,18 @@ fn every_status_of_a_device_has_a_name_and_the_operation_it_struck() {
 }
 
 #[test]
-fn silence_with_the_port_down_is_told_as_that() {
+fn silence_and_what_cannot_be_sent_with_the_port_down_are_told_as_that() {
     let mut w = demand();
     w.fate.hear(AsyncEvent::PortDown(2), 0, 0, 1);
     w.fate.hear(AsyncEvent::PortDown(1), 0, 0, 1);
     let error = fail_with(&mut w, status::IBV_WC_RETRY_EXC_ERR);
     assert!(matches!(error, FabricError::Verbs(VerbsError::PortDown { port: 1, .. })), "{error:?}");
+    for other in [status::IBV_WC_LOC_QP_OP_ERR, status::IBV_WC_WR_FLUSH_ERR] {
+        let mut w = demand();
+        w.fate.hear(AsyncEvent::PortDown(1), 0, 0, 1);
+        let error = fail_with(&mut w, other);
+        assert!(matches!(error, FabricError::Verbs(VerbsError::PortDown { .. })), "status {other}: {error:?}");
+    }
     let mut w = demand();
     w.fate.hear(AsyncEvent::PortDown(1), 0, 0, 1);
     w.fate.hear(AsyncEvent::PortUp(1), 0, 0, 1);

@@ -264,7 +264,8 @@ impl<'a> Destination<'a> {
         let bounds = config.bounds;
         observer.note(None, connected("the source".to_owned(), &session.agreed, session.lanes.is_encrypted()));
         let control = Arc::clone(&session.control);
-        let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.handshake, words)?;
+        // The source registers all its RAM before it says so, which takes as long as pinning a large guest does.
+        let (keys, ring, offer, mut last) = await_prepare(&inbox, bounds.prepare, words)?;
         reached("prepare-heard");
         words.board.session(proposal.identity.migration.number());
         words.board.entered(State::new().name(), None, "a source has come");

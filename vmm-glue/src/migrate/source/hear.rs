@@ -5,8 +5,9 @@ use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
-use crate::migrate::protocol::ToSource;
+use crate::migrate::protocol::{ToSource, explain};
 use belay_checkpoint::ownership::source::{Event, State};
+use belay_transport::fabric::FabricError;
 use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,8 @@ impl Source<'_> {
                         // The record is on disk, and nobody is left to say farewell; whether the release was heard is the destination's story.
                         self.outcome = Some(Outcome::Released { heard: false });
                     }
-                    Some(self.lost(Event::ConnectionClosed, &why))
+                    let by = self.with_what_the_fabric_says(&why);
+                    Some(self.lost(Event::ConnectionClosed, &by))
                 }
                 Err(_) => {
                     // Told once already; what remains is to wait for ticks and words.
@@ -63,7 +65,10 @@ impl Source<'_> {
         match what {
             Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
             Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
-            Happening::LaneBroken => Some(self.lost(Event::ConnectionClosed, "a data lane closed")),
+            Happening::LaneBroken => {
+                let by = self.with_what_the_fabric_says("a data lane closed");
+                Some(self.lost(Event::ConnectionClosed, &by))
+            }
             Happening::GuardGone(why) => {
                 // Only the fastest of several ways to notice is gone; the connection and the lease remain.
                 self.note(Kind::State { state: "guard-gone".to_owned(), why });
@@ -76,6 +81,14 @@ impl Source<'_> {
             Happening::GraceOver(why) => Some(self.grace_is_over(&why)),
             Happening::CameBack(session) => self.came_back(*session),
         }
+    }
+
+    /// A sign of loss, and what the fabric knows of it beyond lanes that have closed: a device that was removed, a port that is down.
+    fn with_what_the_fabric_says(&mut self, sign: &str) -> String {
+        let told = self.live.as_mut().map(|live| live.owner.take_failures()).unwrap_or_default();
+        let more = told.iter().filter(|failure| !matches!(failure, FabricError::PeerClosed { .. }));
+        let told = more.take(2).map(|failure| format!(": {}", harmless(&explain(failure))));
+        std::iter::once(sign.to_owned()).chain(told).collect()
     }
 
     /// A signal: the operator's word.
@@ -197,7 +210,8 @@ impl Source<'_> {
             if silence.has_lasted(&folder.heard(), boot_time()) {
                 let bound =
                     self.config.proposal.tether.as_ref().map_or(Duration::ZERO, |tether| tether.lease.silence_bound());
-                return Some(self.lost(Event::LeaseRanOut, &format!("silent for {bound:?}")));
+                let by = self.with_what_the_fabric_says(&format!("silent for {bound:?}"));
+                return Some(self.lost(Event::LeaseRanOut, &by));
             }
         }
         None
