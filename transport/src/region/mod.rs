@@ -9,10 +9,12 @@ mod huge;
 mod mapping;
 mod occupancy;
 mod prealloc;
+mod room;
 
 pub use arena::Arena;
 pub use error::RegionError;
 pub use mapping::Mapping;
+pub use room::expect_room;
 
 use crate::units::PageSize;
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, fstat, fstatfs, ftruncate};
