@@ -248,23 +248,30 @@ mod kvm {
     #[test]
     fn room_that_a_guest_gave_back_and_somebody_else_took_is_missed_before_it_leaves() {
         needs_kvm!("a full memory directory");
-        let Some(mut roles) = Roles::frozen_at("source-connected", &[], &[]) else { return };
-        let folder = roles.memory.left().pop().expect("the memory of the migration");
-        let ram = File::options().write(true).open(folder.join("ram-0")).unwrap();
-        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&ram, punch, 8 * MIB, 4 * MIB).unwrap();
-        // Room for all but what was given back.
-        let later = File::create(roles.memory.path("later")).unwrap();
-        rustix::fs::fallocate(&later, rustix::fs::FallocateFlags::empty(), 0, (65 + 4 + 1) * MIB).unwrap();
-        roles.memory.fill();
-        std::fs::remove_file(roles.memory.path("later")).unwrap();
-        drop(later);
-        roles.thaw();
-        assert_eq!(roles.source.end(), 5, "{}", roles.story());
-        let (what, _) = failure(&roles.source);
-        assert!(what.contains("needs") && what.contains("are free"), "{what}");
-        assert!(!roles.source.was("switching"), "{}", roles.story());
-        roles.expect_nothing_left();
+        for point in ["source-connected", "switch-paused"] {
+            let Some(mut roles) = Roles::frozen_at(point, &[], &[]) else { return };
+            let folder = roles.memory.left().pop().expect("the memory of the migration");
+            let ram = File::options().write(true).open(folder.join("ram-0")).unwrap();
+            let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(&ram, punch, 8 * MIB, 4 * MIB).unwrap();
+            // Room for all but what was given back, where the rest is not made yet.
+            let later = File::create(roles.memory.path("later")).unwrap();
+            if point == "source-connected" {
+                rustix::fs::fallocate(&later, rustix::fs::FallocateFlags::empty(), 0, (65 + 4 + 1) * MIB).unwrap();
+            }
+            roles.memory.fill();
+            std::fs::remove_file(roles.memory.path("later")).unwrap();
+            drop(later);
+            roles.thaw();
+            let failed = roles.source.wait_for_event("failed");
+            let what = failed["what"].as_str().unwrap();
+            assert!(what.contains("needs") && what.contains("are free"), "{point}: {what}");
+            // What the switch had begun is taken back, and the guest goes on here until it is told to end.
+            roles.source.signal(libc::SIGTERM);
+            assert_eq!(roles.source.end(), 5, "{point}: {}", roles.story());
+            assert!(!roles.source.was("serving"), "{point}: {}", roles.story());
+            roles.expect_nothing_left();
+        }
     }
 
     /// From the moment the destination is prepared all that is needed is reserved.

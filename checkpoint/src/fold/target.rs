@@ -3,7 +3,7 @@
 use super::FoldError;
 use crate::guest::RamBlock;
 use crate::record::{PageBytes, RecordView};
-use belay_transport::region::{Extent, RegionError};
+use belay_transport::region::RegionError;
 use belay_transport::stop_point::reached;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -44,25 +44,6 @@ impl FoldTarget {
     fn block(&mut self, id: RegionId) -> &mut Block {
         let found = self.blocks.iter_mut().find(|block| block.ram.id == id);
         found.expect("the record was checked against these regions")
-    }
-
-    /// Called while the guest stands still for the switch, with what holds data then: what it has given up since
-    /// [`FoldTarget::new`] is allocated again. From here on nobody gives up any of it.
-    pub fn settle(&mut self, region: RegionId, extents: &[Extent]) -> Result<(), FoldError> {
-        let block = self.block(region);
-        let pages = (block.ram.alias.len() / PAGE_SIZE) as u64;
-        let page = PAGE_SIZE as u64;
-        let ends = extents.iter().map(|extent| (extent.offset / page, (extent.offset + extent.len).div_ceil(page)));
-        let mut at = 0;
-        for (start, end) in ends.chain([(pages, pages)]) {
-            while let Some(given_up) = block.next_run(at..start) {
-                at = given_up.end;
-                block.unmark(given_up.clone());
-                block.allocate(given_up)?;
-            }
-            at = end;
-        }
-        Ok(())
     }
 
     /// Allocates every page the record will fill.
@@ -138,26 +119,6 @@ impl Block {
         for page in pages {
             self.allocated[(page / 64) as usize] |= 1 << (page % 64);
         }
-    }
-
-    fn unmark(&mut self, pages: Range<u64>) {
-        for page in pages {
-            self.allocated[(page / 64) as usize] &= !(1 << (page % 64));
-        }
-    }
-
-    /// The first run of allocated pages in `pages`.
-    fn next_run(&self, pages: Range<u64>) -> Option<Range<u64>> {
-        let mut at = pages.start;
-        while at < pages.end && !self.is_allocated(at) {
-            // Whole words of none at once: most of a large guest may be holes.
-            at = if at.is_multiple_of(64) && self.allocated[(at / 64) as usize] == 0 { at + 64 } else { at + 1 };
-        }
-        if at >= pages.end {
-            return None;
-        }
-        let end = (at..pages.end).find(|&page| !self.is_allocated(page)).unwrap_or(pages.end);
-        Some(at..end)
     }
 
     /// Makes the file hold all of `pages`.

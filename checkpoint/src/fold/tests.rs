@@ -7,7 +7,6 @@ use crate::record::{CRITICAL, encoding, kind};
 use crate::ring::{OwnerRegion, RingReader, SEGMENTS_OFFSET, ShipError};
 use crate::testing::*;
 use belay_transport::fabric::FabricError;
-use belay_transport::region::Extent;
 use belay_transport::{PAGE_SIZE, PageIndex, RegionId};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
@@ -309,26 +308,4 @@ fn a_revoked_ring_of_another_size_is_an_error() {
     let catch = folder(&wire, &memory).stop();
     let error = catch.finish(&[0; 10][..]).unwrap_err();
     assert!(matches!(error, CatchError::Unreadable { source: FoldError::Ring(_), .. }), "{error}");
-}
-
-#[test]
-fn what_the_guest_gave_back_before_the_switch_is_allocated_again_and_the_rest_is_left_as_it_is() {
-    let memory = ram(&[300]);
-    let file = &memory[0].file;
-    let page = PAGE_SIZE as u64;
-    let blocks = || rustix::fs::fstat(&**file).unwrap().st_blocks as u64 * 512 / page;
-    for at in (0..100).chain(200..260) {
-        memory[0].alias.write(PageIndex(at).offset(), &[1]);
-    }
-    let mut target = FoldTarget::new(&memory).unwrap();
-    let punch = |from: u64, pages: u64| file.punch(Extent { offset: from * page, len: pages * page }).unwrap();
-    for (from, pages) in [(0, 3), (60, 10), (99, 1), (200, 60)] {
-        punch(from, pages);
-    }
-    assert_eq!(blocks(), 160 - 74);
-    target.settle(memory[0].id, &file.occupancy().unwrap()).unwrap();
-    assert_eq!(blocks(), 160, "as many as before: holes that were holes stay so");
-    punch(70, 5);
-    target.settle(memory[0].id, &file.occupancy().unwrap()).unwrap();
-    assert_eq!(blocks(), 160);
 }

@@ -171,6 +171,14 @@ impl RamFile {
             .map_err(RegionError::io(format!("reserving {} bytes at {}", extent.len, extent.offset)))
     }
 
+    /// Whether its file system holds every page of it, so that nobody who touches one needs room (or finds none, which is SIGBUS).
+    pub fn is_whole(&self) -> Result<bool, RegionError> {
+        /// What st_blocks counts in, whatever the file system (inode(7)).
+        const BLOCK: u64 = 512;
+        let stat = fstat(&self.fd).map_err(RegionError::io("asking how much of guest RAM is allocated"))?;
+        Ok(stat.st_blocks as u64 * BLOCK >= self.len as u64)
+    }
+
     /// Gives the frames of a range back (FALLOC_FL_PUNCH_HOLE): every mapping then finds a hole there.
     pub fn punch(&self, extent: Extent) -> Result<(), RegionError> {
         fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, extent.offset, extent.len)

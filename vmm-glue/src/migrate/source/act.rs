@@ -149,6 +149,8 @@ impl Source<'_> {
         }
         let mut device_state = Vec::new();
         self.guest.save(&mut device_state)?;
+        // Nothing is given up after this.
+        self.keep.reserve_ram(self.guest.memory())?;
         let mut map = Vec::new();
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();
@@ -157,9 +159,6 @@ impl Source<'_> {
             // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
             let extents = block.file.occupancy()?;
             live.owner.extend_read(key, &extents)?;
-            if let Some((_, target)) = &mut self.reserved {
-                target.settle(block.id, &extents)?;
-            }
             let classes = RegionClasses::from_occupancy(block.id, block.file.len() as u64, block.page_size, &extents);
             peer_frames += classes.frames(PageClass::Peer);
             zero_frames += classes.frames(PageClass::Zero);

@@ -223,10 +223,13 @@ impl Keep {
     }
 
     /// Makes sure of room for all of guest RAM, where it has a name: what the guest gave back is a hole that somebody else may fill, and it
-    /// may want it again at the destination. Takes long for a large guest.
+    /// may want it again at the destination. Takes long only where a large guest has given something back.
     pub(super) fn reserve_ram(&self, blocks: &[RamBlock]) -> Result<(), RegionError> {
         let Some(Memory { folder, .. }) = &self.memory else { return Ok(()) };
         for block in blocks {
+            if block.file.is_whole()? {
+                continue;
+            }
             let len = block.file.len() as u64;
             let reserved = block.file.reserve(Extent { offset: 0, len });
             reserved.map_err(|error| match folder.expect_room(len) {
