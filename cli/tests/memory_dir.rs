@@ -11,12 +11,15 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 /// What a source of [`GUEST`] keeps: guest RAM, ring, overflow memory, state, and some pages.
 const NEEDED: u64 = (32 + 4 + 65 + 81) * MIB;
-const GUEST: [&str; 8] = ["--memory", "32M", "--drive", "kvm", "--run-before", "10ms", "--ring", "4M"];
+/// A lease that outlasts whatever a busy host does while the source stands still.
+const GUEST: [&str; 10] =
+    ["--memory", "32M", "--drive", "kvm", "--run-before", "10ms", "--ring", "4M", "--lease", "20s"];
 const SHORT: [&str; 3] = ["--check", "--run-on", "50ms"];
 
 /// A file system of this test's own over a directory: seen by nobody else, and gone with the test however that ends.
@@ -83,6 +86,13 @@ impl Drop for Mounted {
     }
 }
 
+/// Each of these runs takes 200 MiB and more threads than most hosts have cores: one at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A destination, and a source whose memory lies in `memory`.
 struct Roles {
     place: Place,
@@ -103,18 +113,33 @@ impl Roles {
         Self { place, memory, destination, source }
     }
 
-    /// On a tmpfs with room for the source and little more; it stands still at `point`.
+    /// On a tmpfs with room for the source and little more; it stands still at `point`. One that never comes there, because a busy host
+    /// took longer over the switch than its bound and it was taken back, is made again.
     fn frozen_at(point: &str, receive: &[&str], send: &[&str]) -> Option<Self> {
-        let place = Place::new();
-        let memory = Mounted::new(&place, "tmpfs", &format!("size={},mode=0700", NEEDED + 8 * MIB))?;
-        let roles = Self::start(place, memory, receive, &[&["--stop-at", point], send].concat());
+        for _ in 0..4 {
+            let place = Place::new();
+            let memory = Mounted::new(&place, "tmpfs", &format!("size={},mode=0700", NEEDED + 8 * MIB))?;
+            let mut roles = Self::start(place, memory, receive, &[&["--stop-at", point], send].concat());
+            if roles.await_stop(point) {
+                return Some(roles);
+            }
+        }
+        panic!("no run came to {point}: each switch was taken back");
+    }
+
+    /// Waits until the source stands still; whether it does, and has not taken its switch back.
+    fn await_stop(&mut self, point: &str) -> bool {
         let end = Instant::now() + BOUND;
-        let stat = format!("/proc/{}/stat", roles.source.pid());
+        let stat = format!("/proc/{}/stat", self.source.pid());
         while !std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") T ")) {
-            assert!(Instant::now() < end, "it does not come to {point}: {}", roles.source.story());
+            self.source.hear();
+            if self.source.was("switch-taken-back") {
+                return false;
+            }
+            assert!(Instant::now() < end, "it does not come to {point}: {}", self.story());
             std::thread::sleep(Duration::from_millis(2));
         }
-        Some(roles)
+        true
     }
 
     fn thaw(&self) {
@@ -236,6 +261,7 @@ mod kvm {
     #[test]
     fn a_memory_directory_that_fills_before_the_destination_is_prepared_leaves_the_guest_where_it_is() {
         needs_kvm!("a full memory directory");
+        let _turn = turn();
         let Some(mut roles) = Roles::frozen_at("source-connected", &[], &SHORT) else { return };
         roles.memory.fill();
         roles.thaw();
@@ -248,6 +274,7 @@ mod kvm {
     #[test]
     fn room_that_a_guest_gave_back_and_somebody_else_took_is_missed_before_it_leaves() {
         needs_kvm!("a full memory directory");
+        let _turn = turn();
         for point in ["source-connected", "switch-paused"] {
             let Some(mut roles) = Roles::frozen_at(point, &[], &[]) else { return };
             let folder = roles.memory.left().pop().expect("the memory of the migration");
@@ -278,6 +305,7 @@ mod kvm {
     #[test]
     fn a_memory_directory_that_fills_in_any_later_phase_costs_the_migration_nothing() {
         needs_kvm!("a full memory directory");
+        let _turn = turn();
         for point in ["source-prepared", "switch-paused", "go-due", "fold-begun", "fold-mid:2", "release-due"] {
             let Some(mut roles) = Roles::frozen_at(point, &SHORT, &["--release", "300ms"]) else { return };
             roles.memory.fill();
@@ -291,6 +319,7 @@ mod kvm {
     #[test]
     fn p3_a_guest_is_caught_whole_while_the_memory_directory_is_full() {
         needs_kvm!("a full memory directory");
+        let _turn = turn();
         for point in ["switch-told", "go-told", "fold-begun", "fold-mid:3"] {
             let Some(mut roles) = Roles::frozen_at(point, &HELD, &SHORT) else { return };
             roles.memory.fill();
@@ -315,6 +344,7 @@ mod kvm {
     #[test]
     fn a_source_that_died_beside_a_full_memory_directory_is_taken_over_and_the_guest_comes_back() {
         needs_kvm!("a full memory directory");
+        let _turn = turn();
         // A destination that is still there finds the source without room for another ring: then too the guest comes back.
         for (point, there) in [("go-told", false), ("fold-mid:3", false), ("fold-begun:2", true)] {
             let Some(mut roles) = Roles::frozen_at(point, &HELD, &[]) else { return };
@@ -335,6 +365,7 @@ mod kvm {
     #[test]
     fn a_source_on_huge_pages_that_dies_in_mid_pull_is_taken_over_and_the_guest_goes_on() {
         needs_kvm!("a takeover on huge pages");
+        let _turn = turn();
         // The source's files, a second ring, and guest RAM at the destination.
         let Some(_pages) = testing::HugePages::reserve(136) else { return };
         let place = Place::new();
