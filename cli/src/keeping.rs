@@ -5,12 +5,13 @@ use crate::holder::{self, Driver, Held};
 use crate::operate::console::Console;
 use crate::options::{FabricOptions, GuestOptions, SecurityOptions, TetherOptions};
 use crate::quantity::Span;
-use crate::send::{Going, SendArgs, SessionRefused, see_through, session};
+use crate::send::{Going, SendArgs, SessionRefused, see_through, session, sizes};
 use crate::{report, signals};
 use belay_checkpoint::journal::{JournalError, MigrationId};
 use belay_checkpoint::outbox::Outbox;
-use belay_transport::RegionId;
+use belay_transport::region::{RegionError, backing_of};
 use belay_transport::session::Address;
+use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::reattach::Identity;
@@ -79,9 +80,22 @@ pub fn remember(args: &SendArgs) -> Vec<u8> {
 }
 
 /// Begins to keep, and says at once whether a takeover will be possible.
-pub fn begin(options: &KeepOptions, identity: Identity, observer: &Observer) -> Result<Keep, KeepError> {
+/// Guest RAM will have pages of `page_size`.
+pub fn begin(
+    options: &KeepOptions,
+    page_size: PageSize,
+    identity: Identity,
+    observer: &Observer,
+) -> Result<Keep, KeepError> {
     let memory_dir = options.memory_dir.as_deref().map(std::path::absolute).transpose();
     let memory_dir = memory_dir.map_err(|source| KeepError::Io { doing: "find --memory-dir", source })?;
+    if let Some(directory) = &memory_dir {
+        let backing = backing_of(directory)?;
+        if backing != page_size {
+            let (path, backing) = (directory.clone(), backing.to_string());
+            return Err(RegionError::WrongPageSize { path, backing, asked: page_size }.into());
+        }
+    }
     let keep = Keep::begin(&options.state_dir(), memory_dir.as_deref(), identity)?;
     let memory = keep.memory_path().map(|path| path.display().to_string());
     observer.note(None, Kind::Kept { migration: identity.migration.to_string(), memory });
@@ -102,9 +116,14 @@ pub fn refused(error: &KeepError, observer: &Observer) -> Exit {
         KeepError::Journal(JournalError::Io { .. }) | KeepError::NotWritten(_) => {
             (Exit::Missing, "Nothing was started. Make room in the state directory, or name another with --state-dir.")
         }
-        KeepError::Region(_) | KeepError::Io { .. } => {
-            (Exit::Missing, "Nothing was started. --memory-dir must be on tmpfs or hugetlbfs with room for the guest.")
-        }
+        KeepError::Region(RegionError::WrongPageSize { .. }) => (
+            Exit::Missing,
+            "Nothing was started. Say the pages of --memory-dir with --page-size, or name another directory.",
+        ),
+        KeepError::Region(_) | KeepError::Io { .. } => (
+            Exit::Missing,
+            "Nothing was started. --memory-dir must be on tmpfs or hugetlbfs with room for the guest, its ring, its overflow memory (--overflow) and 81 MiB of state.",
+        ),
         KeepError::Journal(_) | KeepError::Damaged { .. } | KeepError::Memory { .. } => (
             Exit::KeptDamaged,
             "Nothing was started and nothing was changed. A destination that still has the guest keeps it fenced; promote it there.",
@@ -217,12 +236,12 @@ fn config(
     address: Address,
 ) -> SourceConfig {
     let VmmSpec::Kvm(spec) = &proposal.vmm;
-    let memory_bytes = spec.memory_bytes;
+    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes);
     SourceConfig {
         address,
         session,
-        ring_bytes: args.tether.ring.map_or(64 << 20, |ring| ring.0 as usize),
-        overflow_bytes: args.tether.overflow.map_or(holder::overflow_for(memory_bytes), |bytes| bytes.0),
+        ring_bytes,
+        overflow_bytes,
         proposal,
         extra: written.extra.clone(),
         grace: args.keep.takeover_grace.0,

@@ -14,6 +14,8 @@ use crate::{descriptors, fabric, logs, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
+use belay_checkpoint::ring::SpoolError;
+use belay_transport::region::RegionError;
 use belay_transport::session::{Address, SessionConfig, SessionError};
 use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
@@ -182,15 +184,20 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     };
     board.emits_through(&output);
     let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
-    let keep = match keeping::begin(&args.keep, proposal.identity, observer) {
+    let keep = match keeping::begin(&args.keep, page_size, proposal.identity, observer) {
         Ok(keep) => keep,
         Err(error) => return keeping::refused(&error, observer),
     };
-    let made = keep.make_ram(RegionId(0), spec.memory_bytes as usize, page_size);
+    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes);
+    let room = keep.expect_room(spec.memory_bytes, ring_bytes as u64, overflow_bytes);
+    let made = room.and_then(|()| keep.make_ram(RegionId(0), spec.memory_bytes as usize, page_size));
     let file = match made {
         Ok(file) => file,
         Err(error) => {
-            let exit = fail(&error, "Nothing was started; `belay check` says what this host lacks.", Exit::Missing);
+            let exit = match keep.outlives() {
+                true => keeping::refused(&error, observer),
+                false => fail(&error, "Nothing was started; `belay check` says what this host lacks.", Exit::Missing),
+            };
             keeping::close(keep, observer);
             return exit;
         }
@@ -230,8 +237,8 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
     let config = SourceConfig {
         address: to,
         session,
-        ring_bytes: args.tether.ring.map_or(64 << 20, |ring| ring.0 as usize),
-        overflow_bytes: args.tether.overflow.map_or(holder::overflow_for(spec.memory_bytes), |bytes| bytes.0),
+        ring_bytes,
+        overflow_bytes,
         proposal,
         extra: keeping::remember(args),
         grace: args.keep.takeover_grace.0,
@@ -294,9 +301,14 @@ pub fn see_through(
                 SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
                 SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
                 SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
-                SourceError::Fold(_) | SourceError::Spool(_) => {
+                SourceError::Fold(_) | SourceError::Spool(_) if taken_over => {
                     (Exit::KeptDamaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
                 }
+                SourceError::Region(RegionError::NoRoom { .. } | RegionError::NoHugePages { .. })
+                | SourceError::Spool(SpoolError::Region(_)) => (
+                    Exit::NotMoved,
+                    "The guest was not touched. Make room where --memory-dir is (mount -o remount,size=…), or name another.",
+                ),
                 SourceError::Keep(error) => (keeping::refused(error, observer), ""),
                 _ => (
                     Exit::NotMoved,
@@ -325,6 +337,12 @@ pub fn see_through(
         Exit::NotMoved => held.run_on(args.run_on, args.check, output, words, observer, exit),
         exit => exit,
     }
+}
+
+/// Bytes of the ring and of overflow memory.
+pub fn sizes(tether: &TetherOptions, memory_bytes: u64) -> (usize, u64) {
+    let ring = tether.ring.map_or(64 << 20, |ring| ring.0 as usize);
+    (ring, tether.overflow.map_or(holder::overflow_for(memory_bytes), |bytes| bytes.0))
 }
 
 /// Why no session can be had with these options.

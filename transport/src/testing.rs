@@ -1,23 +1,25 @@
 //! What several modules' tests need: huge pages reserved for a test and given back.
 
-use std::fs;
-use std::sync::{Mutex, MutexGuard};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{self, File};
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-/// One test at a time: the pool is the machine's.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// Huge pages added to the pool for as long as this lives.
 pub struct HugePages {
     added: u64,
-    _turn: MutexGuard<'static, ()>,
+    /// One test at a time, of whichever process: the pool is the machine's. Locked (flock(2)) until it is closed.
+    _turn: File,
 }
 
 impl HugePages {
     /// `count` more pages in the pool; `None` (said on stderr) where that cannot be.
     pub fn reserve(count: u64) -> Option<Self> {
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let before = pool()?;
+        let turn = File::open(POOL).ok().filter(|pool| flock(pool, FlockOperation::LockExclusive).is_ok());
+        let (Some(turn), Some(before)) = (turn, pool()) else {
+            eprintln!("skipped: no pool of huge pages");
+            return None;
+        };
         if fs::write(POOL, (before + count).to_string()).is_err() {
             eprintln!("skipped: no privilege to reserve huge pages");
             return None;

@@ -2,7 +2,7 @@
 
 use super::{Cell, Damaged, MigrationId};
 use belay_transport::PageSize;
-use belay_transport::region::{Extent, Mapping, RamFile, RegionError, backing_of};
+use belay_transport::region::{Extent, Mapping, RamFile, RegionError, backing_of, expect_room};
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -63,9 +63,23 @@ impl MemoryFolder {
         let file = RamFile::create_in(&path, len, self.page_size)?;
         if reserved {
             let reserve = file.reserve(Extent { offset: 0, len: len as u64 });
-            reserve.inspect_err(|_| drop(fs::remove_file(&path)))?;
+            reserve.map_err(|error| {
+                let _ = fs::remove_file(&path);
+                expect_room(&self.path, &path, len as u64).err().unwrap_or(error)
+            })?;
         }
         Ok(file)
+    }
+
+    /// Bytes that `bytes` take here: whole pages.
+    pub fn rounded(&self, bytes: u64) -> u64 {
+        bytes.next_multiple_of(self.page_size.bytes() as u64)
+    }
+
+    /// Fails where fewer than `bytes` are free now. What is made is reserved all the same: this tells of a directory that is too small
+    /// before anything is started.
+    pub fn expect_room(&self, bytes: u64) -> Result<(), RegionError> {
+        expect_room(&self.path, &self.path, bytes)
     }
 
     /// Opens `name`.
@@ -111,8 +125,8 @@ pub struct KeptState {
 impl KeptState {
     /// A new one, with nothing in it.
     pub fn create(folder: &MemoryFolder) -> Result<Self, RegionError> {
-        let file = folder.make("state", BYTES, false)?;
-        file.reserve(Extent { offset: 0, len: IMAGE_AT as u64 })?;
+        // All of it now: an epoch that has committed must never find that there is no room to keep its state.
+        let file = folder.make("state", BYTES, true)?;
         let mapping = file.map().map_err(io_error("mapping the kept state".to_owned()))?;
         mapping.store_u64(8, VERSION, std::sync::atomic::Ordering::Release);
         mapping.store_u64(0, MAGIC, std::sync::atomic::Ordering::Release);
@@ -185,6 +199,22 @@ mod tests {
         assert_eq!(value.as_deref(), Some(&b"serving"[..]));
         folder.remove().unwrap();
         assert!(KeptState::open(&folder).is_err());
+    }
+
+    #[test]
+    fn the_whole_of_the_kept_state_has_its_room_from_the_start() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let folder = MemoryFolder::create(directory.path(), MigrationId([3; 8])).unwrap();
+        let state = KeptState::create(&folder).unwrap();
+        let taken = || fs::metadata(folder.path().join("state")).unwrap().blocks() * 512;
+        assert!(taken() >= BYTES as u64);
+        let before = taken();
+        let (mut image, _) = state.image().unwrap();
+        for _ in 0..2 {
+            image.reserve(IMAGE_BYTES).unwrap();
+            image.write(&vec![7; IMAGE_BYTES]);
+        }
+        assert_eq!(taken(), before);
     }
 
     #[test]

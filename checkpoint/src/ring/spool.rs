@@ -78,7 +78,8 @@ impl Spool {
 
     /// New memory in `folder`, which outlives this process.
     pub fn create(folder: &MemoryFolder, state: &KeptState, bytes: usize) -> Result<Self, SpoolError> {
-        let file = folder.make(OVERFLOW, bytes, false)?;
+        // Reserved first: where there is no room that is said, before a part of it is touched.
+        let file = folder.make(OVERFLOW, bytes, true)?;
         file.preallocate(1, &|_| ())?;
         let arena = Arena::new(file).map_err(SpoolError::Arena)?;
         Ok(Self(Memory::Kept(arena, state.position()?.0)))

@@ -198,6 +198,11 @@ impl Process {
         }
     }
 
+    /// Takes what it has said so far.
+    pub fn hear(&mut self) {
+        self.seen.extend(self.events.try_iter());
+    }
+
     /// Whether it has not ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))

@@ -33,6 +33,8 @@ pub enum RegionError {
         #[source]
         source: io::Error,
     },
+    #[error("{path} needs {needed} bytes, and {free} are free in its file system")]
+    NoRoom { path: PathBuf, needed: u64, free: u64 },
     #[error("{doing}")]
     Io {
         doing: String,

@@ -9,10 +9,12 @@ mod huge;
 mod mapping;
 mod occupancy;
 mod prealloc;
+mod room;
 
 pub use arena::Arena;
 pub use error::RegionError;
 pub use mapping::Mapping;
+pub use room::expect_room;
 
 use crate::units::PageSize;
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, fstat, fstatfs, ftruncate};
@@ -167,6 +169,14 @@ impl RamFile {
         let reserve = || fallocate(&self.fd, FallocateFlags::empty(), extent.offset, extent.len);
         rustix::io::retry_on_intr(reserve)
             .map_err(RegionError::io(format!("reserving {} bytes at {}", extent.len, extent.offset)))
+    }
+
+    /// Whether its file system holds every page of it, so that nobody who touches one needs room (or finds none, which is SIGBUS).
+    pub fn is_whole(&self) -> Result<bool, RegionError> {
+        /// What st_blocks counts in, whatever the file system (inode(7)).
+        const BLOCK: u64 = 512;
+        let stat = fstat(&self.fd).map_err(RegionError::io("asking how much of guest RAM is allocated"))?;
+        Ok(stat.st_blocks as u64 * BLOCK >= self.len as u64)
     }
 
     /// Gives the frames of a range back (FALLOC_FL_PUNCH_HOLE): every mapping then finds a hole there.

@@ -116,3 +116,24 @@ fn a_full_file_system_is_an_error_and_not_a_signal() {
     unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
     assert!(matches!(outcome, Err(RegionError::NoSpace { len: 4194304, .. })), "{outcome:?}");
 }
+
+#[test]
+fn a_file_is_whole_once_all_of_it_is_reserved_and_until_a_page_is_given_back() {
+    let file = RamFile::memfd("whole", MIB, PageSize::Small).unwrap();
+    file.map().unwrap().write(0, &[1]);
+    assert!(!file.is_whole().unwrap());
+    file.reserve(Extent { offset: 0, len: MIB as u64 }).unwrap();
+    assert!(file.is_whole().unwrap());
+    for offset in [0, 9 * 4096] {
+        file.punch(Extent { offset, len: 4096 }).unwrap();
+        assert!(!file.is_whole().unwrap(), "written or only reserved: {offset}");
+        file.reserve(Extent { offset, len: 4096 }).unwrap();
+    }
+    let Some(_pages) = HugePages::reserve(2) else { return };
+    let file = RamFile::memfd("whole", 4 * MIB, PageSize::Huge).unwrap();
+    assert!(!file.is_whole().unwrap());
+    file.reserve(Extent { offset: 0, len: 4 * MIB as u64 }).unwrap();
+    assert!(file.is_whole().unwrap());
+    file.punch(Extent { offset: 2 * MIB as u64, len: 2 * MIB as u64 }).unwrap();
+    assert!(!file.is_whole().unwrap());
+}

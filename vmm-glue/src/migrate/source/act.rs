@@ -149,6 +149,8 @@ impl Source<'_> {
         }
         let mut device_state = Vec::new();
         self.guest.save(&mut device_state)?;
+        // Nothing is given up after this.
+        self.keep.reserve_ram(self.guest.memory())?;
         let mut map = Vec::new();
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();

@@ -18,7 +18,7 @@ use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::source::State;
 use belay_checkpoint::record::Limits;
 use belay_checkpoint::ring::{OWNER_REGION_BYTES, RingReader, RingShape, Spool, SpoolError};
-use belay_transport::region::{Mapping, RamFile, RegionError};
+use belay_transport::region::{Extent, Mapping, RamFile, RegionError};
 use belay_transport::session::RegionGeometry;
 use belay_transport::{Deadline, PAGE_SIZE, PageSize, RegionId};
 use serde::{Deserialize, Serialize};
@@ -213,6 +213,31 @@ impl Keep {
     /// Where the memory is that outlives this process.
     pub fn memory_path(&self) -> Option<&Path> {
         self.memory.as_ref().map(|memory| memory.folder.path())
+    }
+
+    /// Fails where named memory has too little room for a guest of `ram` bytes, its ring and its overflow memory: before anything is started.
+    pub fn expect_room(&self, ram: u64, ring: u64, overflow: u64) -> Result<(), KeepError> {
+        let Some(Memory { folder, .. }) = &self.memory else { return Ok(()) };
+        let parts = [ram, ring, OWNER_REGION_BYTES as u64, overflow];
+        Ok(folder.expect_room(parts.into_iter().map(|bytes| folder.rounded(bytes)).sum())?)
+    }
+
+    /// Makes sure of room for all of guest RAM, where it has a name: what the guest gave back is a hole that somebody else may fill, and it
+    /// may want it again at the destination. Takes long only where a large guest has given something back.
+    pub(super) fn reserve_ram(&self, blocks: &[RamBlock]) -> Result<(), RegionError> {
+        let Some(Memory { folder, .. }) = &self.memory else { return Ok(()) };
+        for block in blocks {
+            if block.file.is_whole()? {
+                continue;
+            }
+            let len = block.file.len() as u64;
+            let reserved = block.file.reserve(Extent { offset: 0, len });
+            reserved.map_err(|error| match folder.expect_room(len) {
+                Err(no_room @ RegionError::NoRoom { .. }) => no_room,
+                _ => error,
+            })?;
+        }
+        Ok(())
     }
 
     /// Guest RAM of region `id`: a new file, all holes.

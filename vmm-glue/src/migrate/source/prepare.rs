@@ -65,6 +65,7 @@ pub(super) fn prepare(
     reached("source-connected");
     let begun = Instant::now();
     let inbox = listen_to::<ToSource>(Arc::clone(&session.control)).map_err(io("start the control thread"))?;
+    keep.reserve_ram(guest.memory())?;
     let exported = Exported::new(config, keep, guest, &session, observer, &connected)?;
     words.board.session(config.proposal.identity.migration.number());
     let reserved = match config.proposal.tether {
