@@ -358,7 +358,7 @@ mod kvm {
         }
         // Kept for several leases, so that both sides have counted some to the end of their length.
         let place = Place::new();
-        let mut roles = both(&place, &ahead, &far, &["--lease", "300ms", "--release", "1s"]);
+        let mut roles = both(&place, &ahead, &far, &["--lease", "1s", "--release", "4s"]);
         let ended = ends(&mut roles);
         assert_eq!(home_is_whole(&roles, ended), "released", "{}", roles.source.story());
         drop(roles);
