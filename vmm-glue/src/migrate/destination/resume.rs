@@ -142,8 +142,9 @@ impl Destination<'_> {
     /// Pulls and tethers over the new session. The guest still stands when this returns.
     fn tether_again(&mut self, proved: Proved) -> Result<Event, DestinationError> {
         let bounds = self.config.bounds;
+        // The source registers all of its memory before it says where that is.
         let (ram, ring, offer, committed) =
-            match heard::next_within(&proved.inbox, "where its memory is", bounds.handshake)? {
+            match heard::next_unless_told(&proved.inbox, "where its memory is", bounds.prepare, self.words)? {
                 ToDestination::PrepareAgain { ram, ring, ring_geometry, committed, because } => {
                     self.last = because;
                     (ram, ring, ring_geometry, committed)
