@@ -68,7 +68,7 @@ impl std::fmt::Display for Version {
 pub struct Event {
     pub name: String,
     pub data: Value,
-    /// QEMU's own clock (CLOCK_REALTIME) in microseconds; for differences between its events, nothing else.
+    /// QEMU's wall clock in microseconds, which may be set at any time: to show, never to decide by.
     pub at_us: i64,
 }
 
