@@ -11,7 +11,7 @@ use super::{LEAST_RING, Options};
 use crate::error::BenchError;
 use crate::fault::{Side, mid, scattered, touch};
 use crate::floor::{self, PAGE};
-use crate::profile::{Profiler, threads_named};
+use crate::profile::{Profiler, copying_share, threads_named};
 use crate::rig::{self, Landing, soon};
 use crate::table::{self, Row};
 use belay_transport::fabric::{FabricKind, Lane};
@@ -242,7 +242,6 @@ pub fn cpu(client: &mut Client, options: &Options) -> Result<Outcome, BenchError
 /// Where the engine's threads are while they pull all of RAM, some of it by demand.
 pub fn profile(client: &mut Client, options: &Options) -> Result<Outcome, BenchError> {
     let mut outcome = None;
-    let mut shares = Vec::new();
     let doing = "sampling the engine's threads (it needs perf events and /proc/kallsyms: root)";
     let sampling = |source| BenchError::Io { doing, source };
     for _ in 0..options.rounds {
@@ -262,17 +261,17 @@ pub fn profile(client: &mut Client, options: &Options) -> Result<Outcome, BenchE
         engine.stop(soon())?;
         check(&guest)?;
         met.done()?;
-        shares.push(profile.copying_share());
         outcome.profiles.push(profile);
     }
     let mut outcome = outcome.ok_or_else(no_rounds)?;
     let sum = |of: fn(&crate::profile::Profile) -> u64| outcome.profiles.iter().map(of).sum::<u64>() as f64;
     let (samples, copying, apart, lost) = (sum(|p| p.samples), sum(|p| p.copying), sum(|p| p.apart), sum(|p| p.lost));
+    let share = [copying_share(&outcome.profiles)];
     let (name, what) = ("copying_share", "part of the engine's samples that is copying memory");
     outcome.ratios = vec![
         match outcome.fabric {
-            FabricKind::Verbs => Ratio::at_most(name, what, &shares, COPYING_GOAL),
-            FabricKind::Tcp | FabricKind::Local => Ratio::plain(name, what, &shares),
+            FabricKind::Verbs => Ratio::at_most(name, what, &share, COPYING_GOAL),
+            FabricKind::Tcp | FabricKind::Local => Ratio::plain(name, what, &share),
         },
         Ratio::plain("profile_samples", "samples of the engine's threads, all rounds", &[samples]),
         Ratio::plain("profile_copying", "of these in functions that copy", &[copying]),

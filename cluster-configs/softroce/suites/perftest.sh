@@ -204,12 +204,20 @@ perftest_bounds() { # fabric
   figure pull "$(median "${MEASURED[$1.pull]}")" MiB/s
   figure 'over ib_read_bw at its best size' "$over" ''
   judge_bound "$1" "the background pull over $1" "$over >= 0.9" 'the goal is 0.9'
-  write=$(median "${MEASURED[$1.write-bw.65536]}")
-  over=$(calculate "$write / $(median "${MEASURED[ib_write_bw.65536]}")" 4)
-  figure 'writes of 64 KiB' "$write" MiB/s
+  over=$(median "$(ratios "${MEASURED[$1.write-bw.65536]}" "${MEASURED[ib_write_bw.65536]}")")
+  figure 'writes of 64 KiB' "$(median "${MEASURED[$1.write-bw.65536]}")" MiB/s
   figure 'over ib_write_bw' "$over" ''
   judge_bound "$1" "checkpoint writes over $1" "$over >= 0.9" 'the goal is 0.9'
   source_cost "$1"
+}
+
+# Each round's value over what perftest found right before it.
+ratios() { # values, perftest's
+  local -a ours theirs
+  local round
+  read -ra ours <<<"$1"
+  read -ra theirs <<<"$2"
+  for round in "${!ours[@]}"; do printf '%s ' "$(calculate "${ours[round]} / ${theirs[round]}" 4)"; done
 }
 
 # What the source's threads spend on a page; those that answer the bench's questions are not counted.
