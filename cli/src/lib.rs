@@ -23,6 +23,7 @@ mod options;
 mod privileges;
 mod quantity;
 mod receive;
+mod relay;
 mod report;
 mod send;
 mod signals;
@@ -86,6 +87,8 @@ enum Command {
     Man(manual::ManArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
+    /// Stand between a QEMU guest's network card and the world
+    Relay(relay::RelayArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
     Judge(judge::JudgeArgs),
     /// Break seeded migrations in known places and judge what becomes of each
@@ -125,6 +128,7 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
+        Command::Relay(args) => relay::run(args),
         Command::Judge(args) => judge::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),

@@ -4,6 +4,7 @@
 //!   qmp      the QEMU Machine Protocol: one request at a time, each with a deadline; events in order
 //!   process  who is behind the socket: pid, pidfd, mappings, open devices
 //!   inspect  what the guest is made of: RAM blocks and their files, other memory, devices, disks
+//!   relay    what a guest sends, held until its checkpoint has committed
 //!   judge    what of it belay can move and tether, and what to change where it cannot
 //! ```
 
@@ -11,3 +12,4 @@ pub mod inspect;
 pub mod judge;
 pub mod process;
 pub mod qmp;
+pub mod relay;
