@@ -11,13 +11,14 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Between two looks whether a QEMU that is being started has ended instead.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK: Duration = Duration::from_millis(5);
 /// Of its log, what an error quotes.
 const QUOTED_BYTES: u64 = 2048;
 /// How long a QEMU that was killed may take to be gone: the address space of a large guest goes slowly.
@@ -115,25 +116,32 @@ impl Launch {
 
 impl Launched {
     fn connect(&mut self, program: &str, log: &Path, deadline: Deadline) -> Result<Qmp, GuestError> {
-        loop {
-            let error = match Qmp::connect(&self.monitor(), Deadline::after(LOOK.min(deadline.left()))) {
-                Ok(qmp) => return Ok(qmp),
-                Err(error) => error,
-            };
-            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
-            if let Some(status) = ended {
-                let said = last_words(log);
-                return Err(GuestError::Unsupported(format!(
-                    "{program} ended ({status}) before it could take a guest: {said}"
-                )));
+        let socket = self.monitor();
+        let error = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => match Qmp::over(stream, &socket, deadline) {
+                    Ok(qmp) => return Ok(qmp),
+                    Err(error) => break error,
+                },
+                Err(_) if !self.has_ended() && !deadline.expired() => std::thread::sleep(LOOK),
+                Err(source) => break QmpError::Connect { path: socket, source },
             }
-            let starting = matches!(error, QmpError::Connect { .. } | QmpError::NoGreeting { .. });
-            if !starting || deadline.expired() {
-                let said = last_words(log);
-                let doing = format!("speak to {program}, which said: {said}");
-                return Err(failed(doing)(io::Error::other(error)));
-            }
+        };
+        // One that closes its monitor is about to end.
+        let soon = Deadline::after(GONE.min(deadline.left()));
+        while matches!(error, QmpError::Closed { .. }) && !self.has_ended() && !soon.expired() {
+            std::thread::sleep(LOOK);
         }
+        let said = last_words(log);
+        if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
+            let why = format!("{program} ended ({status}) before it could take a guest; it said: {said}");
+            return Err(GuestError::Unsupported(why));
+        }
+        Err(failed(format!("speak to {program}, which said: {said}"))(io::Error::other(error)))
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.child.as_mut().is_none_or(|child| !matches!(child.try_wait(), Ok(None)))
     }
 }
 
