@@ -59,7 +59,7 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
     let (place, folder) = (Place::new(), shared_memory());
     let machine = Machine::of("pc", Some(linux));
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_for(20);
+    source.console.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
     let mut sender = send(&place, &to, &source, &["--policy", "none"]);
     assert_eq!(sender.end(), 0, "{}", sender.story());
@@ -85,7 +85,7 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
 fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let (place, folder) = (Place::new(), shared_memory());
     let mut source = Qemu::start(&place, folder.path(), machine, "here");
-    source.console.wait_for(20);
+    source.console.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), machine, &[]);
     let mut sender = send(&place, &to, &source, &["--release", "never"]);
     destination.wait_for_event("all-landed");
@@ -240,8 +240,8 @@ fn a_destination_whose_qemu_fails_before_the_guest_runs_there_leaves_it_where_it
     }
     kill(started, libc::SIGKILL);
     destination.signal(libc::SIGCONT);
-    stays(&mut sender, "QEMU");
-    destination.end();
+    stays(&mut sender, "the VMM process ended");
+    assert_eq!(destination.end(), 5, "{}", destination.story());
     place.expect_nothing_left();
 }
 

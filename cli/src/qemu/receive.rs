@@ -18,11 +18,11 @@ use std::path::{Path, PathBuf};
 Examples:
   belay receive --listen 0.0.0.0:7700 … qemu -- qemu-system-x86_64 -machine q35,memory-backend=m -m 1G \\
       -object memory-backend-file,id=m,size=1G,mem-path=/dev/shm/vm1,share=on …
-  belay receive --listen 0.0.0.0:7700 … qemu --qmp /run/vm1.qmp          one that was started with -incoming defer
+  belay receive --listen 0.0.0.0:7700 … qemu --qmp /run/vm1.qmp          one that was started with -incoming defer -S
 
 Start it as the source's was started, RAM on tmpfs or hugetlbfs. `-incoming defer`, `-S` and a QMP socket are added to what belay starts.")]
 pub struct QemuReceive {
-    /// QMP socket of a QEMU that was started with `-incoming defer` and waits
+    /// QMP socket of a QEMU that was started with `-incoming defer -S` and waits
     #[arg(long, value_name = "SOCKET", conflicts_with = "command")]
     qmp: Option<PathBuf>,
     /// Its process, if the socket was handed down by another (libvirt)

@@ -33,6 +33,12 @@ pub fn no_qemu() -> bool {
     false
 }
 
+/// Told the clocks' rates, because measuring them fails where the host is busy: an emulated microvm then waits for ever.
+const BOOT: &str =
+    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no_timer_check tsc_early_khz=2500000 lpj=5000000";
+/// Longest that a guest may take to boot: some seconds of processor time, of which a busy machine gives little.
+const BOOTED: Duration = Duration::from_secs(240);
+
 /// Kernel and initramfs.
 #[derive(Debug, Clone)]
 pub struct Linux {
@@ -155,7 +161,7 @@ impl Machine {
         if let Some(linux) = &self.linux {
             add("-kernel", linux.kernel.display().to_string());
             add("-initrd", linux.initramfs.display().to_string());
-            add("-append", format!("console=ttyS0 quiet panic=-1 parts={} mib={}", self.vcpus, self.set));
+            add("-append", format!("{BOOT} parts={} mib={}", self.vcpus, self.set));
         }
         words.extend(self.more.iter().cloned());
         words
@@ -245,9 +251,18 @@ impl Console {
         whole.lines().filter_map(number).collect()
     }
 
+    /// Waits until it has booted, and has ticked a little.
+    pub fn wait_until_booted(&self) {
+        self.wait_within(BOOTED, 20);
+    }
+
     /// Waits until it has ticked so often.
     pub fn wait_for(&self, ticks: usize) -> Vec<u64> {
-        let end = Instant::now() + BOUND;
+        self.wait_within(BOUND, ticks)
+    }
+
+    fn wait_within(&self, bound: Duration, ticks: usize) -> Vec<u64> {
+        let end = Instant::now() + bound;
         loop {
             let heard = self.ticks();
             if heard.len() >= ticks {

@@ -36,7 +36,7 @@ const INJECTION: Duration = Duration::from_secs(5);
 pub enum Taker {
     /// One that is started for it.
     Start(Launch),
-    /// One that was started with `-incoming defer`.
+    /// One that was started with `-incoming defer -S`.
     Attach { socket: PathBuf, pid: Option<u32> },
 }
 
@@ -98,6 +98,11 @@ impl QemuHost {
                 let qmp = Qmp::connect(socket, deadline).map_err(|error| failed("reach QEMU")(error.into()))?;
                 let process =
                     Process::behind(&qmp, *pid).map_err(|error| failed("find QEMU's process")(error.into()))?;
+                let line = process.command_line().map_err(|error| failed("read QEMU's command line")(error.into()))?;
+                if !line.iter().any(|word| word == "-S" || word == "--S") {
+                    let why = "QEMU here was started without -S: its guest would run before it is this host's to run";
+                    return Err(GuestError::Unsupported(why.to_owned()));
+                }
                 let leash =
                     Leash::tie(&self.leash, &process).map_err(|error| failed("start the leash")(error.into()))?;
                 self.held = Some((process.number(), Held::Attached(leash)));
@@ -147,7 +152,7 @@ impl Host for QemuHost {
         _life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
         let none = || GuestError::Unsupported("no QEMU was started for this guest".to_owned());
-        let (machine, guest) = self.waiting.take().ok_or_else(none)?;
+        let (mut machine, guest) = self.waiting.take().ok_or_else(none)?;
         let mut blocks: Vec<RamBlock> = Vec::new();
         for (ram, seen) in ram.iter().zip(in_order(&guest.ram)) {
             blocks.push(block(ram.id, seen, Arc::clone(&ram.file), Arc::clone(&ram.alias), &machine.process)?);
@@ -157,6 +162,7 @@ impl Host for QemuHost {
         for block in &blocks {
             expect_untouched(&machine.process, block)?;
         }
+        machine.prepare_stream()?;
         let pid = guest.pid;
         let guest = Box::new(ArrivingGuest::new(machine, blocks));
         Ok(Built { guest, shards, pid, gives_sign: false, keeper: None })

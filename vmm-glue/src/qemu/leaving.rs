@@ -157,6 +157,7 @@ impl Standby {
         let (launched, mut machine) = launch.start(deadline)?;
         let there = Inspection::of(&mut machine.qmp, &machine.process, deadline)?;
         expect_alike(guest, &there)?;
+        machine.prepare_stream()?;
         Ok(Self { launched, machine, header })
     }
 }
@@ -211,6 +212,8 @@ fn expect_alike(running: &Inspection, standby: &Inspection) -> Result<(), Leavin
 impl Guest for LeavingGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
         if !self.paused {
+            // While it still runs.
+            self.machine.prepare_stream()?;
             self.machine.stop(deadline)?;
             self.paused = true;
         }
@@ -218,9 +221,6 @@ impl Guest for LeavingGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        if !self.paused {
-            return Ok(());
-        }
         match &mut self.standby {
             Some(standby) if self.caught => {
                 // One of the two may run, and this is where the other can no more.
@@ -228,8 +228,11 @@ impl Guest for LeavingGuest {
                 standby.machine.go_on()?;
             }
             _ => {
+                // Also where it never stood: it was told of a switch before it was to stop.
                 self.machine.forget_the_switch()?;
-                self.machine.go_on()?;
+                if self.paused {
+                    self.machine.go_on()?;
+                }
                 self.prefix = None;
             }
         }

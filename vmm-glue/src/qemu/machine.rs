@@ -34,7 +34,16 @@ pub struct Machine {
     /// Where it saves device state, once it was asked to.
     saved: Option<Saved>,
     /// What it was told of migrations, and must forget if its guest stays: an operator's own would leave RAM out.
-    prepared: Option<Value>,
+    prepared: Option<Prepared>,
+}
+
+/// A QEMU that was told how to stream.
+#[derive(Debug)]
+struct Prepared {
+    /// `max-bandwidth` as it was.
+    bandwidth: Option<Value>,
+    /// Our end of the stream; QEMU has the other.
+    ours: Option<UnixStream>,
 }
 
 /// A file in memory that QEMU writes. Its end has a description of its own that may only be written, because that is how QEMU asks for it,
@@ -117,10 +126,7 @@ impl Machine {
     /// Appends the stream of a migration that leaves RAM out to `out`: vCPUs, devices, and every block that is no shared file. The guest must
     /// stand; afterwards it can go on, or be left.
     pub fn stream_out(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
-        self.prepare(true)?;
-        let (ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
-        self.hand_over(&theirs)?;
-        drop(theirs);
+        let ours = self.take_stream()?;
         // On a thread of its own: QEMU's answer must not wait for a socket that is full.
         let taken = std::thread::Builder::new().name("qemu-stream".into()).spawn(move || take(&ours));
         let taken = taken.map_err(failed("start a thread"))?;
@@ -143,10 +149,7 @@ impl Machine {
 
     /// Loads a stream into a QEMU that was started with `-incoming defer`; its guest stands after. QEMU ends if it cannot.
     pub fn stream_in(&mut self, parts: &[&[u8]]) -> Result<(), GuestError> {
-        self.prepare(true)?;
-        let (mut ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
-        self.hand_over(&theirs)?;
-        drop(theirs);
+        let mut ours = self.take_stream()?;
         ours.set_write_timeout(Some(STREAM)).map_err(failed("bound a stream"))?;
         std::thread::scope(|scope| {
             let given = scope.spawn(move || {
@@ -168,9 +171,29 @@ impl Machine {
         Ok(())
     }
 
-    fn hand_over(&mut self, end: &UnixStream) -> Result<(), GuestError> {
-        let arguments = json!({ "fdname": STREAM_NAME });
-        self.qmp.execute_with("getfd", arguments, end.as_fd(), Deadline::after(ANSWER)).map_err(told).map(drop)
+    /// Tells it all that can be told before a stream is wanted, so that a guest need not stand for it: RAM is left out, events are wanted, the
+    /// stream's end.
+    pub fn prepare_stream(&mut self) -> Result<(), GuestError> {
+        if self.prepared.is_none() {
+            let before = self.order("query-migrate-parameters", json!({}))?;
+            self.prepared = Some(Prepared { bandwidth: before.get("max-bandwidth").cloned(), ours: None });
+            self.order("migrate-set-parameters", json!({ "max-bandwidth": UNBOUNDED }))?;
+            self.order("migrate-set-capabilities", capabilities(true))?;
+        }
+        let prepared = self.prepared.as_mut().expect("made above");
+        if prepared.ours.is_none() {
+            let (ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+            let arguments = json!({ "fdname": STREAM_NAME });
+            self.qmp.execute_with("getfd", arguments, theirs.as_fd(), Deadline::after(ANSWER)).map_err(told)?;
+            prepared.ours = Some(ours);
+        }
+        Ok(())
+    }
+
+    fn take_stream(&mut self) -> Result<UnixStream, GuestError> {
+        self.prepare_stream()?;
+        let ours = self.prepared.as_mut().and_then(|prepared| prepared.ours.take());
+        Ok(ours.expect("prepared above"))
     }
 
     /// Begins a migration over the descriptor that was handed over, and waits for its end.
@@ -194,30 +217,17 @@ impl Machine {
         }
     }
 
-    /// Says that RAM is left out and that events are wanted, or puts it back as it was.
-    fn prepare(&mut self, on: bool) -> Result<(), GuestError> {
-        let set = |on: bool| {
-            let one = |name: &str| json!({ "capability": name, "state": on });
-            json!({ "capabilities": [one("x-ignore-shared"), one("events")] })
-        };
-        if on {
-            if self.prepared.is_none() {
-                let before = self.order("query-migrate-parameters", json!({}))?;
-                self.prepared = before.get("max-bandwidth").cloned().or(Some(Value::Null));
-            }
-            self.order("migrate-set-parameters", json!({ "max-bandwidth": UNBOUNDED }))?;
-            return self.order("migrate-set-capabilities", set(true)).map(drop);
-        }
-        let Some(before) = self.prepared.take() else { return Ok(()) };
-        if !before.is_null() {
-            self.order("migrate-set-parameters", json!({ "max-bandwidth": before }))?;
-        }
-        self.order("migrate-set-capabilities", set(false)).map(drop)
-    }
-
     /// Has it forget what it was told for a switch that was taken back.
     pub fn forget_the_switch(&mut self) -> Result<(), GuestError> {
-        self.prepare(false)
+        let Some(Prepared { bandwidth, ours }) = self.prepared.take() else { return Ok(()) };
+        if ours.is_some() {
+            // The end of a stream that never began.
+            self.order("closefd", json!({ "fdname": STREAM_NAME }))?;
+        }
+        if let Some(bandwidth) = bandwidth {
+            self.order("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
+        }
+        self.order("migrate-set-capabilities", capabilities(false)).map(drop)
     }
 
     /// Ends it as nothing else can: a QEMU that waits for a page answers no order. One of another user's, which this process may not kill, is
@@ -232,6 +242,12 @@ impl Machine {
             Err(errno) => Err(failed("end QEMU")(errno.into())),
         }
     }
+}
+
+/// RAM that is a shared file is left out of a stream, and QEMU says how far it is; or neither.
+fn capabilities(on: bool) -> Value {
+    let one = |name: &str| json!({ "capability": name, "state": on });
+    json!({ "capabilities": [one("x-ignore-shared"), one("events")] })
 }
 
 /// All of a stream, up to a little more than there may be.
