@@ -121,10 +121,10 @@ fn a_standby_changes_nothing_of_the_memory_it_waits_over_and_takes_the_guest_bac
 
 #[test]
 fn a_standby_that_is_not_like_the_running_qemu_is_refused_by_what_differs() {
-    let Some(qemu) = Qemu::start("q35", &["-device", "pcie-root-port,id=slot"]) else { return };
+    let Some(qemu) = Qemu::start("q35", &["-device", "pcie-root-port,id=port0"]) else { return };
     let mut qmp = Qmp::connect(&qemu.path("qmp"), soon()).unwrap();
     // Plugged in after the start, so its command line does not tell.
-    let device = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "slot" });
+    let device = json!({ "driver": "virtio-rng-pci", "id": "late", "bus": "port0" });
     qmp.execute("device_add", device, soon()).unwrap();
     drop(qmp);
     let found = Found::at(&qemu.path("qmp"), None).unwrap();
