@@ -21,6 +21,8 @@ use zerocopy::IntoBytes;
 
 /// How long until a guest that would not stop is asked again, and how often a watched overflow is looked at.
 const LOOK: Duration = Duration::from_millis(1);
+/// How often it is looked whether a guest that does not park by itself has filled the outbox: a link of 100 Gb/s brings 60 MB in that time.
+const FLOOD_LOOK: Duration = Duration::from_millis(5);
 /// Epochs that can be on their way at once: one a slot, one being taken, one whose commit has not been looked at.
 const OUTSTANDING: usize = 4;
 /// Pages that the smallest reservation must have room for.
@@ -417,7 +419,7 @@ impl TetherLoop {
         let again = (self.tries > 0).then(|| Deadline::after(LOOK));
         loop {
             let dirty = self.tracker.dirty_so_far();
-            let decision = match self.is_near_limit(dirty) {
+            let decision = match self.is_near_limit(dirty) || self.is_flooded() {
                 true => Decision::CloseNow,
                 false => self.policy.next(self.closed_at.elapsed(), dirty, &self.facts),
             };
@@ -429,8 +431,7 @@ impl TetherLoop {
                 (Some(again), _) => again.left(),
                 (None, Decision::CloseNow) => Duration::ZERO,
                 (None, Decision::WaitAtMost(_)) if state.wanted > state.taken => Duration::ZERO,
-                (None, Decision::WaitAtMost(wait)) if self.page_limit.is_some() => wait.min(LOOK),
-                (None, Decision::WaitAtMost(wait)) => wait,
+                (None, Decision::WaitAtMost(wait)) => self.look().map_or(wait, |look| wait.min(look)),
             };
             if wait.is_zero() {
                 return true;
@@ -445,6 +446,20 @@ impl TetherLoop {
         matches!((self.page_limit, dirty), (Some(limit), Some(dirty)) if dirty >= limit)
     }
 
+    /// Whether a guest that does not park by itself has emitted as much as may be held (P7).
+    fn is_flooded(&self) -> bool {
+        !self.guest.parks_itself() && !self.outbox.has_room()
+    }
+
+    /// How often something must be looked at while the guest runs.
+    fn look(&self) -> Option<Duration> {
+        match (self.page_limit, self.guest.parks_itself()) {
+            (Some(_), _) => Some(LOOK),
+            (None, false) => Some(FLOOD_LOOK),
+            (None, true) => None,
+        }
+    }
+
     /// Gets a free slot before the guest is stopped, unless the reservation is nearly full: then the guest is stopped first.
     fn wait_for_slot(&mut self) -> Result<Option<Slot>, TetherError> {
         if let Some(slot) = self.spare.take() {
@@ -452,7 +467,7 @@ impl TetherLoop {
         }
         let deadline = Deadline::after(self.config.commit_bound);
         loop {
-            let look = if self.page_limit.is_some() { LOOK } else { self.config.commit_bound };
+            let look = self.look().unwrap_or(self.config.commit_bound);
             match self.slots.free.recv_timeout(look.min(deadline.left())) {
                 Ok(slot) => return Ok(Some(slot)),
                 Err(RecvTimeoutError::Disconnected) => return self.shipping_has_ended(),
@@ -463,7 +478,7 @@ impl TetherLoop {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             let dirty = self.tracker.dirty_so_far();
-            if !self.paused && self.is_near_limit(dirty) {
+            if !self.paused && (self.is_near_limit(dirty) || self.is_flooded()) {
                 // It goes on with the epoch that is taken next, or stays stopped if that fails.
                 let began = Instant::now();
                 self.paused = self.guest.pause(Deadline::after(self.config.stop_bound)).is_ok();

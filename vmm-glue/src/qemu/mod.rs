@@ -15,6 +15,7 @@
 //!   leaving  a guest at its source: until it left, and after it was caught
 //!   arriving a guest at its destination
 //!   host     a destination that takes QEMU guests
+//!   wire     its network, as its pauses need it
 //!   relay    what a guest sends, held until its checkpoint has committed
 //! ```
 
@@ -34,3 +35,4 @@ pub mod relay;
 pub mod spec;
 mod standby;
 mod state;
+pub mod wire;

@@ -86,6 +86,8 @@ pub struct Relay {
     guest_listener: Listener,
     hand_listener: Listener,
     guest: Option<Link>,
+    /// The process of `guest`, as the kernel noted it.
+    guest_pid: u32,
     waiting: VecDeque<UnixStream>,
     holder: Option<Holder>,
     /// What the guest sent while a page server was letting go.
@@ -143,6 +145,7 @@ impl Relay {
             guest_listener: Listener::bind(guest)?,
             hand_listener: Listener::bind(hand)?,
             guest: None,
+            guest_pid: 0,
             waiting: VecDeque::new(),
             holder: None,
             stash: Queue::new(MOST_TO_HAND_BYTES),
@@ -247,6 +250,7 @@ impl Relay {
         while self.guest.is_none()
             && let Some(stream) = self.waiting.pop_front()
         {
+            self.guest_pid = socket_peercred(&stream).map_or(0, |who| who.pid.as_raw_nonzero().get() as u32);
             self.guest = Link::new(stream, MOST_TO_GUEST_BYTES).ok();
             if self.guest.is_some() {
                 changed(self.gate, "a guest has connected");
@@ -368,13 +372,16 @@ impl Relay {
     fn obey(&mut self, message: FromHand<'_>, changed: &mut impl FnMut(Gate, &str)) -> bool {
         let Some(stage) = self.holder.as_ref().map(|holder| holder.stage) else { return false };
         match (stage, message) {
-            (Stage::Knocking(_), FromHand::Attach { version }) => {
+            (Stage::Knocking(_), FromHand::Attach { version } | FromHand::Look { version }) => {
                 if version != VERSION {
                     let why = format!("this relay speaks version {VERSION}, and was asked for {version}");
                     self.tell(FromRelay::Refused(&why));
                     return false;
                 }
-                self.tell(FromRelay::Attached { version: VERSION, guest: self.guest.is_some() });
+                self.tell(FromRelay::Attached { version: VERSION, guest: self.guest.as_ref().map_or(0, |_| self.guest_pid) });
+                if matches!(message, FromHand::Look { .. }) {
+                    return false;
+                }
                 if let Some(holder) = &mut self.holder {
                     holder.stage = Stage::Attached;
                 }

@@ -119,7 +119,7 @@ pub struct Hand {
     stream: UnixStream,
     reading: Option<JoinHandle<()>>,
     asked: u64,
-    guest: bool,
+    guest: Option<u32>,
 }
 
 impl Hand {
@@ -145,55 +145,26 @@ impl Hand {
         next_sequence: u64,
         deadline: Deadline,
     ) -> Result<Self, HandError> {
-        let connect = |source| HandError::Connect { path: path.to_owned(), source };
-        let mut stream = UnixStream::connect(path).map_err(connect)?;
-        stream.set_write_timeout(Some(WRITE_BOUND)).map_err(io("bound the relay's connection"))?;
-        let writer = stream.try_clone().map_err(io("open the relay's connection twice"))?;
         let state = State { next_sequence, ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
-        shared.say(FromHand::Attach { version: VERSION }).map_err(connect)?;
-        let bound = deadline.left();
-        let mut frames = Frames::default();
-        let guest = loop {
-            let left = deadline.left();
-            if left.is_zero() {
-                return Err(HandError::TimedOut { asked: "to be taken in hand", bound_ms: bound.as_millis() });
-            }
-            stream.set_read_timeout(Some(left)).map_err(io("bound the relay's connection"))?;
-            if let Some(bytes) = frames.next().map_err(MessageError::from)? {
-                match FromRelay::decode(bytes)? {
-                    FromRelay::Attached { version: VERSION, guest } => break guest,
-                    FromRelay::Attached { version, .. } => {
-                        let why = format!("it speaks version {version}, and this is {VERSION}");
-                        return Err(HandError::Refused { path: path.to_owned(), why });
-                    }
-                    FromRelay::Refused(why) => {
-                        return Err(HandError::Refused { path: path.to_owned(), why: why.to_owned() });
-                    }
-                    _ => return Err(HandError::Gone { why: "it began with something else than an answer".to_owned() }),
-                }
-            }
-            match frames.fill(&mut stream) {
-                Ok(Came::Bytes(_) | Came::Nothing) => {}
-                Ok(Came::End) => return Err(HandError::Gone { why: "it closed the connection".to_owned() }),
-                Err(source) => return Err(connect(source)),
-            }
-        };
+        let (stream, mut frames, guest) = begin(path, FromHand::Attach { version: VERSION }, deadline)?;
+        let writer = stream.try_clone().map_err(io("open the relay's connection twice"))?;
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
         stream.set_read_timeout(None).map_err(io("unbound the relay's connection"))?;
         let reading = {
-            let (shared, mut stream) = (Arc::clone(&shared), stream.try_clone().map_err(io("open it twice"))?);
+            let (shared, mut heard) = (Arc::clone(&shared), stream.try_clone().map_err(io("open it twice"))?);
             let read = move || {
-                let why = read_on(&mut stream, &mut frames, &shared, sink.as_ref());
+                let why = read_on(&mut heard, &mut frames, &shared, sink.as_ref());
                 shared.lock().ended = Some(why);
                 shared.changed.notify_all();
             };
             std::thread::Builder::new().name("belay-relay".into()).spawn(read).map_err(io("start a thread"))?
         };
-        Ok(Self { shared, stream, reading: Some(reading), asked: 0, guest })
+        Ok(Self { shared, stream, reading: Some(reading), asked: 0, guest: (guest > 0).then_some(guest) })
     }
 
-    /// Whether a guest was connected when the relay was taken in hand.
-    pub fn has_guest(&self) -> bool {
+    /// The process of the QEMU that was connected when the relay was taken in hand.
+    pub fn guest(&self) -> Option<u32> {
         self.guest
     }
 
@@ -245,6 +216,47 @@ impl Drop for Hand {
         let _ = self.stream.shutdown(Shutdown::Both);
         if let Some(reading) = self.reading.take() {
             let _ = reading.join();
+        }
+    }
+}
+
+/// The process of the QEMU that is connected to the relay at `path`, if one is. Changes nothing.
+pub fn look(path: &Path, deadline: Deadline) -> Result<Option<u32>, HandError> {
+    let (_, _, guest) = begin(path, FromHand::Look { version: VERSION }, deadline)?;
+    Ok((guest > 0).then_some(guest))
+}
+
+/// Connects, says the first word, and waits for the answer.
+fn begin(path: &Path, word: FromHand<'_>, deadline: Deadline) -> Result<(UnixStream, Frames, u32), HandError> {
+    let connect = |source| HandError::Connect { path: path.to_owned(), source };
+    let mut stream = UnixStream::connect(path).map_err(connect)?;
+    stream.set_write_timeout(Some(WRITE_BOUND)).map_err(io("bound the relay's connection"))?;
+    let mut queue = Queue::new(usize::MAX);
+    queue.push(&word.encode().parts());
+    queue.flush(&mut stream).map_err(connect)?;
+    let bound = deadline.left();
+    let mut frames = Frames::default();
+    loop {
+        let left = deadline.left();
+        if left.is_zero() {
+            return Err(HandError::TimedOut { asked: "the first word", bound_ms: bound.as_millis() });
+        }
+        stream.set_read_timeout(Some(left)).map_err(io("bound the relay's connection"))?;
+        if let Some(bytes) = frames.next().map_err(MessageError::from)? {
+            let refused = |why: String| HandError::Refused { path: path.to_owned(), why };
+            match FromRelay::decode(bytes)? {
+                FromRelay::Attached { version: VERSION, guest } => return Ok((stream, frames, guest)),
+                FromRelay::Attached { version, .. } => {
+                    return Err(refused(format!("it speaks version {version}, and this is {VERSION}")));
+                }
+                FromRelay::Refused(why) => return Err(refused(why.to_owned())),
+                _ => return Err(HandError::Gone { why: "it began with something else than an answer".to_owned() }),
+            }
+        }
+        match frames.fill(&mut stream) {
+            Ok(Came::Bytes(_) | Came::Nothing) => {}
+            Ok(Came::End) => return Err(HandError::Gone { why: "it closed the connection".to_owned() }),
+            Err(source) => return Err(connect(source)),
         }
     }
 }

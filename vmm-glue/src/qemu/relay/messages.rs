@@ -10,6 +10,8 @@ pub const VERSION: u16 = 1;
 pub enum FromHand<'a> {
     /// The first: gives the relay into its hand.
     Attach { version: u16 },
+    /// Instead of that: who is connected? Answered as an attachment is, which it is not.
+    Look { version: u16 },
     /// To the world.
     Emit(&'a [u8]),
     /// The guest has been stopped: give all that it had sent, hold what is for it, and say so.
@@ -23,8 +25,8 @@ pub enum FromHand<'a> {
 /// From the relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FromRelay<'a> {
-    /// The page server has the hand.
-    Attached { version: u16, guest: bool },
+    /// The page server has the hand, or sees how it would be. `guest`: process of the QEMU that is connected, 0 for none.
+    Attached { version: u16, guest: u32 },
     /// It does not get it.
     Refused(&'a str),
     /// From the guest.
@@ -46,6 +48,7 @@ pub enum MessageError {
 }
 
 const ATTACH: u8 = b'A';
+const LOOK: u8 = b'?';
 const EMIT: u8 = b'E';
 const SETTLE: u8 = b'S';
 const GO: u8 = b'G';
@@ -82,6 +85,7 @@ impl<'a> FromHand<'a> {
     pub(super) fn encode(&self) -> Encoded<'a> {
         match *self {
             Self::Attach { version } => Encoded::new(ATTACH, &[&version.to_be_bytes()], &[]),
+            Self::Look { version } => Encoded::new(LOOK, &[&version.to_be_bytes()], &[]),
             Self::Emit(frame) => Encoded::new(EMIT, &[], frame),
             Self::Settle { number } => Encoded::new(SETTLE, &[&number.to_be_bytes()], &[]),
             Self::Go => Encoded::new(GO, &[], &[]),
@@ -94,6 +98,7 @@ impl<'a> FromHand<'a> {
         let (kind, rest) = bytes.split_first().ok_or_else(unknown)?;
         Ok(match (*kind, rest) {
             (ATTACH, rest) => Self::Attach { version: u16::from_be_bytes(rest.try_into().map_err(|_| unknown())?) },
+            (LOOK, rest) => Self::Look { version: u16::from_be_bytes(rest.try_into().map_err(|_| unknown())?) },
             (EMIT, [_, ..]) => Self::Emit(rest),
             (SETTLE, rest) => Self::Settle { number: u64::from_be_bytes(rest.try_into().map_err(|_| unknown())?) },
             (GO, []) => Self::Go,
@@ -107,7 +112,7 @@ impl<'a> FromRelay<'a> {
     pub(super) fn encode(&self) -> Encoded<'a> {
         match *self {
             Self::Attached { version, guest } => {
-                Encoded::new(ATTACHED, &[&version.to_be_bytes(), &[u8::from(guest)]], &[])
+                Encoded::new(ATTACHED, &[&version.to_be_bytes(), &guest.to_be_bytes()], &[])
             }
             Self::Refused(why) => Encoded::new(REFUSED, &[], why.as_bytes()),
             Self::Frame(frame) => Encoded::new(FRAME, &[], frame),
@@ -122,8 +127,8 @@ impl<'a> FromRelay<'a> {
         let unknown = || MessageError::Unknown { kind: bytes.first().copied().unwrap_or(0), bytes: bytes.len() };
         let (kind, rest) = bytes.split_first().ok_or_else(unknown)?;
         Ok(match (*kind, rest) {
-            (ATTACHED, &[high, low, guest @ (0 | 1)]) => {
-                Self::Attached { version: u16::from_be_bytes([high, low]), guest: guest == 1 }
+            (ATTACHED, &[high, low, a, b, c, d]) => {
+                Self::Attached { version: u16::from_be_bytes([high, low]), guest: u32::from_be_bytes([a, b, c, d]) }
             }
             (REFUSED, why) => Self::Refused(std::str::from_utf8(why).map_err(|_| unknown())?),
             (FRAME, [_, ..]) => Self::Frame(rest),

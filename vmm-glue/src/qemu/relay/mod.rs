@@ -40,7 +40,7 @@ mod tests;
 
 pub use board::{Gate, Relay, RelayCounts};
 pub use frames::{Frames, FramesError, MAX_FRAME_BYTES};
-pub use hand::{Hand, HandError, Settled};
+pub use hand::{Hand, HandError, Settled, look};
 pub use messages::VERSION;
 pub use world::{World, WorldAddress};
 

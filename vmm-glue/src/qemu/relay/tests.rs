@@ -183,7 +183,7 @@ fn p4_what_a_held_guest_sends_leaves_only_by_the_hand() {
     let (mut world, mut guest) = (place.world(), place.guest());
     place.wait_for(Gate::Open, CAME, 1);
     let (mut hand, inbox) = place.hand(40);
-    assert!(hand.has_guest());
+    assert_eq!(hand.guest(), Some(std::process::id()));
     guest.send(b"one");
     guest.send(b"two");
     let packets = inbox.wait_for(2);
