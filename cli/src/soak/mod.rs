@@ -1,17 +1,20 @@
 //! `belay soak`: seeded runs of real migrations that are struck in a known place, each judged against the promises.
 //!
-//! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run, `strike.rs` strikes, `verdict.rs` judges, `tally.rs` sums
+//! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run of what `launch.rs`
+//! starts, `strike.rs` strikes, `takeover.rs` has others go on for the dead, `verdict.rs` judges, `tally.rs` sums
 //! up, `stage.rs` keeps a run's processes and files from outliving it.
 
 mod actor;
 mod case;
 mod conduct;
 mod doctor;
+mod launch;
 mod pace;
 pub mod points;
 mod relay;
 mod stage;
 mod strike;
+mod takeover;
 mod tally;
 mod verdict;
 
@@ -162,7 +165,9 @@ fn tell_plan(args: &SoakArgs) -> Exit {
     let mut out = std::io::stdout().lock();
     for case in cases(args) {
         // A reader that went away has read enough.
-        if writeln!(out, "{case}  {}", case.script().moment).is_err() {
+        let script = case.script();
+        let takeover = script.takeover.map(|takeover| takeover.words(case.strike)).unwrap_or_default();
+        if writeln!(out, "{case}  {}{takeover}", script.moment).is_err() {
             break;
         }
     }
@@ -291,6 +296,9 @@ impl Soak<'_> {
             landed: String::new(),
             home: None,
             silence_us: None,
+            succession: None,
+            killed_again: false,
+            succession_silence_us: None,
             caught_epoch: None,
             commits_told: 0,
             took_ms: begun.elapsed().as_millis() as u64,
