@@ -56,7 +56,7 @@ const PROGRESS: Duration = Duration::from_secs(10);
 #[command(after_help = EXAMPLES)]
 pub struct SoakArgs {
     /// How many runs
-    #[arg(long, value_name = "N", default_value_t = 260, conflicts_with = "until_stopped")]
+    #[arg(long, value_name = "N", default_value_t = 286, conflicts_with = "until_stopped")]
     runs: u64,
     /// Go on until SIGINT or SIGTERM, then sum up
     #[arg(long)]
@@ -96,7 +96,7 @@ pub struct SoakArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  belay soak                                       260 runs over local and tcp, two at a time
+  belay soak                                       286 runs over local and tcp, two at a time
   belay soak --fabric verbs --runs 40 --jobs 1     through this host's RDMA device
   belay soak --plan --runs 26 --seed 7             what would be tried
   belay soak --until-stopped --seed 7              until Ctrl-C

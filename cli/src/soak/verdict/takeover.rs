@@ -63,10 +63,16 @@ pub fn void(evidence: &Evidence<'_>) -> Option<String> {
 
 /// Holds the run against what must be; what the takeover came to.
 pub fn expected(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) -> Option<Succession> {
-    for (who, before) in [("source", &evidence.source.before), ("page server", &evidence.destination.before)] {
-        if before.iter().any(|exit| *exit != Some(-9)) {
-            wrong.push(format!("the {who}s that were killed ended with {before:?}"));
-        }
+    let struck = evidence.struck.unwrap_or_default();
+    let sources = &evidence.source.before;
+    // A source that had released the guest ended by itself, before it was started again to tell so.
+    let (last, killed) = match (sources.split_last(), struck.told_again) {
+        (Some((last, killed)), true) => (Some(*last), killed),
+        _ => (None, &sources[..]),
+    };
+    let servers = &evidence.destination.before;
+    if last.is_some_and(|exit| exit != Some(0)) || killed.iter().chain(servers).any(|exit| *exit != Some(-9)) {
+        wrong.push(format!("P9: sources before the last one ended with {sources:?}, page servers with {servers:?}"));
     }
     let takeover = evidence.case.script().takeover?;
     let came = match evidence.case.strike {
