@@ -115,11 +115,15 @@ impl Launch<'_> {
         Ok(self.finish(command, stop_at))
     }
 
-    /// How long the destination is waited for: for certain where it lives, and not for long where it may have given up.
+    /// How long the destination is waited for: not for long where it cannot come or may have gone, for certain where it lives. It hears nobody
+    /// while a vCPU of its that waits for a page is being stopped.
     fn grace(&self) -> Duration {
+        let point = self.script.moment.stop_at().map(|(_, point)| point).unwrap_or_default();
+        let at = |names: &[&str]| names.iter().any(|name| point.starts_with(name));
         match self.case.phase {
-            Phase::Prepare | Phase::Switch | Phase::Catch => Duration::from_millis(500),
-            Phase::Handover | Phase::Release => Duration::from_secs(2),
+            Phase::Prepare | Phase::Catch => Duration::from_millis(500),
+            Phase::Switch if !at(&["loaded-told"]) => Duration::from_millis(500),
+            Phase::Release if at(&["release-recorded", "release-told", "release-heard"]) => Duration::from_secs(2),
             _ => Duration::from_secs(10),
         }
     }

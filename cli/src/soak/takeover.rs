@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use std::time::{Duration, Instant};
 
 /// How long whoever takes over may take to come to the next thing that is waited for, its grace included.
-const SUCCESSION_BOUND: Duration = Duration::from_secs(22);
+const SUCCESSION_BOUND: Duration = Duration::from_secs(20);
 /// How long a killed process may take to be gone.
 const GONE_BOUND: Duration = Duration::from_secs(5);
 
@@ -64,9 +64,10 @@ impl Takeover {
         let setting = match (case.strike, case.phase) {
             // Before the guest has been at the destination for certain the source decides, and in a catch it has decided.
             (Strike::ServerTakeover, Phase::Catch) => Setting::Commit,
-            (Strike::ServerTakeover, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Release) => {
-                settings[draw(2) as usize]
-            }
+            (
+                Strike::ServerTakeover,
+                Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Landing | Phase::Release,
+            ) => settings[draw(2) as usize],
             (Strike::ServerTakeover, _) => settings[draw(3) as usize],
             // What a source leaves is caught from, which `lease` would ask its operator for.
             (Strike::SourceTakeover, _) => Setting::Commit,

@@ -57,7 +57,8 @@ pub fn void(evidence: &Evidence<'_>) -> Option<String> {
     if noticed(evidence, "silent for") {
         return Some("a lease ran out by itself".to_owned());
     }
-    let late = noticed(evidence, "has not come back within") && ran(evidence);
+    let late = ran(evidence)
+        && evidence.source.said(|kind| matches!(kind, Kind::State { why, .. } if why == "GraceRanOut"));
     late.then(|| "a destination that lived did not come back within the grace".to_owned())
 }
 
@@ -117,6 +118,8 @@ fn of_source(evidence: &Evidence<'_>, wrong: &mut Vec<String>) -> Succession {
         (Phase::Handover, _) => &[WentOn],
         (_, "release-asked") => &[WentOn, Released],
         (_, "release-renamed" | "release-recorded" | "release-told" | "release-heard") => &[Released],
+        // The first pages are asked for, and come, while the guest's state is loaded.
+        (Phase::Landing, _) if !ran(evidence) => &[Caught, WentOn],
         _ => &[WentOn],
     };
     let came = source_came_to(evidence);
@@ -152,12 +155,15 @@ fn of_source(evidence: &Evidence<'_>, wrong: &mut Vec<String>) -> Succession {
 fn of_server(evidence: &Evidence<'_>, setting: Setting, wrong: &mut Vec<String>) -> Succession {
     use Succession::{Caught, Nothing, Released, WentOn};
     let (destination, phase) = (&evidence.destination, evidence.case.phase);
+    let served = evidence.source.was("serving");
     let due: &[Succession] = match (phase, setting) {
         (Phase::Prepare | Phase::Switch, _) => &[Nothing],
-        // Heard or not, the source has had no word that the guest runs there: it catches it. Where the word was on its way it may have come.
-        (Phase::Handover, Setting::Lease) if point(evidence) == "go-told" => &[Nothing, Caught, WentOn],
-        (Phase::Handover, _) if point(evidence) == "go-told" => &[Nothing, Caught],
-        (Phase::Handover, _) => &[Caught],
+        // Heard or not, the source has had no word that the guest runs there: it takes it back. Where the word was on its way it may come.
+        (Phase::Handover | Phase::Landing, Setting::Lease) if !served || point(evidence) == "go-told" => {
+            &[Nothing, Caught, WentOn]
+        }
+        (Phase::Handover | Phase::Landing, _) if !served => &[Nothing, Caught],
+        (Phase::Handover, Setting::Lease) => &[WentOn],
         (Phase::Release, Setting::Lease) => &[WentOn, Released],
         (Phase::Release, _) => &[Caught, Released],
         (_, Setting::Commit) => &[Caught],
@@ -175,7 +181,7 @@ fn of_server(evidence: &Evidence<'_>, setting: Setting, wrong: &mut Vec<String>)
         _ => None,
     });
     match (came, took) {
-        (Nothing, None) if !ran(evidence) || phase == Phase::Handover => {}
+        (Nothing, None) if !ran(evidence) => {}
         (Nothing, _) => wrong.push("a guest that had run there was not taken over".to_owned()),
         (_, None) => wrong.push("no page server said that it took over".to_owned()),
         (_, Some(pid)) => {
