@@ -10,7 +10,9 @@ use crate::soak::points::StopAt;
 use crate::{descriptors, fabric, logs, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
-use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError};
+use belay_vmm_glue::migrate::destination::{
+    self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
+};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use belay_vmm_glue::migrate::status::Board;

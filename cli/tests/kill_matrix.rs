@@ -194,12 +194,28 @@ mod kvm {
             return;
         }
         let lies = "lost-packet,contradiction,forged-packet,wrong-page,unchecked,lost-commit,two-owners,stale-output,released,other-exit-code,left-behind,empty-guest";
-        let (code, runs, sum) = soak(&["--case", "local/pull/destination-kill/11", "--lie", lies]);
+        all_found_out("local/pull/destination-kill/11", lies);
+    }
+
+    #[test]
+    fn every_lie_about_a_takeover_is_found_out_by_its_verdict() {
+        if !can_soak("lies about takeovers") {
+            return;
+        }
+        let lies =
+            "nobody-took-over,forgotten,lost-packet,contradiction,forged-packet,wrong-page,unchecked,left-behind";
+        for case in ["tcp/pull/source-takeover/1", "local/pull/server-takeover/3"] {
+            all_found_out(case, lies);
+        }
+    }
+
+    fn all_found_out(case: &str, lies: &str) {
+        let (code, runs, sum) = soak(&["--case", case, "--lie", lies]);
         let wrong = &runs.last().expect("a report")["wrong"];
-        assert_eq!((code, &sum["broken"]), (20, &1.into()), "{wrong}");
+        assert_eq!((code, &sum["broken"]), (20, &1.into()), "{case}: {wrong}");
         let found = wrong.as_array().unwrap().iter().filter_map(Value::as_str);
         let found: Vec<_> = found.filter(|line| line.contains(" was found out: ")).collect();
-        assert_eq!(found.len(), lies.split(',').count(), "{found:#?}");
+        assert_eq!(found.len(), lies.split(',').count(), "{case}: {found:#?}");
     }
 }
 

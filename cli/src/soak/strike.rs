@@ -85,8 +85,8 @@ fn strike(run: &Run, struck: &mut Struck) -> std::io::Result<()> {
     match run.case.strike {
         Strike::ServerKill => {
             await_verdict_of_the_source(run);
-            let told = run.logs.lock()[Role::Destination]
-                .find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
+            let told =
+                run.logs.lock()[Role::Destination].find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
             struck.vmm_waited = told.map(|()| stage::running().iter().any(|(_, line)| is_vmm(line)));
             kill_vmm();
         }

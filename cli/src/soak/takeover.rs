@@ -208,7 +208,9 @@ pub(super) fn of_source(run: &mut Run, takeover: Takeover, struck: &mut Struck) 
     let mut late = takeover.late;
     let mut begun = |run: &Run| {
         if std::mem::take(&mut late) {
-            run.await_succession(|logs| logs[Role::Source].ended.is_some() || has_said(&logs[Role::Source], "taken-over"));
+            run.await_succession(|logs| {
+                logs[Role::Source].ended.is_some() || has_said(&logs[Role::Source], "taken-over")
+            });
             run.destination.signal(Signal::CONT);
         }
     };
@@ -226,7 +228,9 @@ pub(super) fn of_source(run: &mut Run, takeover: Takeover, struck: &mut Struck) 
         begun(run);
     }
     let decided = |log: &Log| {
-        log.ended.is_some() || joined_at(log).is_some() || log.find(|kind| matches!(kind, Kind::Caught { .. }).then_some(())).is_some()
+        log.ended.is_some()
+            || joined_at(log).is_some()
+            || log.find(|kind| matches!(kind, Kind::Caught { .. }).then_some(())).is_some()
     };
     run.await_succession(|logs| decided(&logs[Role::Source]));
     let joined = joined_at(&run.logs.lock()[Role::Source]);

@@ -135,7 +135,11 @@ impl Tally {
             by_home: &self.by_home,
             kills_after_folding: self.after_folding,
             death_to_running: latencies(&self.silences),
-            by_succession: self.by_succession.iter().map(|((strike, came), n)| (format!("{strike}/{came}"), *n)).collect(),
+            by_succession: self
+                .by_succession
+                .iter()
+                .map(|((strike, came), n)| (format!("{strike}/{came}"), *n))
+                .collect(),
             taken_over_twice: self.killed_again,
             takeover_silence: latencies(&self.succession_silences),
             dropped_lines: self.dropped,
@@ -190,8 +194,14 @@ impl Tally {
             );
         }
         if !self.by_succession.is_empty() {
-            let came: Vec<_> = self.by_succession.iter().map(|((strike, came), n)| format!("{strike} {came} {n}")).collect();
-            let _ = writeln!(out, "takeovers: {}; {} of them taken over from once more", came.join(", "), self.killed_again);
+            let came: Vec<_> =
+                self.by_succession.iter().map(|((strike, came), n)| format!("{strike} {came} {n}")).collect();
+            let _ = writeln!(
+                out,
+                "takeovers: {}; {} of them taken over from once more",
+                came.join(", "),
+                self.killed_again
+            );
         }
         let mib = |bytes: u64| bytes >> 20;
         let _ = writeln!(

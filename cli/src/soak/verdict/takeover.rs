@@ -57,8 +57,8 @@ pub fn void(evidence: &Evidence<'_>) -> Option<String> {
     if noticed(evidence, "silent for") {
         return Some("a lease ran out by itself".to_owned());
     }
-    let late = ran(evidence)
-        && evidence.source.said(|kind| matches!(kind, Kind::State { why, .. } if why == "GraceRanOut"));
+    let late =
+        ran(evidence) && evidence.source.said(|kind| matches!(kind, Kind::State { why, .. } if why == "GraceRanOut"));
     late.then(|| "a destination that lived did not come back within the grace".to_owned())
 }
 
@@ -106,7 +106,10 @@ fn of_source(evidence: &Evidence<'_>, wrong: &mut Vec<String>) -> Succession {
     let (source, phase) = (&evidence.source, evidence.case.phase);
     let killed_again = evidence.struck.is_some_and(|struck| struck.killed_again);
     if source.before.len() != 1 + usize::from(killed_again) {
-        wrong.push(format!("{} sources were killed, and {killed_again} that one took over and was killed too", source.before.len()));
+        wrong.push(format!(
+            "{} sources were killed, and {killed_again} that one took over and was killed too",
+            source.before.len()
+        ));
     }
     let due: &[Succession] = match (phase, point(evidence)) {
         (Phase::Prepare, _) | (_, "switch-paused" | "catch-resumed") => &[Nothing],
@@ -255,7 +258,9 @@ fn went_on(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
         let told = evidence.destination.newest_commit_until(event.at_us);
         // The first checkpoint of the new session may have committed by the time this was said.
         if told > committed + 1 {
-            wrong.push(format!("P3: it went on from checkpoint {committed}, the destination was told that {told} had committed"));
+            wrong.push(format!(
+                "P3: it went on from checkpoint {committed}, the destination was told that {told} had committed"
+            ));
         }
     }
     let struck = evidence.struck.unwrap_or_default();
