@@ -11,6 +11,7 @@ pub use facts::Facts;
 pub use judge::{Finding, Verdict, judge};
 
 use crate::exit::Exit;
+use crate::report::counted;
 use clap::Args;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -74,14 +75,31 @@ struct Words(&'static str, fn(usize) -> String, fn(usize) -> String);
 
 const OF_A_HOST: Words = Words(
     "Everything belay can use is here.",
-    |degraded| format!("Guests can be moved to and from this host; {degraded} thing(s) could be better."),
-    |missing| format!("{missing} thing(s) needed are missing: guests cannot be moved to or from this host."),
+    |degraded| format!("Guests can be moved to and from this host; {} could be better.", things(degraded)),
+    |missing| {
+        let are = if missing == 1 { "is" } else { "are" };
+        format!("{} needed {are} missing: guests cannot be moved to or from this host.", things(missing))
+    },
 );
 const OF_A_GUEST: Words = Words(
     "Nothing stands against moving and tethering this guest.",
-    |degraded| format!("Nothing stands against moving this guest; {degraded} thing(s) stand against tethering it."),
-    |missing| format!("{missing} thing(s) stand against moving this guest."),
+    |degraded| {
+        format!(
+            "Nothing stands against moving this guest; {} {} against tethering it.",
+            things(degraded),
+            stand(degraded)
+        )
+    },
+    |missing| format!("{} {} against moving this guest.", things(missing), stand(missing)),
 );
+
+fn things(count: usize) -> String {
+    counted(count as u64, "thing", "things")
+}
+
+fn stand(count: usize) -> &'static str {
+    if count == 1 { "stands" } else { "stand" }
+}
 
 fn missing(findings: &[Finding]) -> usize {
     findings.iter().filter(|finding| finding.verdict == Verdict::Missing).count()
