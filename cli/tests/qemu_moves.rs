@@ -90,7 +90,7 @@ fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let mut sender = send(&place, &to, &source, &["--release", "never"]);
     destination.wait_for_event("all-landed");
     let there = Console(folder.path().join("there-console"));
-    there.wait_for(40);
+    there.wait_for(120);
     let qemu = destination.seen.iter().find(|event| event["event"] == "vmm-started").expect("told")["pid"].as_i64();
     let qemu = qemu.expect("a pid") as i32;
     assert!(is_running(qemu));

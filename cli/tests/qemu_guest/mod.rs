@@ -35,7 +35,7 @@ pub fn no_qemu() -> bool {
 
 /// Told the clocks' rates, because measuring them fails where the host is busy: an emulated microvm then waits for ever.
 const BOOT: &str =
-    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no_timer_check tsc_early_khz=2500000 lpj=5000000";
+    "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr mitigations=off no_timer_check tsc_early_khz=2500000 lpj=5000000";
 /// Longest that a guest may take to boot: some seconds of processor time, of which a busy machine gives little.
 const BOOTED: Duration = Duration::from_secs(240);
 
