@@ -34,6 +34,11 @@ pub const OUTBOX_BOUNDS: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
 /// Where a guest's output goes when nobody asked for it.
 struct Nowhere;
 
+/// The way to nowhere.
+pub fn nowhere() -> Box<dyn Emitter> {
+    Box::new(Nowhere)
+}
+
 impl Emitter for Nowhere {
     fn send(&mut self, _packet: &Packet) -> io::Result<()> {
         Ok(())
@@ -47,7 +52,7 @@ pub fn output(address: Option<&str>, role: &str) -> io::Result<Box<dyn Emitter>>
             let address: ObserverAddress = address.parse().map_err(io::Error::other)?;
             Ok(Box::new(ObserverClient::new(address, role)))
         }
-        None => Ok(Box::new(Nowhere)),
+        None => Ok(nowhere()),
     }
 }
 
@@ -362,7 +367,10 @@ impl Host for ThisHost {
         sink: Arc<dyn PacketSink>,
         life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
-        let VmmSpec::Kvm(spec) = spec;
+        let VmmSpec::Kvm(spec) = spec else {
+            let why = "the guest that comes is QEMU's: start `belay receive … qemu -- qemu-system-x86_64 …`";
+            return Err(GuestError::Unsupported(why.to_owned()));
+        };
         let [region] = ram else {
             return Err(GuestError::Unsupported(format!("{} regions of RAM; this VMM has one", ram.len())));
         };

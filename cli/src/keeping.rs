@@ -223,7 +223,9 @@ fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observ
             },
         );
     }
-    let VmmSpec::Kvm(spec) = &config.proposal.vmm;
+    let VmmSpec::Kvm(spec) = &config.proposal.vmm else {
+        return damaged("it is of a QEMU guest, which nobody takes over");
+    };
     let file = match keep.open_ram(RegionId(0)) {
         Ok(file) => file,
         Err(error) => return refused(&error, observer),
@@ -244,8 +246,11 @@ fn config(
     session: belay_transport::session::SessionConfig,
     address: Address,
 ) -> SourceConfig {
-    let VmmSpec::Kvm(spec) = &proposal.vmm;
-    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes);
+    let memory_bytes = match &proposal.vmm {
+        VmmSpec::Kvm(spec) => spec.memory_bytes,
+        VmmSpec::Qemu(spec) => spec.memory_bytes(),
+    };
+    let (ring_bytes, overflow_bytes) = sizes(&args.tether, memory_bytes);
     SourceConfig {
         address,
         session,

@@ -21,6 +21,7 @@ mod observe;
 mod operate;
 mod options;
 mod privileges;
+mod qemu;
 mod quantity;
 mod receive;
 mod report;
@@ -96,6 +97,9 @@ enum Command {
     /// The small process that outlives a VMM (started by receive)
     #[command(hide = true)]
     Guard(vmm::GuardArgs),
+    /// The small process that ends a QEMU with belay (started by send and receive)
+    #[command(hide = true)]
+    Leash(vmm::GuardArgs),
 }
 
 /// Runs the command that this process was started with.
@@ -106,7 +110,7 @@ pub fn main() -> ExitCode {
     };
     match &command {
         Command::Send(_) | Command::Receive(_) | Command::Vmm(_) => privileges::give_up(Part::Host),
-        Command::Guard(_) => privileges::give_up(Part::Guard),
+        Command::Guard(_) | Command::Leash(_) => privileges::give_up(Part::Guard),
         // The demo's and the soak's children are sends and receives; the others only look or ask.
         _ => {}
     }
@@ -129,6 +133,7 @@ pub fn main() -> ExitCode {
         Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
+        Command::Leash(args) => vmm::run_leash(args),
     };
     ExitCode::from(exit.code())
 }

@@ -5,9 +5,10 @@ use crate::exit::Exit;
 use crate::holder::{self, Doors, Held, ThisHost};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
+use crate::qemu::receive::QemuReceive;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
-use crate::{descriptors, fabric, logs, report, signals, takeover};
+use crate::{descriptors, fabric, logs, qemu, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::migrate::destination::{
@@ -16,7 +17,7 @@ use belay_vmm_glue::migrate::destination::{
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use belay_vmm_glue::migrate::status::Board;
-use clap::Args;
+use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -24,6 +25,9 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ReceiveArgs {
+    /// Which VMM takes the guest, if not belay's own
+    #[command(subcommand)]
+    vmm: Option<ReceiveVmm>,
     /// Where to listen: HOST:PORT (tcp and verbs; port 0 takes a free one), or unix:/path (shared memory on one host)
     #[arg(long, value_name = "ADDR")]
     listen: Address,
@@ -75,6 +79,13 @@ pub struct ReceiveArgs {
     config: Option<PathBuf>,
 }
 
+/// Other VMMs.
+#[derive(Debug, Clone, Subcommand)]
+pub enum ReceiveVmm {
+    /// Take a guest of QEMU's
+    Qemu(QemuReceive),
+}
+
 /// Where and how the VMM runs here; what it runs is the source's to say.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PlaceOptions {
@@ -93,6 +104,7 @@ Examples:
   belay receive --listen 0.0.0.0:7700 --cert destination.crt --key destination.key --peer-cert source.crt
   belay receive --listen 127.0.0.1:7700 --takeover         go on with the guest of one that was started with --vmm apart and has died
   belay receive --listen 0.0.0.0:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
+  belay receive --listen 0.0.0.0:7700 … qemu -- qemu-system-x86_64 …   a QEMU guest: `belay receive qemu --help`, docs/qemu.md
 
 SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's memory is given up; an owned guest is ended.";
 
@@ -102,9 +114,12 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
         match ConfigFile::read(path) {
             Ok(file) => {
                 args.console = args.console.or(file.operate);
-                let place = GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
-                let place = place.or(file.guest);
-                args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
+                if args.vmm.is_none() {
+                    let place =
+                        GuestOptions { vmm: args.guest.vmm, drive: args.guest.drive, ..GuestOptions::default() };
+                    let place = place.or(file.guest);
+                    args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
+                }
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
@@ -137,6 +152,10 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         report::failed(observer, what, advice);
         exit
     };
+    if let Some(option) = meaningless(args) {
+        report::failed_text(observer, &format!("{option} is for belay's own VMM, and this is QEMU's"), "Leave it out.");
+        return Exit::Usage;
+    }
     let security = match args.security.security() {
         Ok(security) => security,
         Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
@@ -174,6 +193,16 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
     };
+    if let Some(ReceiveVmm::Qemu(qemu)) = &args.vmm {
+        let mut host = match qemu::receive::host(qemu, &config.state_dir) {
+            Ok(host) => host,
+            Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
+        };
+        return match destination::run(&config, &listener, &mut host, observer, words) {
+            Ok(Ended { outcome: Outcome::Owner, .. }) => qemu::receive::owned(&mut host, observer),
+            other => not_owned(args, other, observer),
+        };
+    }
     let linger = args.linger.map_or(holder::LINGER, |linger| linger.0);
     let doors = Doors { directory: config.state_dir.clone(), linger };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);
@@ -191,6 +220,13 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             let held = Held { guest, spec, nonces };
             held.run_on(args.run_on, args.check, &output, words, observer, Exit::Done)
         }
+        other => not_owned(args, other, observer),
+    }
+}
+
+/// Says why the guest is not this host's, and with which exit code.
+fn not_owned(args: &ReceiveArgs, ended: Result<Ended, DestinationError>, observer: &Observer) -> Exit {
+    match ended {
         Ok(Ended { outcome, why, faults, .. }) => {
             // A guest that waits for a page which will not come must wait until this process has ended (P1).
             std::mem::forget(faults);
@@ -233,4 +269,18 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             exit
         }
     }
+}
+
+/// Options that mean something to belay's own VMM alone, where another's guest is taken.
+fn meaningless(args: &ReceiveArgs) -> Option<&'static str> {
+    let given = [
+        ("--vmm", args.guest.vmm.is_some()),
+        ("--drive", args.guest.drive.is_some()),
+        ("--takeover", args.takeover.is_some()),
+        ("--linger", args.linger.is_some()),
+        ("--check", args.check),
+        ("--run-on", args.run_on.is_some()),
+        ("--output-to", args.output_to.is_some()),
+    ];
+    given.into_iter().find_map(|(name, given)| (given && args.vmm.is_some()).then_some(name))
 }

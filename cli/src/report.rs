@@ -150,6 +150,16 @@ pub fn sentence(kind: &Kind) -> Option<String> {
             format!("guest runs: {} of RAM, {vcpus}, driven by {driven_by}", bytes(spec.memory_bytes))
         }
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
+        Kind::QemuFound { pid, version, machine, vcpus, ram_bytes } => {
+            format!("QEMU {version} found, process {pid}: {machine}, {vcpus} vCPUs, {}", bytes(*ram_bytes))
+        }
+        Kind::StandbyStarted { pid, monitor, took_us } => {
+            format!("the standby waits, process {pid} (QMP: {monitor}), after {}", time(*took_us))
+        }
+        Kind::QemuLeft { pid, monitor } => {
+            let monitor = monitor.as_ref().map(|monitor| format!(" (QMP: {monitor})")).unwrap_or_default();
+            format!("the guest goes on in the QEMU of process {pid}{monitor}")
+        }
         Kind::TookOver { pid, landed_frames, missing_frames, held_packets } => format!(
             "took over VMM {pid}: {landed_frames} pages are here, {missing_frames} missing, {held_packets} packets held; the guest is stopped"
         ),

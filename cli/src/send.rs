@@ -8,6 +8,7 @@ use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
     ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
+use crate::qemu::send::QemuSend;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
 use crate::{descriptors, fabric, logs, report, signals};
@@ -27,15 +28,18 @@ use belay_vmm_glue::migrate::settings::{Bounds, LeaseSettings, Proposal, Release
 use belay_vmm_glue::migrate::source::keep::Keep;
 use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig, SourceError};
 use belay_vmm_glue::migrate::status::Board;
-use clap::Args;
+use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Run a guest and move it to a waiting `belay receive`, tethered
+/// Run a guest and move it to a waiting `belay receive`, tethered; or move the guest of a QEMU that runs
 #[derive(Debug, Clone, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = false)]
 pub struct SendArgs {
+    /// Which guest, if not the proof guest that is run here
+    #[command(subcommand)]
+    pub vmm: Option<SendVmm>,
     /// Where `belay receive` listens: HOST:PORT (tcp and verbs), or unix:/path (shared memory on one host)
     #[arg(long, value_name = "ADDR", required_unless_present = "takeover")]
     pub to: Option<Address>,
@@ -77,6 +81,13 @@ pub struct SendArgs {
     config: Option<PathBuf>,
 }
 
+/// Guests of other VMMs.
+#[derive(Debug, Clone, Subcommand)]
+pub enum SendVmm {
+    /// Move the guest of a QEMU that runs
+    Qemu(QemuSend),
+}
+
 const EXAMPLES: &str = "\
 Examples:
   belay send --to 127.0.0.1:7700                                       beside `belay receive --listen 127.0.0.1:7700`
@@ -86,6 +97,7 @@ Examples:
   belay send --to host-b:7700 --memory-dir /dev/shm                    so that another process can take over if this one dies,
   belay send --takeover                                                which is this
   belay send --to host-b:7700 --fabric verbs --trusted-fabric -d mlx5_0 -x 3 --cert … --key … --peer-cert …
+  belay send --to host-b:7700 qemu --qmp /run/vm1.qmp                  the guest of a QEMU that runs: docs/qemu.md
 
 SIGINT or SIGTERM before the switch takes it back; after it, the guest is caught; once it runs here again, the guest is ended.";
 
@@ -95,8 +107,13 @@ pub fn run(mut args: SendArgs) -> Exit {
         match ConfigFile::read(path) {
             Ok(file) => {
                 args.console = args.console.or(file.operate);
-                args.guest = args.guest.or(file.guest);
-                args.tether = args.tether.or(file.tether);
+                let mut tether = file.tether;
+                match args.vmm {
+                    None => args.guest = args.guest.or(file.guest),
+                    // A file that says how the proof guest is tracked says nothing of another.
+                    Some(_) => tether.tracker = None,
+                }
+                args.tether = args.tether.or(tether);
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
             }
@@ -119,8 +136,11 @@ pub fn run(mut args: SendArgs) -> Exit {
             report::failed(&observer, &too_few, TooFew::ADVICE);
             Exit::Missing
         }
-        (Ok(()), Some(id)) => keeping::take_over(args, id, &board, &observer),
-        (Ok(()), None) => send(&args, &board, &observer),
+        (Ok(()), Some(id)) if args.vmm.is_none() => keeping::take_over(args, id, &board, &observer),
+        (Ok(()), _) => match args.vmm.take() {
+            Some(SendVmm::Qemu(guest)) => crate::qemu::send::send(&args, &guest, &board, &observer),
+            None => send(&args, &board, &observer),
+        },
     };
     report::ended(&observer, exit)
 }
@@ -292,32 +312,7 @@ pub fn see_through(
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
         Err(error) => {
-            let (exit, advice) = match &error {
-                SourceError::Connect { source, .. } => {
-                    (Exit::NoSession, fabric::no_session(source).unwrap_or(
-                        "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?",
-                    ))
-                }
-                SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
-                SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
-                SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
-                SourceError::Fold(_) | SourceError::Spool(_) if taken_over => {
-                    (Exit::KeptDamaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
-                }
-                SourceError::Region(RegionError::NoRoom { .. } | RegionError::NoHugePages { .. })
-                | SourceError::Spool(SpoolError::Region(_)) => (
-                    Exit::NotMoved,
-                    "The guest was not touched. Make room where --memory-dir is (mount -o remount,size=…), or name another.",
-                ),
-                SourceError::Keep(error) => (keeping::refused(error, observer), ""),
-                _ => (
-                    Exit::NotMoved,
-                    "The guest was not touched. `belay check`, there and here, says what a host lacks.",
-                ),
-            };
-            if !matches!(error, SourceError::Keep(_)) {
-                report::failed(observer, &error, advice);
-            }
+            let exit = not_begun(&error, taken_over, observer);
             if taken_over {
                 // What was there to be taken over still is.
                 return exit;
@@ -337,6 +332,32 @@ pub fn see_through(
         Exit::NotMoved => held.run_on(args.run_on, args.check, output, words, observer, exit),
         exit => exit,
     }
+}
+
+/// Says why a migration did not begin, and with which exit code.
+pub fn not_begun(error: &SourceError, taken_over: bool, observer: &Observer) -> Exit {
+    let (exit, advice) = match error {
+        SourceError::Connect { source, .. } => {
+            let otherwise =
+                "The guest was not touched. Is `belay receive` running there, with matching --cert or --insecure?";
+            (Exit::NoSession, fabric::no_session(source).unwrap_or(otherwise))
+        }
+        SourceError::Fabric(error) => (fabric::exit(error), fabric::advice(error)),
+        SourceError::Interrupted => (Exit::Interrupted, "The guest was not touched."),
+        SourceError::Cancelled => (Exit::NotMoved, "The guest was not touched and runs on here."),
+        SourceError::Fold(_) | SourceError::Spool(_) if taken_over => {
+            (Exit::KeptDamaged, "Nothing was changed. What is kept of the guest cannot be used as it is.")
+        }
+        SourceError::Region(RegionError::NoRoom { .. } | RegionError::NoHugePages { .. })
+        | SourceError::Spool(SpoolError::Region(_)) => (
+            Exit::NotMoved,
+            "The guest was not touched. Make room where --memory-dir is (mount -o remount,size=…), or name another.",
+        ),
+        SourceError::Keep(error) => return keeping::refused(error, observer),
+        _ => (Exit::NotMoved, "The guest was not touched. `belay check`, there and here, says what a host lacks."),
+    };
+    report::failed(observer, error, advice);
+    exit
 }
 
 /// Bytes of the ring and of overflow memory.
@@ -378,7 +399,7 @@ fn guest_spec(options: &GuestOptions) -> GuestSpec {
 }
 
 /// The tether, with the defaults of the command; `None` with `--policy none`.
-fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<TetherSettings> {
+pub fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<TetherSettings> {
     let policy = match (&options.policy, options.period) {
         (Some(PolicyChoice::None), _) => return None,
         (Some(PolicyChoice::Take(policy)), _) => *policy,
@@ -396,7 +417,7 @@ fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<Teth
     })
 }
 
-fn release_policy(choice: Option<ReleaseChoice>) -> ReleasePolicy {
+pub fn release_policy(choice: Option<ReleaseChoice>) -> ReleasePolicy {
     match choice {
         None | Some(ReleaseChoice::WhenLanded) => ReleasePolicy::WhenLanded,
         Some(ReleaseChoice::Never) => ReleasePolicy::Never,

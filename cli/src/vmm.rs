@@ -38,7 +38,7 @@ pub fn run(args: VmmArgs) -> Exit {
     }
 }
 
-/// The guard takes everything over its standard input.
+/// The guard and the leash take everything over their standard descriptors.
 #[derive(Debug, Clone, Args)]
 pub struct GuardArgs {}
 
@@ -48,6 +48,17 @@ pub fn run_guard(_args: GuardArgs) -> Exit {
         Ok(()) => Exit::Done,
         Err(error) => {
             complain(&error, "`belay receive` starts the guard; it is of no use by itself.");
+            Exit::Failed
+        }
+    }
+}
+
+/// Runs the leash.
+pub fn run_leash(_args: GuardArgs) -> Exit {
+    match belay_vmm_glue::qemu::leash::leash_main() {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            complain(&error, "`belay send` and `belay receive` start the leash of a QEMU; it is of no use by itself.");
             Exit::Failed
         }
     }

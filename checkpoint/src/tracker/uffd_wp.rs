@@ -66,8 +66,15 @@ impl UffdWpTracker {
             WhoseMemory::Own => "/proc/self/pagemap".to_owned(),
             WhoseMemory::Process(pid) => format!("/proc/{}/pagemap", pid.as_raw_nonzero()),
         };
-        let pagemap = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| GuestError::Io { doing: format!("open {path}"), source: errno.into() })?;
+        let pagemap =
+            rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+                match (whose, errno) {
+                    (WhoseMemory::Process(pid), Errno::NOENT | Errno::SRCH) => {
+                        GuestError::VmmGone(format!("there is no process {} any more", pid.as_raw_nonzero()))
+                    }
+                    _ => GuestError::Io { doing: format!("open {path}"), source: errno.into() },
+                }
+            })?;
         let blocks: Vec<Block> = blocks.iter().map(Block::of).collect();
         let pagemap = Arc::new(pagemap);
         let bytes = blocks.iter().map(|block| block.end - block.start).sum();

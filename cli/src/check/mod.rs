@@ -20,8 +20,7 @@ use std::path::PathBuf;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Ends with 0 when a guest can be moved to and from this host, with 3 when something needed is missing. With --qmp: 0 when that guest
-is prepared for being moved; its QEMU serves one client at a time, so not while another holds the socket. (This version moves guests
-of belay's own VMM; QEMU guests are looked at only.)
+is prepared for being moved; its QEMU serves one client at a time, so not while another holds the socket. `belay send … qemu` moves it.
 
 Examples:
   belay check

@@ -149,6 +149,18 @@ impl Uffd {
         Ok(Self { fd })
     }
 
+    /// A userfaultfd that another process has just made, and with which nothing was done yet: the features are negotiated here. It is
+    /// made non-blocking.
+    pub fn from_fresh_fd(fd: OwnedFd, asked: Features) -> Result<Self, UffdError> {
+        let missing = asked.missing_from(Self::supported(OpenMode::UserModeOnly)?);
+        if missing != Features::NONE {
+            return Err(UffdError::MissingFeatures { asked, has: Features(asked.0 & !missing.0), missing });
+        }
+        let uffd = Self::from_fd(fd)?;
+        api(&uffd.fd, asked)?;
+        Ok(uffd)
+    }
+
     /// Another descriptor of the same userfaultfd.
     pub fn try_clone(&self) -> Result<Self, UffdError> {
         let fd = self.fd.try_clone().map_err(|source| UffdError::Io { doing: "dup".into(), source })?;

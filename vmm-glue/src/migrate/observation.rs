@@ -45,6 +45,16 @@ pub enum Kind {
     GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
+    /// A running QEMU whose guest is to be moved was found.
+    QemuFound { pid: u32, version: String, machine: String, vcpus: u32, ram_bytes: u64 },
+    /// The QEMU into which the guest would be caught waits, as process `pid`.
+    StandbyStarted { pid: u32, monitor: String, took_us: u64 },
+    /// The guest is in the QEMU of process `pid`, which goes on by itself. Its monitor, where belay made it.
+    QemuLeft {
+        pid: u32,
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        monitor: Option<String>,
+    },
     /// This page server goes on with the VMM that a dead one left, which is process `pid`. The guest is stopped.
     TookOver { pid: u32, landed_frames: u64, missing_frames: u64, held_packets: u64 },
     /// The two hosts have agreed on a session.

@@ -2,6 +2,7 @@
 
 use super::reattach::{Identity, Reattach};
 use crate::kvm::guests::GuestSpec;
+use crate::qemu::spec::QemuSpec;
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
@@ -34,14 +35,25 @@ impl Proposal {
     /// Whether both sides can keep to it; if not, what is wrong. The peer's numbers become waits, threads and sizes here.
     pub fn check(&self) -> Result<(), String> {
         const LONGEST: Duration = Duration::from_secs(24 * 3600);
-        let VmmSpec::Kvm(guest) = &self.vmm;
         if self.shards == 0 || self.shards > 64 {
             return Err(format!("{} shards; 1 to 64 are possible", self.shards));
         }
-        if guest.vcpus == 0 || guest.vcpus > 64 {
-            return Err(format!("{} vCPUs; 1 to 64 are possible", guest.vcpus));
+        match &self.vmm {
+            VmmSpec::Kvm(guest) if guest.vcpus == 0 || guest.vcpus > 64 => {
+                return Err(format!("{} vCPUs; 1 to 64 are possible", guest.vcpus));
+            }
+            VmmSpec::Kvm(_) => {}
+            VmmSpec::Qemu(guest) => guest.check()?,
         }
         let Some(tether) = &self.tether else { return Ok(()) };
+        if matches!(self.vmm, VmmSpec::Qemu(_)) {
+            if tether.tracker != TrackerKind::UffdWp {
+                return Err("a tracker that is not uffd-wp; what QEMU writes is seen by no other".to_owned());
+            }
+            if tether.output != OutputMode::Commit {
+                return Err("--output lease, which needs a QEMU that can be fenced; use commit".to_owned());
+            }
+        }
         let LeaseSettings { length, margin, heartbeat } = tether.lease;
         if heartbeat < Duration::from_micros(100) || length < heartbeat * 5 || length > LONGEST || margin > LONGEST {
             return Err(format!(
@@ -68,6 +80,7 @@ impl Proposal {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum VmmSpec {
     Kvm(GuestSpec),
+    Qemu(QemuSpec),
 }
 
 /// How the guest is tethered.

@@ -53,7 +53,7 @@ pub fn objections(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Objectio
         found.extend(objection_to_disk(disk));
     }
     for net in &guest.nets {
-        found.extend(objection_to_net(net));
+        found.push(objection_to_net(net));
     }
     for memory in &guest.other {
         found.extend(objection_to_memory(memory));
@@ -154,11 +154,14 @@ fn objection_to_disk(disk: &Disk) -> Option<Objection> {
     })
 }
 
-fn objection_to_net(net: &Net) -> Option<Objection> {
-    (net.kind == "vhost-user" || net.kind == "vhost-vdpa").then(|| {
+fn objection_to_net(net: &Net) -> Objection {
+    let what = format!("netdev {}", net.name);
+    if net.kind == "vhost-user" || net.kind == "vhost-vdpa" {
         let why = format!("{}: somebody else maps guest memory and writes it", net.kind);
-        against(Against::Moving, &format!("netdev {}", net.name), why, "use a tap or a socket netdev")
-    })
+        return against(Against::Moving, &what, why, "use a tap or a socket netdev");
+    }
+    let why = format!("{}: its packets are not held until the checkpoint that covers them has committed", net.kind);
+    against(Against::Tethering, &what, why, "take the network out (device_del, netdev_del)")
 }
 
 /// Firmware and ROMs are the same on both hosts and travel once; anything else would be as old as the switch after a catch.
@@ -204,7 +207,7 @@ mod tests {
             ],
             devices: vec![("virtio-net-pci".into(), "/machine/peripheral/net0".into())],
             disks: vec![Disk { name: "d0".into(), driver: "raw".into(), read_only: true }],
-            nets: vec![Net { name: "n0".into(), kind: "tap".into() }],
+            nets: vec![],
             confidential: None,
             host_devices: vec!["/dev/kvm".into(), "/dev/net/tun".into()],
         }
@@ -254,7 +257,9 @@ mod tests {
         }
         let user = odd(|guest| guest.devices.push(("vhost-user-blk-pci".into(), "/machine/peripheral/x".into())));
         assert_eq!((user.against, user.what.as_str()), (Against::Moving, "vhost-user-blk-pci"));
-        assert_eq!(odd(|guest| guest.nets[0].kind = "vhost-user".into()).what, "netdev n0");
+        let net = |kind: &str| Net { name: "n0".into(), kind: kind.into() };
+        let user = odd(|guest| guest.nets.push(net("vhost-user")));
+        assert_eq!((user.against, user.what.as_str()), (Against::Moving, "netdev n0"));
         assert_eq!(odd(|guest| guest.disks[0].driver = "nvme".into()).what, "disk d0");
         assert_eq!(odd(|guest| guest.confidential = Some("sev-guest".into())).what, "sev-guest");
         assert_eq!(odd(|guest| guest.status = "internal-error".into()).against, Against::Moving);
@@ -269,6 +274,8 @@ mod tests {
         assert_eq!(flash.against, Against::Tethering);
         let disk = odd(|guest| guest.disks[0].read_only = false);
         assert_eq!((disk.against, disk.what.as_str()), (Against::Tethering, "disk d0"));
+        let tap = odd(|guest| guest.nets.push(Net { name: "n0".into(), kind: "tap".into() }));
+        assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
         let found = objections(&good(), Err("no WP_ASYNC"));
         assert!(

@@ -4,10 +4,31 @@
 //!   qmp      the QEMU Machine Protocol: one request at a time, each with a deadline; events in order
 //!   process  who is behind the socket: pid, pidfd, mappings, open devices
 //!   inspect  what the guest is made of: RAM blocks and their files, other memory, devices, disks
+//!   inject   a userfaultfd of its address space, made by one of its threads
 //!   judge    what of it belay can move and tether, and what to change where it cannot
+//!   spec     what two QEMUs must have in common for a guest to go from one to the other
+//!   memory   its RAM, as files that are mapped here too
+//!   machine  what one is ordered to do: stop, go on, save, load
+//!   state    what it saves, and how a checkpoint becomes something that loads
+//!   launch   one that belay starts, on a leash: it ends with belay until its guest is its own
+//!   standby  the command line of a second one over the same memory
+//!   leaving  a guest at its source: until it left, and after it was caught
+//!   arriving a guest at its destination
+//!   host     a destination that takes QEMU guests
 //! ```
 
+pub mod arriving;
+pub mod host;
+pub mod inject;
 pub mod inspect;
 pub mod judge;
+pub mod launch;
+pub mod leash;
+pub mod leaving;
+pub mod machine;
+mod memory;
 pub mod process;
 pub mod qmp;
+pub mod spec;
+mod standby;
+mod state;

@@ -67,6 +67,11 @@ impl Process {
         self.pid
     }
 
+    /// Its number, for showing.
+    pub fn number(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
     pub fn pidfd(&self) -> &OwnedFd {
         &self.pidfd
     }
@@ -83,6 +88,19 @@ impl Process {
     /// The program it runs.
     pub fn executable(&self) -> Result<PathBuf, ProcessError> {
         fs::read_link(self.path("exe")).map_err(self.failed("read the program"))
+    }
+
+    /// Program and arguments as it was started with. Not UTF-8 is not taken: whoever needs it as text would take another for it.
+    pub fn command_line(&self) -> Result<Vec<String>, ProcessError> {
+        let line = fs::read(self.path("cmdline")).map_err(self.failed("read the command line"))?;
+        let words = line.strip_suffix(&[0]).unwrap_or(&line).split(|&byte| byte == 0);
+        let words: Result<_, _> = words.map(|word| String::from_utf8(word.to_vec())).collect();
+        words.map_err(|error| self.failed("understand the command line")(io::Error::other(error)))
+    }
+
+    /// Where its relative paths begin.
+    pub fn working_directory(&self) -> Result<PathBuf, ProcessError> {
+        fs::read_link(self.path("cwd")).map_err(self.failed("find the working directory"))
     }
 
     /// Its shared mappings of files, by address.

@@ -4,10 +4,12 @@
 //! wait has a deadline, and what it says is data.
 
 use belay_transport::Deadline;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -128,11 +130,48 @@ impl Qmp {
 
     /// Executes a command and gives what it returned. Events that come meanwhile are kept for [`Qmp::wait_for`].
     pub fn execute(&mut self, command: &str, arguments: Value, deadline: Deadline) -> Result<Value, QmpError> {
+        let id = self.ask(command, arguments, None, deadline)?;
+        self.answer(command, id, deadline)
+    }
+
+    /// As [`Qmp::execute`], with a descriptor beside the command (SCM_RIGHTS) for QEMU to keep: `getfd`, `add-fd`.
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+        deadline: Deadline,
+    ) -> Result<Value, QmpError> {
+        let id = self.ask(command, arguments, Some(fd), deadline)?;
+        self.answer(command, id, deadline)
+    }
+
+    /// Leaves a command with QEMU, which carries it out after those before it. Its answer is not waited for.
+    pub fn leave(&mut self, command: &str, deadline: Deadline) -> Result<(), QmpError> {
+        self.ask(command, json!({}), None, deadline).map(drop)
+    }
+
+    fn ask(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Deadline,
+    ) -> Result<u64, QmpError> {
         self.last_id += 1;
-        let id = self.last_id;
-        let mut text = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        let mut text = json!({ "execute": command, "arguments": arguments, "id": self.last_id }).to_string();
         text.push('\n');
-        self.send(command, text.as_bytes(), deadline)?;
+        let mut bytes = text.as_bytes();
+        if let Some(fd) = fd {
+            // The descriptor goes with the first of them.
+            bytes = &bytes[self.send_with(command, bytes, fd, deadline)?..];
+        }
+        self.send(command, bytes, deadline)?;
+        Ok(self.last_id)
+    }
+
+    /// What was returned to the command `id`.
+    fn answer(&mut self, command: &str, id: u64, deadline: Deadline) -> Result<Value, QmpError> {
         loop {
             let mut answer = self.line(command, deadline)?;
             if self.keep_event(&answer)? {
@@ -172,6 +211,11 @@ impl Qmp {
         }
     }
 
+    /// Drops the events that came so far: what is waited for next comes after this.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     fn keep_event(&mut self, line: &Value) -> Result<bool, QmpError> {
         let Some(name) = line.get("event") else { return Ok(false) };
         let name = name.as_str().ok_or_else(|| QmpError::NotQmp("an event without a name".to_owned()))?.to_owned();
@@ -198,6 +242,31 @@ impl Qmp {
             }
         }
         Ok(())
+    }
+
+    /// Sends as much as there is room for, and a descriptor.
+    fn send_with(
+        &mut self,
+        asked: &str,
+        bytes: &[u8],
+        fd: BorrowedFd<'_>,
+        deadline: Deadline,
+    ) -> Result<usize, QmpError> {
+        let started = Instant::now();
+        let fds = [fd];
+        loop {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "the space is made for one");
+            let wait = self.wait(asked, deadline, started)?;
+            let sent = self.stream.set_write_timeout(Some(wait)).and_then(|()| {
+                sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).map_err(Into::into)
+            });
+            match sent {
+                Ok(count) => return Ok(count),
+                Err(error) => self.failed(asked, error)?,
+            }
+        }
     }
 
     fn line(&mut self, asked: &str, deadline: Deadline) -> Result<Value, QmpError> {

@@ -79,7 +79,7 @@ impl Host for TestHost {
         sink: Arc<dyn PacketSink>,
         _life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
-        let VmmSpec::Kvm(spec) = spec;
+        let VmmSpec::Kvm(spec) = spec else { panic!("another VMM's guest") };
         let tracker = tracker.expect("tethered");
         let options = KvmOptions { tracking: tracking(tracker), irqchip: false };
         let guest = KvmGuest::new(spec, &options, ram[0].file.clone(), ram[0].alias.clone(), sink)?;

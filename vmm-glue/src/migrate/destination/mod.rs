@@ -91,6 +91,13 @@ pub const VMM_SLOT: usize = 1;
 
 /// Builds what the destination cannot know how to build: the VMM, the way out for its output, and the guard's process.
 pub trait Host {
+    /// Files of guest RAM that the VMM makes itself, in the order of the proposal's regions; the VMM is started for that. `None`: RAM is
+    /// made by the destination. Whatever is in them is thrown away, so that they are all holes to the VMM.
+    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<Arc<RamFile>>>, GuestError> {
+        let _ = (spec, tethered);
+        Ok(None)
+    }
+
     /// Starts a VMM over `ram` for a guest that will be loaded. `tracker` is the one that will be asked for; a VMM in a process
     /// of its own gives its sign of life in [`VMM_SLOT`] of `life`.
     fn build(

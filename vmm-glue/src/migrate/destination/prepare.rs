@@ -21,7 +21,7 @@ use belay_checkpoint::ownership::destination::State;
 use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
-use belay_transport::region::RamFile;
+use belay_transport::region::{Extent, RamFile};
 use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
 use belay_transport::stop_point::reached;
 use belay_transport::uffd::{Uffd, UffdError};
@@ -124,15 +124,20 @@ pub(super) fn await_prepare(
 /// Allocates all of guest RAM, so that no frame is a hole when it is registered (P1).
 pub(super) fn allocate(
     geometry: &[RegionGeometry],
+    files: Option<Vec<Arc<RamFile>>>,
     placement: &Placement,
     observer: &Observer,
     because: &ObservationId,
 ) -> Result<Vec<Ram>, DestinationError> {
     let begun = Instant::now();
     let mut ram = Vec::new();
+    let mut files = files.map(Vec::into_iter);
     for region in geometry {
         let bytes = region.bytes as usize;
-        let file = Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?);
+        let file = match &mut files {
+            None => Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?),
+            Some(files) => emptied(files.next(), region)?,
+        };
         let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
         prefer(placement, &alias, observer, because);
         let told = AtomicU64::new(0);
@@ -146,9 +151,32 @@ pub(super) fn allocate(
         file.preallocate_through(&alias, ALLOCATORS, &progress)?;
         ram.push(Ram { id: region.id, file, alias });
     }
+    if files.is_some_and(|mut files| files.next().is_some()) {
+        return Err(DestinationError::Refused(format!(
+            "more regions of RAM here than the source's {}",
+            geometry.len()
+        )));
+    }
     let bytes = geometry.iter().map(|region| region.bytes).sum();
     observer.note(Some(because), Kind::Allocated { bytes, took_us: us(begun.elapsed()) });
     Ok(ram)
+}
+
+/// A file that the VMM made, if it is like the source's, with nothing in it: no page of it is left in the VMM's page table either.
+fn emptied(file: Option<Arc<RamFile>>, region: &RegionGeometry) -> Result<Arc<RamFile>, DestinationError> {
+    let refused =
+        |what: String| DestinationError::Refused(format!("{} of {what} here and {}", region.id, like(region)));
+    let file = file.ok_or_else(|| refused("nothing".to_owned()))?;
+    let here = RegionGeometry { id: region.id, bytes: file.len() as u64, page_size: file.page_size() };
+    if here != *region {
+        return Err(refused(like(&here)));
+    }
+    file.punch(Extent { offset: 0, len: region.bytes })?;
+    Ok(file)
+}
+
+fn like(region: &RegionGeometry) -> String {
+    format!("{} bytes in pages of {}", region.bytes, region.page_size)
 }
 
 /// Splits every region's frames among the shards, each part a multiple of 2 MiB where there is enough, so that no huge frame and
@@ -284,7 +312,8 @@ impl<'a> Destination<'a> {
         };
         let mut initiator = fabric::initiator(&session)?;
         let placement = place(config.numa, session.agreed.fabric, initiator.numa_node(), observer, &last)?;
-        let ram = allocate(&session.hello.geometry, &placement, observer, &last)?;
+        let files = host.ram(&proposal.vmm, proposal.tether.is_some())?;
+        let ram = allocate(&session.hello.geometry, files, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
         let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };

@@ -1,0 +1,64 @@
+//! `belay receive … qemu`: a QEMU that is started for a guest that comes, or one that was.
+
+use super::{directory, leash};
+use crate::exit::Exit;
+use crate::holder;
+use crate::report;
+use belay_vmm_glue::guard::{GuardCommand, GuardError};
+use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::qemu::host::{QemuHost, Taker};
+use belay_vmm_glue::qemu::launch::Launch;
+use clap::Args;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// Which QEMU takes the guest.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  belay receive --listen 0.0.0.0:7700 … qemu -- qemu-system-x86_64 -machine q35,memory-backend=m -m 1G \\
+      -object memory-backend-file,id=m,size=1G,mem-path=/dev/shm/vm1,share=on …
+  belay receive --listen 0.0.0.0:7700 … qemu --qmp /run/vm1.qmp          one that was started with -incoming defer -S
+
+Start it as the source's was started, RAM on tmpfs or hugetlbfs. `-incoming defer`, `-S` and a QMP socket are added to what belay starts.")]
+pub struct QemuReceive {
+    /// QMP socket of a QEMU that was started with `-incoming defer -S` and waits
+    #[arg(long, value_name = "SOCKET", conflicts_with = "command")]
+    qmp: Option<PathBuf>,
+    /// Its process, if the socket was handed down by another (libvirt)
+    #[arg(long, value_name = "PID", requires = "qmp")]
+    pid: Option<u32>,
+    /// The QEMU to start when a guest comes: program and arguments
+    #[arg(last = true, value_name = "QEMU", required_unless_present = "qmp")]
+    command: Vec<OsString>,
+}
+
+/// The host that takes the guest.
+pub fn host(qemu: &QemuReceive, state_dir: &Path) -> Result<QemuHost, GuardError> {
+    let taker = match (&qemu.qmp, qemu.command.split_first()) {
+        (Some(socket), _) => Taker::Attach { socket: socket.clone(), pid: qemu.pid },
+        (None, command) => {
+            let (program, arguments) =
+                command.map_or_else(Default::default, |(program, rest)| (program.clone(), rest.to_vec()));
+            let directory = directory(state_dir, "qemu");
+            Taker::Start(Launch { program, arguments, working_directory: None, directory, leash: leash()? })
+        }
+    };
+    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, holder::nowhere))
+}
+
+/// The guest is this host's own: its QEMU goes on, and belay has nothing more to do.
+pub fn owned(host: &mut QemuHost, observer: &Observer) -> Exit {
+    match host.leave() {
+        Some((pid, monitor)) => {
+            let monitor = monitor.map(|monitor| monitor.display().to_string());
+            observer.note(observer.latest().as_ref(), Kind::QemuLeft { pid, monitor });
+            holder::cpu_time(observer);
+            Exit::Done
+        }
+        None => {
+            report::failed_text(observer, "an owned guest without a QEMU", "A bug of ours: please report it.");
+            Exit::Failed
+        }
+    }
+}

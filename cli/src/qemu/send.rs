@@ -1,0 +1,305 @@
+//! `belay send … qemu`: moves the guest of a QEMU that runs, and catches it into a standby.
+
+use super::{directory, leash};
+use crate::exit::Exit;
+use crate::keeping;
+use crate::operate::console::Console;
+use crate::options::GuestOptions;
+use crate::send::{SendArgs, SessionRefused, not_begun, release_policy, session, sizes, tether_settings};
+use crate::{holder, report, signals};
+use belay_checkpoint::guest::TrackerKind;
+use belay_checkpoint::outbox::Outbox;
+use belay_transport::PageSize;
+use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
+use belay_vmm_glue::migrate::operator::Words;
+use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
+use belay_vmm_glue::migrate::reattach::Identity;
+use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
+use belay_vmm_glue::migrate::source::keep::Keep;
+use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig};
+use belay_vmm_glue::migrate::status::Board;
+use belay_vmm_glue::qemu::inspect::Inspection;
+use belay_vmm_glue::qemu::judge::{Against, objections};
+use belay_vmm_glue::qemu::leaving::{Found, LeavingError, LeavingGuest, StandbyPlan};
+use belay_vmm_glue::qemu::qmp::QmpError;
+use belay_vmm_glue::qemu::spec::QemuSpec;
+use clap::Args;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Which QEMU, and what it is caught into.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+Examples:
+  belay check --qmp /run/vm1.qmp                                  what stands against moving it, and what to change
+  belay send --to host-b:7700 qemu --qmp /run/vm1.qmp             tethered
+  belay send --to host-b:7700 --policy none qemu --qmp /run/vm1.qmp
+  belay send --to host-b:7700 qemu --qmp /run/vm1.qmp -- qemu-system-x86_64 -machine q35,memory-backend=m …
+
+The guest goes on meanwhile. A caught guest goes on in the standby, whose monitor is told; docs/qemu.md is the runbook.")]
+pub struct QemuSend {
+    /// Its QMP socket, which nobody else may hold meanwhile: `-qmp unix:SOCKET,server=on,wait=off`
+    #[arg(long, value_name = "SOCKET")]
+    qmp: PathBuf,
+    /// Its process, if the socket was handed down by another (libvirt)
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// The standby's program and arguments, over the same RAM and without `-incoming` [default: as the running one was started, consoles
+    /// and logs with .standby at the end of their names]
+    #[arg(last = true, value_name = "STANDBY")]
+    standby: Vec<OsString>,
+}
+
+/// Options of the command that mean something to the proof guest alone.
+fn meaningless(args: &SendArgs) -> Option<&'static str> {
+    let GuestOptions { guest, memory, page_size, working_set, dirty_rate, vcpus, seed, vmm, drive } = &args.guest;
+    let given = [
+        ("--guest", guest.is_some()),
+        ("--memory", memory.is_some()),
+        ("--page-size", page_size.is_some()),
+        ("--working-set", working_set.is_some()),
+        ("--dirty-rate", dirty_rate.is_some()),
+        ("--vcpus", vcpus.is_some()),
+        ("--seed", seed.is_some()),
+        ("--vmm", vmm.is_some()),
+        ("--drive", drive.is_some()),
+        ("--check", args.check),
+        ("--run-on", args.run_on.is_some()),
+        ("--output-to", args.output_to.is_some()),
+    ];
+    given.into_iter().find_map(|(name, given)| given.then_some(name))
+}
+
+/// What is refused by the options alone.
+fn refused(args: &SendArgs) -> Option<(String, &'static str)> {
+    if let Some(option) = meaningless(args) {
+        return Some((format!("{option} is for the proof guest, and this is QEMU's"), "Leave it out."));
+    }
+    if args.keep.takeover.is_some() {
+        let advice = "A destination that has a QEMU guest keeps it fenced when its source dies; promote it there.";
+        return Some(("a QEMU guest cannot be taken over by another `belay send` yet".to_owned(), advice));
+    }
+    args.keep.memory_dir.as_ref().map(|_| {
+        let advice = "Leave it out: guest RAM is the file that QEMU has.";
+        ("--memory-dir keeps a guest for a takeover, which QEMU guests do not have yet".to_owned(), advice)
+    })
+}
+
+/// Runs the command.
+pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Observer) -> Exit {
+    let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
+        report::failed(observer, what, advice);
+        exit
+    };
+    let usage = |what: &str, advice: &str| {
+        report::failed_text(observer, what, advice);
+        Exit::Usage
+    };
+    if let Some((what, advice)) = refused(args) {
+        return usage(&what, advice);
+    }
+    let Some(to) = args.to.clone() else { return usage("--to is missing", "Say where `belay receive` listens.") };
+    let session = match session(args, &to) {
+        Ok(session) => session,
+        Err(SessionRefused::Security(error)) => {
+            return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage);
+        }
+        Err(SessionRefused::Fabric(refused)) => return refused.told(observer),
+    };
+    let identity = match Identity::random() {
+        Ok(identity) => identity,
+        Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
+    };
+    let console = match signals::termination() {
+        Ok(signals) => Console::open(&args.console, board, signals, observer),
+        Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
+    };
+    let console = match console {
+        Ok(console) => console,
+        Err(exit) => return exit,
+    };
+    let tether = tether_settings(&args.tether, TrackerKind::UffdWp);
+    let found = match Found::at(&qemu.qmp, qemu.pid) {
+        Ok(found) => found,
+        Err(error) => return fail(&error, advice(&error), Exit::Missing),
+    };
+    let told = told(&found.guest);
+    observer.note(None, told);
+    if !may_leave(&found.guest, tether.is_some(), observer) {
+        return Exit::Missing;
+    }
+    let spec = QemuSpec::of(&found.guest);
+    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes());
+    let proposal = Proposal {
+        protocol: PROTOCOL_VERSION,
+        vmm: VmmSpec::Qemu(spec),
+        tether,
+        output_to: None,
+        release: release_policy(args.tether.release),
+        shards: args.tether.shards.unwrap_or(1),
+        nonces: Vec::new(),
+        identity,
+        reattach: None,
+    };
+    if let Err(why) = proposal.check() {
+        return usage(&why, "Nothing was started; `belay help send` names the limits.");
+    }
+    let output = match Outbox::open(holder::OUTBOX_BOUNDS, holder::nowhere()) {
+        Ok(output) => output,
+        Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
+    };
+    let guest = match prepare(args, qemu, found, proposal.tether.is_some(), observer) {
+        Ok(guest) => guest,
+        Err(error) => return fail(&error, advice(&error), Exit::Missing),
+    };
+    let keep = match keeping::begin(&args.keep, PageSize::Small, identity, observer) {
+        Ok(keep) => keep,
+        Err(error) => return keeping::refused(&error, observer),
+    };
+    let config = SourceConfig {
+        address: to,
+        session,
+        ring_bytes,
+        overflow_bytes,
+        proposal,
+        extra: keeping::remember(args),
+        grace: args.keep.takeover_grace.0,
+        bounds: Bounds::default(),
+        numa: args.fabric.numa(),
+        catch_on_loss: args.catch_on_loss,
+    };
+    see_through(&config, (keep, guest), &output, &console.words, observer)
+}
+
+fn told(guest: &Inspection) -> Kind {
+    Kind::QemuFound {
+        pid: guest.pid,
+        version: guest.version.to_string(),
+        machine: guest.machine.strip_suffix("-machine").unwrap_or(&guest.machine).to_owned(),
+        vcpus: guest.vcpus as u32,
+        ram_bytes: guest.ram.iter().map(|ram| ram.bytes).sum(),
+    }
+}
+
+/// Whether nothing stands against it; what does is told, all of it.
+fn may_leave(guest: &Inspection, tethered: bool, observer: &Observer) -> bool {
+    let mut free = true;
+    let mut refuse = |what: String, advice: &str| {
+        report::failed_text(observer, &what, advice);
+        free = false;
+    };
+    for objection in objections(guest, Ok(())) {
+        let what = format!("{}: {}", objection.what, objection.why);
+        match objection.against {
+            Against::Moving if objection.change.is_empty() => refuse(what, "It cannot be moved. Nothing was touched."),
+            Against::Moving => refuse(what, &format!("Nothing was touched. Change: {}", objection.change)),
+            Against::Tethering if tethered => {
+                let or = "or move it without a tether: --policy none";
+                let change =
+                    if objection.change.is_empty() { or.to_owned() } else { format!("{}; {or}", objection.change) };
+                refuse(format!("not to be tethered: {what}"), &format!("Nothing was touched. Change: {change}"));
+            }
+            Against::Tethering => {}
+        }
+    }
+    if guest.status != "running" {
+        refuse(
+            format!("the guest is in the state {}", guest.status),
+            "Nothing was touched. Let it run (`cont`): it would run after the move.",
+        );
+    }
+    free
+}
+
+fn prepare(
+    args: &SendArgs,
+    qemu: &QemuSend,
+    found: Found,
+    tethered: bool,
+    observer: &Observer,
+) -> Result<LeavingGuest, LeavingError> {
+    let run_dir = args.console.run_dir.clone().unwrap_or_else(holder::default_run_dir);
+    let leash = leash().map_err(|error| belay_checkpoint::guest::GuestError::Io {
+        doing: "find this program".to_owned(),
+        source: std::io::Error::other(error),
+    })?;
+    let command = (!qemu.standby.is_empty()).then(|| qemu.standby.clone());
+    let plan = StandbyPlan { command, directory: directory(&run_dir, "standby"), leash };
+    let begun = Instant::now();
+    let guest = LeavingGuest::prepare(found, tethered.then_some(&plan))?;
+    if let Some((process, monitor)) = guest.standby() {
+        let pid = process.number();
+        let monitor = monitor.display().to_string();
+        observer.note(None, Kind::StandbyStarted { pid, monitor, took_us: us(begun.elapsed()) });
+    }
+    Ok(guest)
+}
+
+fn advice(error: &LeavingError) -> &'static str {
+    match error {
+        LeavingError::Qmp(QmpError::Connect { .. } | QmpError::NoGreeting { .. }) => {
+            "Nothing was touched. `-qmp unix:SOCKET,server=on,wait=off` gives QEMU such a socket; `info qmp`-like tools must let go of it."
+        }
+        LeavingError::Standby(_) | LeavingError::Unlike(_) => {
+            "The guest runs on here. Say the standby's program and arguments behind `--`, or move it without a tether: --policy none."
+        }
+        _ => "The guest runs on here. `belay check --qmp SOCKET` looks at it.",
+    }
+}
+
+/// Carries the migration out and says how it ended.
+fn see_through(
+    config: &SourceConfig,
+    (mut keep, mut guest): (Keep, LeavingGuest),
+    output: &Outbox,
+    words: &Words,
+    observer: &Observer,
+) -> Exit {
+    let steps = Vec::new;
+    let given = Given { config, keep: &mut keep, guest: &mut guest, output, steps: &steps, observer, words };
+    let (why, advice, exit) = match source::run(given) {
+        Ok(Outcome::Released { heard }) => {
+            keeping::released(keep, heard, observer);
+            if let Err(error) = guest.end_released() {
+                let advice =
+                    "The destination has the guest. End the QEMU that it left (`quit`), and never let it go on.";
+                report::failed(observer, &error, advice);
+            }
+            holder::cpu_time(observer);
+            return Exit::Done;
+        }
+        Ok(Outcome::Caught { .. }) => {
+            keeping::close(keep, observer);
+            leave(guest, observer);
+            holder::cpu_time(observer);
+            return Exit::Caught;
+        }
+        Ok(Outcome::NotMoved { why }) => {
+            keeping::close(keep, observer);
+            (why, "The guest never left and runs on here.", Exit::NotMoved)
+        }
+        Ok(Outcome::AwaitsOperator { why }) => {
+            // If the standby has it, it is there that it waits.
+            leave(guest, observer);
+            let advice = "This host has not resumed the guest. If the destination still has it, promote it there.";
+            (why, advice, Exit::CatchNeedsOperator)
+        }
+        Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
+        Err(error) => {
+            let exit = not_begun(&error, false, observer);
+            keeping::close(keep, observer);
+            return exit;
+        }
+    };
+    report::failed_text(observer, &why, advice);
+    exit
+}
+
+/// The standby, if it has the guest, goes on whatever becomes of this process.
+fn leave(guest: LeavingGuest, observer: &Observer) {
+    if let Some((pid, monitor)) = guest.leave_caught() {
+        observer.note(observer.latest().as_ref(), Kind::QemuLeft { pid, monitor: Some(monitor.display().to_string()) });
+    }
+}

@@ -1,0 +1,282 @@
+//! A QEMU with a Linux in it that checks its own memory (`guest.rs`), for tests that move it.
+//!
+//! The kernel is the SoftRoCE lab's, from its cache (`cluster-configs/softroce/lab --image` puts it there), or this machine's own. The initramfs
+//! holds one program. `BELAY_TEST_QEMU` names another QEMU.
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use super::running::{BOUND, Place};
+use belay_transport::Deadline;
+use belay_vmm_glue::qemu::qmp::Qmp;
+use serde_json::json;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// The QEMU of these tests.
+pub fn qemu() -> String {
+    std::env::var("BELAY_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
+
+/// Says why and is true where no QEMU can be moved.
+pub fn no_qemu() -> bool {
+    if !Command::new(qemu()).arg("--version").output().is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: {} is not installed", qemu());
+        return true;
+    }
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: tracing another process and holding its faults needs root");
+        return true;
+    }
+    false
+}
+
+/// Told the clocks' rates, because measuring them fails where the host is busy: an emulated microvm then waits for ever.
+const BOOT: &str =
+    "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr mitigations=off no_timer_check tsc_early_khz=2500000 lpj=5000000";
+/// Longest that a guest may take to boot: some seconds of processor time, of which a busy machine gives little.
+const BOOTED: Duration = Duration::from_secs(240);
+
+/// Kernel and initramfs.
+#[derive(Debug, Clone)]
+pub struct Linux {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+}
+
+impl Linux {
+    /// The same for all tests of a program; `None`, said, where something is missing.
+    pub fn here() -> Option<Self> {
+        static MADE: OnceLock<Result<Linux, String>> = OnceLock::new();
+        match MADE.get_or_init(Self::make) {
+            Ok(linux) => Some(linux.clone()),
+            Err(why) => {
+                eprintln!("skipped: {why}");
+                None
+            }
+        }
+    }
+
+    fn make() -> Result<Self, String> {
+        let kernel =
+            kernel().ok_or("no kernel: neither the lab's (cluster-configs/softroce/lab --image) nor /boot's")?;
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let own = |name: &str| folder.join(format!("qemu-guest-{name}-{}", std::process::id()));
+        let (program, made) = (own("init"), own("initramfs"));
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qemu_guest/guest.rs");
+        let options =
+            ["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-C", "panic=abort", "-C", "strip=symbols"];
+        let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+        let built = Command::new(rustc).args(options).arg("-o").arg(&program).arg(source).output();
+        let built = built.map_err(|error| format!("rustc cannot be run: {error}"))?;
+        if !built.status.success() {
+            return Err(format!("the guest's program cannot be built: {}", String::from_utf8_lossy(&built.stderr)));
+        }
+        let archive = fs::read(&program).and_then(|program| fs::write(&made, archive(&program)));
+        archive.map_err(|error| format!("the initramfs cannot be made: {error}"))?;
+        let initramfs = folder.join("qemu-guest.cpio");
+        fs::rename(&made, &initramfs).and_then(|()| fs::remove_file(&program)).map_err(|error| error.to_string())?;
+        Ok(Self { kernel, initramfs })
+    }
+}
+
+/// The lab's newest kernel of 6.1, else any of its, else this machine's.
+fn kernel() -> Option<PathBuf> {
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
+    let lab = std::env::var_os("BELAY_LAB_CACHE").map(PathBuf::from).or_else(|| Some(cache?.join("belay-lab")));
+    let in_folder = |folder: &Path, start: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(start));
+        let mut found: Vec<_> = entries.map(|entry| entry.path()).filter(named).collect();
+        found.sort_by_key(|path| fs::metadata(path).and_then(|file| file.modified()).ok());
+        found
+    };
+    let images = |start| lab.iter().flat_map(move |lab| in_folder(lab, start)).map(|image| image.join("vmlinuz"));
+    let candidates =
+        in_folder(Path::new("/boot"), "vmlinuz-").into_iter().chain(images("image-6.12-")).chain(images("image-6.1-"));
+    candidates.filter(|kernel| fs::File::open(kernel).is_ok()).last()
+}
+
+/// An initramfs (cpio, newc) of one program.
+fn archive(program: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (inode, name, mode, content) in [(1, "init", 0o100_755, program), (0, "TRAILER!!!", 0, &[][..])] {
+        let fields = [inode, mode, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
+        bytes.extend(b"070701");
+        fields.iter().for_each(|field| bytes.extend(format!("{field:08x}").bytes()));
+        bytes.extend(name.bytes());
+        bytes.push(0);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes.extend(content);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    bytes
+}
+
+/// A machine that two QEMUs are started as.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// `q35`, with what else `-machine` is to say.
+    pub kind: &'static str,
+    pub vcpus: usize,
+    /// Size of each block of RAM in MiB; several are NUMA nodes.
+    pub blocks: Vec<usize>,
+    pub more: Vec<String>,
+    pub linux: Option<Linux>,
+    /// MiB of the guest's working set.
+    pub set: usize,
+}
+
+impl Machine {
+    pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
+        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16 }
+    }
+
+    /// Arguments of a QEMU whose RAM files and console lie in `folder`, called by `name`.
+    pub fn arguments(&self, folder: &Path, name: &str) -> Vec<String> {
+        let mut words: Vec<String> =
+            ["-accel", "tcg,thread=multi", "-cpu", "max", "-nodefaults", "-no-user-config", "-no-reboot"]
+                .map(str::to_owned)
+                .to_vec();
+        let mut add = |option: &str, value: String| words.extend([option.to_owned(), value]);
+        let total: usize = self.blocks.iter().sum();
+        add("-smp", self.vcpus.to_string());
+        if total > 0 {
+            add("-m", format!("{total}M"));
+        }
+        for (index, mib) in self.blocks.iter().enumerate() {
+            let path = folder.join(format!("{name}-m{index}"));
+            add("-object", format!("memory-backend-file,id=m{index},size={mib}M,mem-path={},share=on", path.display()));
+            if self.blocks.len() > 1 {
+                add("-numa", format!("node,memdev=m{index}"));
+            }
+        }
+        let backend = if self.blocks.len() == 1 { ",memory-backend=m0" } else { "" };
+        add("-machine", format!("{}{backend}", self.kind));
+        add("-display", "none".to_owned());
+        add("-serial", format!("file:{}", folder.join(format!("{name}-console")).display()));
+        if let Some(linux) = &self.linux {
+            add("-kernel", linux.kernel.display().to_string());
+            add("-initrd", linux.initramfs.display().to_string());
+            add("-append", format!("{BOOT} parts={} mib={}", self.vcpus, self.set));
+        }
+        words.extend(self.more.iter().cloned());
+        words
+    }
+}
+
+/// A QEMU that a test started. It ends with the test.
+pub struct Qemu {
+    child: Child,
+    pub socket: PathBuf,
+    pub console: Console,
+}
+
+impl Qemu {
+    pub fn start(place: &Place, folder: &Path, machine: &Machine, name: &str) -> Self {
+        let socket = place.path(&format!("{name}.qmp"));
+        let mut command = Command::new(qemu());
+        command.args(machine.arguments(folder, name));
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+        let die_with_the_test = || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(Into::into)
+        };
+        // SAFETY: prctl(2) may be called between fork and exec.
+        unsafe { command.pre_exec(die_with_the_test) };
+        let child = command.spawn().expect("QEMU starts");
+        let qemu = Self { child, socket, console: Console(folder.join(format!("{name}-console"))) };
+        drop(qemu.qmp());
+        qemu
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+
+    /// Its monitor. One at a time.
+    pub fn qmp(&self) -> Qmp {
+        monitor(&self.socket)
+    }
+
+    /// Waits until it has ended.
+    pub fn wait(&mut self) {
+        let end = Instant::now() + BOUND;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            assert!(Instant::now() < end, "QEMU does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The monitor at `socket`, and the state of its guest.
+pub fn monitor(socket: &Path) -> Qmp {
+    Qmp::connect(socket, Deadline::after(BOUND)).expect("a monitor")
+}
+
+pub fn status(qmp: &mut Qmp) -> String {
+    let answer = qmp.execute("query-status", json!({}), Deadline::after(BOUND)).expect("an answer");
+    answer["status"].as_str().expect("a state").to_owned()
+}
+
+/// What a guest says.
+pub struct Console(pub PathBuf);
+
+impl Console {
+    /// Numbers of its ticks so far, in order. Fails if the guest found its memory wrong.
+    pub fn ticks(&self) -> Vec<u64> {
+        let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
+        for wrong in ["WRONG", "Kernel panic", "BUG:", "Oops"] {
+            let at = text.lines().position(|line| line.contains(wrong));
+            assert!(
+                at.is_none(),
+                "{}: {:?}",
+                self.0.display(),
+                text.lines().skip(at.unwrap_or(0)).take(9).collect::<Vec<_>>()
+            );
+        }
+        // The last line may be half there, and the first half of one may be another QEMU's.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        let number = |line: &str| line.trim_end().strip_prefix("tick ")?.split_once(' ')?.0.parse().ok();
+        whole.lines().filter_map(number).collect()
+    }
+
+    /// Waits until it has booted, and has ticked a little.
+    pub fn wait_until_booted(&self) {
+        self.wait_within(BOOTED, 20);
+    }
+
+    /// Waits until it has ticked so often.
+    pub fn wait_for(&self, ticks: usize) -> Vec<u64> {
+        self.wait_within(BOUND, ticks)
+    }
+
+    fn wait_within(&self, bound: Duration, ticks: usize) -> Vec<u64> {
+        let end = Instant::now() + bound;
+        loop {
+            let heard = self.ticks();
+            if heard.len() >= ticks {
+                return heard;
+            }
+            assert!(Instant::now() < end, "{} ticks at {}, {ticks} were to come", heard.len(), self.0.display());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Fails unless each of these is the one before it and one more.
+pub fn expect_no_gap(ticks: &[u64]) {
+    for pair in ticks.windows(2) {
+        assert_eq!(pair[0] + 1, pair[1], "a gap in {ticks:?}");
+    }
+}

@@ -1,0 +1,71 @@
+//! A QEMU that takes a guest, and the guest once it is in there.
+
+use super::machine::Machine;
+use super::state::{State, begin_devices};
+use belay_checkpoint::dirty::DirtySet;
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, RamBlock, TrackerKind};
+use belay_transport::Deadline;
+
+/// A guest of this host, or one that is to come.
+pub struct ArrivingGuest {
+    machine: Machine,
+    blocks: Vec<RamBlock>,
+    paused: bool,
+}
+
+impl ArrivingGuest {
+    /// Around a QEMU that waits for a guest, over these blocks.
+    pub fn new(machine: Machine, blocks: Vec<RamBlock>) -> Self {
+        Self { machine, blocks, paused: true }
+    }
+}
+
+impl Guest for ArrivingGuest {
+    fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        if !self.paused {
+            self.machine.stop(deadline)?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        if self.paused {
+            self.machine.go_on()?;
+            self.paused = false;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        begin_devices(out);
+        self.machine.save_devices(out)
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        match State::read(state)? {
+            State::Stream(stream) => self.machine.stream_in(&[stream]),
+            State::Devices(_) => {
+                Err(GuestError::BadState("a checkpoint, where a guest's first state is due".to_owned()))
+            }
+        }
+    }
+
+    fn set_incarnation(&mut self, _nonce: u64) -> Result<(), GuestError> {
+        // Nothing of QEMU's machine tells a guest.
+        Ok(())
+    }
+
+    fn memory(&self) -> &[RamBlock] {
+        &self.blocks
+    }
+
+    fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
+        Err(GuestError::NoTracker { kind, reason: "QEMU's own dirty log is not ours to read; use uffd-wp".to_owned() })
+    }
+
+    fn device_writes(&mut self, _into: &mut DirtySet) -> Result<(), GuestError> {
+        // What QEMU's threads write goes through the mapping that is tracked.
+        Ok(())
+    }
+}

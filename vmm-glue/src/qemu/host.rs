@@ -1,0 +1,217 @@
+//! A host that takes QEMU guests: it starts a QEMU, or finds one that was started, and has its page faults served from here.
+
+use super::arriving::ArrivingGuest;
+use super::inject::userfaultfds;
+use super::inspect::Inspection;
+use super::judge::{Against, objections};
+use super::launch::{Launch, Launched};
+use super::leash::Leash;
+use super::machine::Machine;
+use super::memory::{block, expect_untouched, file_of, in_order};
+use super::process::Process;
+use super::qmp::Qmp;
+use super::spec::QemuSpec;
+use crate::guard::{GuardCommand, GuardError, LifePage};
+use crate::kvm::apart::Keeper;
+use crate::kvm::registration::features;
+use crate::migrate::destination::{Built, Host, Ram, shard_ranges};
+use crate::migrate::settings::VmmSpec;
+use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
+use belay_checkpoint::outbox::Emitter;
+use belay_transport::Deadline;
+use belay_transport::region::{Mapping, RamFile};
+use belay_transport::uffd::{Faults, Features, RegisterModes, Uffd};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// For a QEMU to start, and for all questions together.
+const BOUND: Duration = Duration::from_secs(30);
+/// For its main thread to make userfaultfds.
+const INJECTION: Duration = Duration::from_secs(5);
+
+/// Which QEMU takes the guest.
+#[derive(Debug, Clone)]
+pub enum Taker {
+    /// One that is started for it.
+    Start(Launch),
+    /// One that was started with `-incoming defer -S`.
+    Attach { socket: PathBuf, pid: Option<u32> },
+}
+
+/// What ends the QEMU if the guest does not become its own.
+enum Held {
+    Started(Launched),
+    Attached(Leash),
+}
+
+/// See the module.
+pub struct QemuHost {
+    taker: Taker,
+    guard: GuardCommand,
+    leash: GuardCommand,
+    output: fn() -> Box<dyn Emitter>,
+    /// Waiting, and looked at.
+    waiting: Option<(Machine, Inspection)>,
+    held: Option<(u32, Held)>,
+}
+
+fn failed(doing: &'static str) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> GuestError {
+    move |source| GuestError::Io { doing: doing.to_owned(), source: io::Error::other(source) }
+}
+
+impl QemuHost {
+    /// A host whose guard and leashes are started by these commands. A guest without a network has nothing to say: `output` takes what it
+    /// does not.
+    pub fn new(taker: Taker, guard: GuardCommand, leash: GuardCommand, output: fn() -> Box<dyn Emitter>) -> Self {
+        Self { taker, guard, leash, output, waiting: None, held: None }
+    }
+
+    /// The guest is this host's own: its QEMU goes on whatever becomes of belay. Its process, and its monitor
+    /// where belay made it.
+    pub fn leave(&mut self) -> Option<(u32, Option<PathBuf>)> {
+        let (pid, held) = self.held.take()?;
+        let monitor = match held {
+            Held::Started(launched) => {
+                let monitor = launched.monitor();
+                launched.leave();
+                Some(monitor)
+            }
+            Held::Attached(leash) => {
+                leash.let_go();
+                None
+            }
+        };
+        Some((pid, monitor))
+    }
+
+    fn start(&mut self) -> Result<Machine, GuestError> {
+        let deadline = Deadline::after(BOUND);
+        match &self.taker {
+            Taker::Start(launch) => {
+                let (launched, machine) = launch.start(deadline)?;
+                self.held = Some((machine.process.number(), Held::Started(launched)));
+                Ok(machine)
+            }
+            Taker::Attach { socket, pid } => {
+                let qmp = Qmp::connect(socket, deadline).map_err(|error| failed("reach QEMU")(error.into()))?;
+                let process =
+                    Process::behind(&qmp, *pid).map_err(|error| failed("find QEMU's process")(error.into()))?;
+                let line = process.command_line().map_err(|error| failed("read QEMU's command line")(error.into()))?;
+                if !line.iter().any(|word| word == "-S" || word == "--S") {
+                    let why = "QEMU here was started without -S: its guest would run before it is this host's to run";
+                    return Err(GuestError::Unsupported(why.to_owned()));
+                }
+                let leash =
+                    Leash::tie(&self.leash, &process).map_err(|error| failed("start the leash")(error.into()))?;
+                self.held = Some((process.number(), Held::Attached(leash)));
+                Ok(Machine::new(qmp, process))
+            }
+        }
+    }
+}
+
+impl Host for QemuHost {
+    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<Arc<RamFile>>>, GuestError> {
+        let VmmSpec::Qemu(spec) = spec else {
+            let why = "the guest that comes is of belay's own VMM: start `belay receive` without `qemu`";
+            return Err(GuestError::Unsupported(why.to_owned()));
+        };
+        let mut machine = self.start()?;
+        let deadline = Deadline::after(BOUND);
+        let guest = Inspection::of(&mut machine.qmp, &machine.process, deadline);
+        let mut guest = guest.map_err(|error| failed("look at QEMU")(error.into()))?;
+        if guest.status != "inmigrate" {
+            let why = format!("QEMU here is in the state {}; start it with -incoming defer", guest.status);
+            return Err(GuestError::Unsupported(why));
+        }
+        // What a guest would be in that runs in there.
+        guest.status = "running".to_owned();
+        let against = |against| against == Against::Moving || tethered;
+        if let Some(objection) = objections(&guest, Ok(())).into_iter().find(|objection| against(objection.against)) {
+            let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
+            return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
+        }
+        if let Some(why) = spec.differs(&QemuSpec::of(&guest), tethered) {
+            return Err(GuestError::Unsupported(why));
+        }
+        let file = |ram| file_of(&machine.process, ram).map(Arc::new);
+        let files = in_order(&guest.ram).into_iter().map(file).collect::<Result<_, _>>()?;
+        self.waiting = Some((machine, guest));
+        Ok(Some(files))
+    }
+
+    fn build(
+        &mut self,
+        _spec: &VmmSpec,
+        ram: &[Ram],
+        shards: u16,
+        tracker: Option<TrackerKind>,
+        _sink: Arc<dyn PacketSink>,
+        _life: Option<&LifePage>,
+    ) -> Result<Built, GuestError> {
+        let none = || GuestError::Unsupported("no QEMU was started for this guest".to_owned());
+        let (mut machine, guest) = self.waiting.take().ok_or_else(none)?;
+        let mut blocks: Vec<RamBlock> = Vec::new();
+        for (ram, seen) in ram.iter().zip(in_order(&guest.ram)) {
+            blocks.push(block(ram.id, seen, Arc::clone(&ram.file), Arc::clone(&ram.alias), &machine.process)?);
+        }
+        let protect = tracker == Some(TrackerKind::UffdWp);
+        let shards = register(&machine.process, &blocks, ram, shards, protect)?;
+        for block in &blocks {
+            expect_untouched(&machine.process, block)?;
+        }
+        machine.prepare_stream()?;
+        let pid = guest.pid;
+        let guest = Box::new(ArrivingGuest::new(machine, blocks));
+        Ok(Built { guest, shards, pid, gives_sign: false, keeper: None })
+    }
+
+    fn adopt(&mut self, _: Arc<Mapping>, _: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+        Err(GuestError::Unsupported("a QEMU whose page server has died cannot be taken over yet".to_owned()))
+    }
+
+    fn output(&mut self, _address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
+        Ok((self.output)())
+    }
+
+    fn vmm_is_apart(&self) -> bool {
+        // It is, and gives no sign and shuts no gate: there is nothing for the guard to see to.
+        false
+    }
+
+    fn guard_command(&self) -> Result<GuardCommand, GuardError> {
+        Ok(self.guard.clone())
+    }
+}
+
+/// One userfaultfd of QEMU's a shard, over its part of every block.
+fn register(
+    process: &Process,
+    blocks: &[RamBlock],
+    ram: &[Ram],
+    shards: u16,
+    protect: bool,
+) -> Result<Vec<(Uffd, Vec<belay_transport::pull::ShardRange>)>, GuestError> {
+    let asked = blocks.iter().map(|block| features(block.page_size, protect)).fold(Features::NONE, Features::union);
+    let fds = userfaultfds(process, usize::from(shards), INJECTION);
+    let fds = fds.map_err(|error| failed("have QEMU make a userfaultfd")(error.into()))?;
+    let parts = shard_ranges(ram, shards);
+    if parts.iter().any(Vec::is_empty) {
+        return Err(GuestError::Unsupported(format!("{shards} shards are more than guest RAM can be split in")));
+    }
+    let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: protect };
+    let one = |(fd, part): (std::os::fd::OwnedFd, Vec<belay_transport::pull::ShardRange>)| {
+        let uffd = Uffd::from_fresh_fd(fd, asked)?;
+        for range in &part {
+            let block = blocks.iter().find(|block| block.id == range.region).expect("shards are made of these");
+            let shift = block.page_size.shift();
+            let (start, frames) = (range.frames.start << shift, range.frames.end - range.frames.start);
+            uffd.register(block.vmm_address + start, frames << shift, modes)?;
+        }
+        Ok((uffd, part))
+    };
+    let registered: Result<_, belay_transport::uffd::UffdError> = fds.into_iter().zip(parts).map(one).collect();
+    registered.map_err(|error| failed("register QEMU's RAM")(error.into()))
+}

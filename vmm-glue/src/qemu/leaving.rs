@@ -1,0 +1,284 @@
+//! A guest in a QEMU of this host, on its way to another one; and back, if it is caught: then it goes on in the standby.
+//!
+//! ```text
+//! the running QEMU   running ── stop, stream out ──► left, and stands ── taken back ──► running
+//!                                                      └──────── caught: ended ──► ∅
+//! the standby        waiting for a guest ──────────────── stream in, go on ──────► running
+//! ```
+//! Both map the same files of RAM. Only one of them ever runs: the first is ended before the second is let go.
+
+use super::inspect::{InspectError, Inspection};
+use super::launch::{Launch, Launched};
+use super::machine::{Machine, failed};
+use super::memory::{block, file_of, in_order, path_of};
+use super::process::{Process, ProcessError};
+use super::qmp::{Qmp, QmpError};
+use super::spec::QemuSpec;
+use super::standby::{self, StandbyError};
+use super::state::{State, begin_stream, behind_the_prefix, first_header, prefix_bytes};
+use crate::guard::GuardCommand;
+use belay_checkpoint::dirty::DirtySet;
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, RamBlock, TrackerKind};
+use belay_transport::{Deadline, RegionId};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// For all questions together, and for a QEMU that is started.
+const BOUND: Duration = Duration::from_secs(30);
+
+/// Why a running QEMU's guest cannot be moved as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum LeavingError {
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("no standby can be made of this QEMU's command line")]
+    Standby(#[from] StandbyError),
+    #[error("the standby is not like the running QEMU: {0}")]
+    Unlike(String),
+}
+
+/// A QEMU that was looked at.
+pub struct Found {
+    pub machine: Machine,
+    pub guest: Inspection,
+}
+
+impl Found {
+    /// Connects to the monitor at `socket`, of process `pid` if the socket does not tell. Nothing is changed.
+    pub fn at(socket: &Path, pid: Option<u32>) -> Result<Self, LeavingError> {
+        let deadline = Deadline::after(BOUND);
+        let mut qmp = Qmp::connect(socket, Deadline::after(Duration::from_secs(2)))?;
+        let process = Process::behind(&qmp, pid)?;
+        let guest = Inspection::of(&mut qmp, &process, deadline)?;
+        Ok(Self { machine: Machine::new(qmp, process), guest })
+    }
+}
+
+/// How the standby is started.
+#[derive(Debug, Clone)]
+pub struct StandbyPlan {
+    /// Program and arguments, where they are not to be those of the running one.
+    pub command: Option<Vec<OsString>>,
+    /// For its monitor and its log.
+    pub directory: PathBuf,
+    pub leash: GuardCommand,
+}
+
+struct Standby {
+    launched: Launched,
+    machine: Machine,
+    /// By which the first device is known in a stream.
+    header: Vec<u8>,
+}
+
+/// See the module.
+pub struct LeavingGuest {
+    machine: Machine,
+    blocks: Vec<RamBlock>,
+    standby: Option<Standby>,
+    paused: bool,
+    /// What stood before the devices when it left.
+    prefix: Option<Vec<u8>>,
+    /// The standby has the guest.
+    caught: bool,
+}
+
+impl LeavingGuest {
+    /// Takes hold of the guest's memory, and starts the standby if there is to be one. The guest runs on, but for a stop of about a millisecond
+    /// in which it is seen how its devices begin.
+    pub fn prepare(found: Found, plan: Option<&StandbyPlan>) -> Result<Self, LeavingError> {
+        let Found { mut machine, guest } = found;
+        let mut blocks = Vec::new();
+        for (index, ram) in in_order(&guest.ram).into_iter().enumerate() {
+            let file = Arc::new(file_of(&machine.process, ram)?);
+            let alias = Arc::new(file.map().map_err(failed("map guest RAM"))?);
+            blocks.push(block(RegionId(index as u16), ram, file, alias, &machine.process)?);
+        }
+        let standby = match plan {
+            Some(plan) => Some(Standby::start(plan, &mut machine, &guest)?),
+            None => None,
+        };
+        Ok(Self { machine, blocks, standby, paused: false, prefix: None, caught: false })
+    }
+
+    /// The process that runs the guest, or has.
+    pub fn process(&self) -> &Process {
+        &self.machine.process
+    }
+
+    /// The standby's process and monitor.
+    pub fn standby(&self) -> Option<(&Process, PathBuf)> {
+        self.standby.as_ref().map(|standby| (&standby.machine.process, standby.launched.monitor()))
+    }
+
+    /// After a catch: the standby is the guest's QEMU, and goes on whatever becomes of belay. Its process and monitor; `None` where nothing was
+    /// loaded into one.
+    pub fn leave_caught(mut self) -> Option<(u32, PathBuf)> {
+        let standby = self.standby.take().filter(|_| self.caught)?;
+        let monitor = standby.launched.monitor();
+        standby.launched.leave();
+        Some((standby.machine.process.number(), monitor))
+    }
+
+    /// After a release: what is here of the guest is of no use, and must never run.
+    pub fn end_released(mut self) -> Result<(), GuestError> {
+        self.machine.kill()
+    }
+}
+
+impl Standby {
+    fn start(plan: &StandbyPlan, running: &mut Machine, guest: &Inspection) -> Result<Self, LeavingError> {
+        let mut devices = Vec::new();
+        running.save_devices(&mut devices)?;
+        let header = first_header(&devices)?.to_vec();
+        let (program, arguments) = match &plan.command {
+            Some(command) => {
+                let (program, arguments) = command.split_first().ok_or(StandbyError::Empty)?;
+                (program.clone(), arguments.to_vec())
+            }
+            None => {
+                let arguments =
+                    standby::arguments(&running.process.command_line()?, &elsewhere(&running.process, guest)?)?;
+                (running.process.executable()?.into(), arguments.into_iter().map(OsString::from).collect())
+            }
+        };
+        let (directory, leash) = (plan.directory.clone(), plan.leash.clone());
+        let working_directory = Some(running.process.working_directory()?);
+        let deadline = Deadline::after(BOUND);
+        let launch = Launch { program, arguments, working_directory, directory, leash };
+        let (launched, mut machine) = launch.start(deadline)?;
+        let there = Inspection::of(&mut machine.qmp, &machine.process, deadline)?;
+        expect_alike(guest, &there)?;
+        machine.prepare_stream()?;
+        Ok(Self { launched, machine, header })
+    }
+}
+
+/// Backends whose files have no path any more, or another's.
+fn elsewhere(process: &Process, guest: &Inspection) -> Result<standby::Elsewhere, LeavingError> {
+    use std::os::unix::fs::MetadataExt;
+    let mut found = Vec::new();
+    for ram in &guest.ram {
+        let open = path_of(process, ram)?;
+        let identity = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+        let named = ram.path.as_deref().map(Path::new).and_then(identity);
+        if named.is_none() || named != identity(&open) {
+            found.push((ram.id.clone(), open));
+        }
+    }
+    Ok(found)
+}
+
+/// Whether what one saves the other can load, over the same memory.
+fn expect_alike(running: &Inspection, standby: &Inspection) -> Result<(), LeavingError> {
+    if let Some(why) = QemuSpec::of(running).differs(&QemuSpec::of(standby), true) {
+        return Err(LeavingError::Unlike(why));
+    }
+    for (one, other) in in_order(&running.ram).into_iter().zip(in_order(&standby.ram)) {
+        let file = |ram: &super::inspect::Ram| ram.mapping.as_ref().map(|mapping| mapping.file);
+        if file(one) != file(other) || file(one).is_none() {
+            return Err(LeavingError::Unlike(format!("RAM {} is of another file", one.id)));
+        }
+    }
+    let kinds = |guest: &Inspection| {
+        let mut kinds: Vec<String> = guest.devices.iter().map(|(kind, _)| kind.clone()).collect();
+        kinds.sort();
+        kinds
+    };
+    let (one, mut other) = (kinds(running), kinds(standby));
+    for kind in one {
+        match other.iter().position(|there| *there == kind) {
+            Some(at) => drop(other.remove(at)),
+            None => {
+                let why = format!("it lacks a {kind}, which was plugged in after the start");
+                return Err(LeavingError::Unlike(why));
+            }
+        }
+    }
+    match other.first() {
+        Some(kind) => Err(LeavingError::Unlike(format!("it has a {kind}, which the running one was unplugged from"))),
+        None => Ok(()),
+    }
+}
+
+impl Guest for LeavingGuest {
+    fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        if !self.paused {
+            // While it still runs.
+            self.machine.prepare_stream()?;
+            self.machine.stop(deadline)?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        match &mut self.standby {
+            Some(standby) if self.caught => {
+                // One of the two may run, and this is where the other can no more.
+                self.machine.kill()?;
+                standby.machine.go_on()?;
+            }
+            _ => {
+                // Also where it never stood: it was told of a switch before it was to stop.
+                self.machine.forget_the_switch()?;
+                if self.paused {
+                    self.machine.go_on()?;
+                }
+                self.prefix = None;
+            }
+        }
+        self.paused = false;
+        Ok(())
+    }
+
+    fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        begin_stream(out);
+        let at = out.len();
+        self.machine.stream_out(out)?;
+        let stream = &out[at..];
+        // Now is the time to find that a catch would fail.
+        let prefix = self.standby.as_ref().map_or(Ok(0), |standby| prefix_bytes(stream, &standby.header))?;
+        self.prefix = Some(stream[..prefix].to_vec());
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
+        let none = || GuestError::Unsupported("no standby was started to load a guest into".to_owned());
+        let standby = self.standby.as_mut().ok_or_else(none)?;
+        match State::read(state)? {
+            State::Stream(stream) => standby.machine.stream_in(&[stream])?,
+            State::Devices(devices) => {
+                let prefix = self.prefix.as_ref().ok_or_else(none)?;
+                standby.machine.stream_in(&[prefix, behind_the_prefix(devices)])?;
+            }
+        }
+        self.caught = true;
+        Ok(())
+    }
+
+    fn set_incarnation(&mut self, _nonce: u64) -> Result<(), GuestError> {
+        // Nothing of QEMU's machine tells a guest.
+        Ok(())
+    }
+
+    fn memory(&self) -> &[RamBlock] {
+        &self.blocks
+    }
+
+    fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
+        Err(GuestError::NoTracker { kind, reason: "nothing is tracked at a source".to_owned() })
+    }
+
+    fn device_writes(&mut self, _into: &mut DirtySet) -> Result<(), GuestError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,274 @@
+//! One QEMU that is given orders: stop, go on, save, load. What each does inside QEMU, and what can be believed of it, is told there.
+
+use super::process::Process;
+use super::qmp::{Qmp, QmpError};
+use belay_checkpoint::guest::GuestError;
+use belay_transport::Deadline;
+use rustix::fs::{MemfdFlags, Mode, OFlags, SeekFrom, memfd_create, open, seek};
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// Longest answer to anything but an order that may wait for a page. A QEMU whose main loop runs answers in well under a millisecond.
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
+/// Longest that a migration's stream may take, out or in: 300 kB on one host.
+const STREAM: Duration = Duration::from_secs(20);
+/// Most bytes of such a stream: what a message between hosts may carry, with room for the rest of it.
+pub(super) const MOST_STREAM: u64 = 60 << 20;
+/// What a descriptor is called while QEMU takes it for a stream.
+const STREAM_NAME: &str = "belay-stream";
+/// Bytes a second; QEMU's own default would spread a screen's memory over a quarter of a second.
+const UNBOUNDED: u64 = 1 << 40;
+
+/// A QEMU with its monitor and its process.
+#[derive(Debug)]
+pub struct Machine {
+    pub qmp: Qmp,
+    pub process: Process,
+    /// Where it saves device state, once it was asked to.
+    saved: Option<Saved>,
+    /// What it was told of migrations, and must forget if its guest stays: an operator's own would leave RAM out.
+    prepared: Option<Prepared>,
+}
+
+/// A QEMU that was told how to stream.
+#[derive(Debug)]
+struct Prepared {
+    /// `max-bandwidth` as it was.
+    bandwidth: Option<Value>,
+    /// Our end of the stream; QEMU has the other.
+    ours: Option<UnixStream>,
+}
+
+/// A file in memory that QEMU writes. Its end has a description of its own that may only be written, because that is how QEMU asks for it,
+/// and whose position is put back before each use: QEMU goes on where it left off.
+#[derive(Debug)]
+struct Saved {
+    file: File,
+    end: OwnedFd,
+    /// `/dev/fdset/N`.
+    path: String,
+}
+
+pub(super) fn failed(doing: &str) -> impl FnOnce(io::Error) -> GuestError {
+    let doing = doing.to_owned();
+    move |source| GuestError::Io { doing, source }
+}
+
+/// What an error of QMP means to whoever asked for a guest to do something.
+pub(super) fn told(error: QmpError) -> GuestError {
+    match error {
+        QmpError::Closed { .. } => GuestError::VmmGone(error.to_string()),
+        error => GuestError::Io { doing: "give QEMU an order".to_owned(), source: io::Error::other(error) },
+    }
+}
+
+impl Machine {
+    pub fn new(qmp: Qmp, process: Process) -> Self {
+        Self { qmp, process, saved: None, prepared: None }
+    }
+
+    /// One command with the usual bound.
+    pub(super) fn order(&mut self, command: &str, arguments: Value) -> Result<Value, GuestError> {
+        self.qmp.execute(command, arguments, Deadline::after(ANSWER)).map_err(told)
+    }
+
+    /// Stops the guest. When it answers, every vCPU stands, devices are drained and disks flushed.
+    ///
+    /// A vCPU that waits for a page holds QEMU's main loop, and the answer with it. Then the order to go on is left behind this one, so that a
+    /// stop which comes too late to be of use is over at once, and the guest is as it was.
+    pub fn stop(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        let bound = deadline.left();
+        match self.qmp.execute("stop", json!({}), deadline) {
+            Ok(_) => Ok(()),
+            Err(QmpError::TimedOut { .. }) => {
+                self.qmp.leave("cont", Deadline::after(ANSWER)).map_err(told)?;
+                Err(GuestError::StopTimedOut { bound_ms: bound.as_millis() as u64, running: 1, vcpus: 1 })
+            }
+            Err(error) => Err(told(error)),
+        }
+    }
+
+    /// Lets the guest run.
+    pub fn go_on(&mut self) -> Result<(), GuestError> {
+        self.order("cont", json!({})).map(drop)
+    }
+
+    /// Appends the state of vCPUs and devices to `out`: everything but memory blocks. The guest must stand, and stands after.
+    pub fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let saved = match &mut self.saved {
+            Some(saved) => saved,
+            none => none.insert(Saved::made_known_to(&mut self.qmp)?),
+        };
+        seek(&saved.end, SeekFrom::Start(0)).map_err(|errno| failed("rewind device state")(errno.into()))?;
+        // The default, `live`, hands the disks' images over to somebody else.
+        let arguments = json!({ "filename": saved.path, "live": false });
+        self.qmp.execute("xen-save-devices-state", arguments, Deadline::after(ANSWER)).map_err(told)?;
+        let saved = self.saved.as_ref().expect("made above");
+        let bytes =
+            seek(&saved.end, SeekFrom::Current(0)).map_err(|errno| failed("find device state")(errno.into()))?;
+        if bytes == 0 || bytes > MOST_STREAM {
+            return Err(GuestError::Unsupported(format!(
+                "{bytes} bytes of device state; at most {MOST_STREAM} can go"
+            )));
+        }
+        let at = out.len();
+        out.resize(at + bytes as usize, 0);
+        saved.file.read_exact_at(&mut out[at..], 0).map_err(failed("read device state"))
+    }
+
+    /// Appends the stream of a migration that leaves RAM out to `out`: vCPUs, devices, and every block that is no shared file. The guest must
+    /// stand; afterwards it can go on, or be left.
+    pub fn stream_out(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let ours = self.take_stream()?;
+        // On a thread of its own: QEMU's answer must not wait for a socket that is full.
+        let taken = std::thread::Builder::new().name("qemu-stream".into()).spawn(move || take(&ours));
+        let taken = taken.map_err(failed("start a thread"))?;
+        let gone = self.migrate("migrate");
+        if gone.is_err() {
+            // It stands as before; a stream that nobody takes must not go on.
+            let _ = self.order("migrate_cancel", json!({}));
+        }
+        let taken = taken.join().map_err(|_| GuestError::Unsupported("reading QEMU's stream failed".to_owned()))?;
+        gone?;
+        let taken = taken.map_err(failed("read QEMU's migration stream"))?;
+        if taken.len() as u64 > MOST_STREAM {
+            return Err(GuestError::Unsupported(format!(
+                "a stream of more than {MOST_STREAM} bytes: the guest has that much memory that is no shared file"
+            )));
+        }
+        out.extend_from_slice(&taken);
+        Ok(())
+    }
+
+    /// Loads a stream into a QEMU that was started with `-incoming defer`; its guest stands after. QEMU ends if it cannot.
+    pub fn stream_in(&mut self, parts: &[&[u8]]) -> Result<(), GuestError> {
+        let mut ours = self.take_stream()?;
+        ours.set_write_timeout(Some(STREAM)).map_err(failed("bound a stream"))?;
+        std::thread::scope(|scope| {
+            let given = scope.spawn(move || {
+                let given = parts.iter().try_for_each(|part| ours.write_all(part));
+                // Its end is the stream's.
+                drop(ours);
+                given
+            });
+            let loaded = self.migrate("migrate-incoming");
+            if loaded.is_err() {
+                // Whoever still writes to it is let go by its end.
+                let _ = self.kill();
+            }
+            let given = given.join().map_err(|_| GuestError::Unsupported("writing QEMU's stream failed".to_owned()))?;
+            loaded?;
+            given.map_err(failed("write a stream to QEMU"))
+        })?;
+        self.prepared = None;
+        Ok(())
+    }
+
+    /// Tells it all that can be told before a stream is wanted, so that a guest need not stand for it: RAM is left out, events are wanted, the
+    /// stream's end.
+    pub fn prepare_stream(&mut self) -> Result<(), GuestError> {
+        if self.prepared.is_none() {
+            let before = self.order("query-migrate-parameters", json!({}))?;
+            self.prepared = Some(Prepared { bandwidth: before.get("max-bandwidth").cloned(), ours: None });
+            self.order("migrate-set-parameters", json!({ "max-bandwidth": UNBOUNDED }))?;
+            self.order("migrate-set-capabilities", capabilities(true))?;
+        }
+        let prepared = self.prepared.as_mut().expect("made above");
+        if prepared.ours.is_none() {
+            let (ours, theirs) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+            let arguments = json!({ "fdname": STREAM_NAME });
+            self.qmp.execute_with("getfd", arguments, theirs.as_fd(), Deadline::after(ANSWER)).map_err(told)?;
+            prepared.ours = Some(ours);
+        }
+        Ok(())
+    }
+
+    fn take_stream(&mut self) -> Result<UnixStream, GuestError> {
+        self.prepare_stream()?;
+        let ours = self.prepared.as_mut().and_then(|prepared| prepared.ours.take());
+        Ok(ours.expect("prepared above"))
+    }
+
+    /// Begins a migration over the descriptor that was handed over, and waits for its end.
+    fn migrate(&mut self, command: &'static str) -> Result<(), GuestError> {
+        self.qmp.forget_events();
+        let deadline = Deadline::after(STREAM);
+        self.qmp.execute(command, json!({ "uri": format!("fd:{STREAM_NAME}") }), deadline).map_err(told)?;
+        let status = |data: &Value| data.get("status").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let over = |status: &str| matches!(status, "completed" | "failed" | "cancelled");
+        let ended =
+            self.qmp.wait_for(command, |event| event.name == "MIGRATION" && over(&status(&event.data)), deadline);
+        match ended.map_err(told)?.data {
+            data if status(&data) == "completed" => Ok(()),
+            data => {
+                let why = self.order("query-migrate", json!({})).ok();
+                let why = why.as_ref().and_then(|why| why.get("error-desc")).and_then(Value::as_str);
+                let doing = if command == "migrate" { "saving the guest" } else { "loading the guest" };
+                let why = why.unwrap_or("its log says more");
+                Err(GuestError::BadState(format!("{doing} ended as {}: {why}", status(&data))))
+            }
+        }
+    }
+
+    /// Has it forget what it was told for a switch that was taken back.
+    pub fn forget_the_switch(&mut self) -> Result<(), GuestError> {
+        let Some(Prepared { bandwidth, ours }) = self.prepared.take() else { return Ok(()) };
+        if ours.is_some() {
+            // The end of a stream that never began.
+            self.order("closefd", json!({ "fdname": STREAM_NAME }))?;
+        }
+        if let Some(bandwidth) = bandwidth {
+            self.order("migrate-set-parameters", json!({ "max-bandwidth": bandwidth }))?;
+        }
+        self.order("migrate-set-capabilities", capabilities(false)).map(drop)
+    }
+
+    /// Ends it as nothing else can: a QEMU that waits for a page answers no order. One of another user's, which this process may not kill, is
+    /// asked to end.
+    pub fn kill(&mut self) -> Result<(), GuestError> {
+        match pidfd_send_signal(self.process.pidfd(), Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(Errno::PERM) => match self.qmp.execute("quit", json!({}), Deadline::after(ANSWER)) {
+                Ok(_) | Err(QmpError::Closed { .. }) => Ok(()),
+                Err(error) => Err(told(error)),
+            },
+            Err(errno) => Err(failed("end QEMU")(errno.into())),
+        }
+    }
+}
+
+/// RAM that is a shared file is left out of a stream, and QEMU says how far it is; or neither.
+fn capabilities(on: bool) -> Value {
+    let one = |name: &str| json!({ "capability": name, "state": on });
+    json!({ "capabilities": [one("x-ignore-shared"), one("events")] })
+}
+
+/// All of a stream, up to a little more than there may be.
+fn take(mut stream: &UnixStream) -> io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(STREAM))?;
+    let mut bytes = Vec::with_capacity(1 << 20);
+    Read::take(&mut stream, MOST_STREAM + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+impl Saved {
+    fn made_known_to(qmp: &mut Qmp) -> Result<Self, GuestError> {
+        let file = memfd_create("belay-device-state", MemfdFlags::CLOEXEC);
+        let file = file.map_err(|errno| failed("make a file in memory")(errno.into()))?;
+        let again = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let end = open(again, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+        let end = end.map_err(|errno| failed("open a file in memory again")(errno.into()))?;
+        let added = qmp.execute_with("add-fd", json!({}), end.as_fd(), Deadline::after(ANSWER)).map_err(told)?;
+        let set = added.get("fdset-id").and_then(Value::as_u64);
+        let set =
+            set.ok_or_else(|| GuestError::Unsupported("QEMU took a descriptor and did not say where".to_owned()))?;
+        Ok(Self { file: file.into(), end, path: format!("/dev/fdset/{set}") })
+    }
+}
