@@ -32,7 +32,7 @@ fn send(place: &Place, to: &str, qemu: &Qemu, more: &[&str]) -> Process {
 }
 
 fn shared_memory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("belay-qemu-test-").tempdir_in("/dev/shm").expect("tmpfs")
+    tempfile::Builder::new().prefix("qemu-test-").tempdir_in("/dev/shm").expect("tmpfs")
 }
 
 /// Ends the QEMU that belay has left to itself.
