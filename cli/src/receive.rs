@@ -246,8 +246,8 @@ fn not_owned(args: &ReceiveArgs, ended: Result<Ended, DestinationError>, observe
                 DestinationError::Connect(_) => Exit::NoSession,
                 DestinationError::Interrupted => Exit::Interrupted,
                 DestinationError::Cancelled => Exit::NotMoved,
-                // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
-                DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
+                // What the source sent is not what a VMM here can load, or the VMM has died: nothing that this host lacks.
+                DestinationError::Guest(GuestError::BadState(_) | GuestError::VmmGone(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 DestinationError::Fabric(error) => fabric::exit(error),
                 DestinationError::Will(WillError::None) => Exit::NothingToTakeOver,

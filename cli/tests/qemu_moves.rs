@@ -32,7 +32,7 @@ fn send(place: &Place, to: &str, qemu: &Qemu, more: &[&str]) -> Process {
 }
 
 fn shared_memory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("belay-qemu-test-").tempdir_in("/dev/shm").expect("tmpfs")
+    tempfile::Builder::new().prefix("qemu-test-").tempdir_in("/dev/shm").expect("tmpfs")
 }
 
 /// Ends the QEMU that belay has left to itself.
@@ -175,7 +175,7 @@ fn a_qemu_that_cannot_be_moved_as_it_is_is_told_why_and_left_alone() {
     assert!(sender.story().contains("mistyped.qmp") && sender.story().contains("No such file"), "{}", sender.story());
     drop(good);
     let networked = firmware(&place, folder.path(), &["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"]);
-    refused(&networked, &[], &["netdev n0 (user)", "--policy none"]);
+    refused(&networked, &[], &["netdev n0: user", "--policy none"]);
     drop(networked);
     let screened = firmware(&place, folder.path(), &["-device", "VGA"]);
     refused(&screened, &[], &["vga.vram", "--policy none"]);

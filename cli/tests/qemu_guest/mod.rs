@@ -97,7 +97,7 @@ fn kernel() -> Option<PathBuf> {
     let images = |start| lab.iter().flat_map(move |lab| in_folder(lab, start)).map(|image| image.join("vmlinuz"));
     let candidates =
         in_folder(Path::new("/boot"), "vmlinuz-").into_iter().chain(images("image-6.12-")).chain(images("image-6.1-"));
-    candidates.filter(|kernel| fs::File::open(kernel).is_ok()).last()
+    candidates.rev().find(|kernel| fs::File::open(kernel).is_ok())
 }
 
 /// An initramfs (cpio, newc) of one program.

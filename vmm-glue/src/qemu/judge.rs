@@ -150,7 +150,7 @@ fn objection_to_disk(disk: &Disk) -> Option<Objection> {
     (!disk.read_only).then(|| {
         let why =
             "at a catch guest memory goes back to its last checkpoint, and what was written to this disk would not";
-        against(Against::Tethering, &what, why, "make it read-only, or move without a tether")
+        against(Against::Tethering, &what, why, "make it read-only")
     })
 }
 

@@ -212,9 +212,7 @@ fn expect_alike(running: &Inspection, standby: &Inspection) -> Result<(), Leavin
 impl Guest for LeavingGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
         if !self.paused {
-            // While it still runs.
-            self.machine.prepare_stream()?;
-            self.machine.stop(deadline)?;
+            self.machine.stop_to_leave(deadline)?;
             self.paused = true;
         }
         Ok(())
