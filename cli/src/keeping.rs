@@ -16,7 +16,7 @@ use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
-use belay_vmm_glue::migrate::source::keep::{GivenAway, Keep, KeepError, Written};
+use belay_vmm_glue::migrate::source::keep::{self, GivenAway, Keep, KeepError, Written};
 use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig};
 use belay_vmm_glue::migrate::status::Board;
 use clap::Args;
@@ -151,8 +151,17 @@ pub fn released(mut keep: Keep, heard: bool, observer: &Observer) {
     }
 }
 
-/// Takes over and goes on.
-pub fn take_over(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observer: &Observer) -> Exit {
+/// Takes over and goes on. Where nothing is left to go on with, what is left of it is removed.
+pub fn take_over(args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observer: &Observer) -> Exit {
+    let state_dir = args.keep.state_dir();
+    let exit = go_on(args, id, board, observer);
+    if exit == Exit::NothingToTakeOver {
+        keep::sweep(&state_dir);
+    }
+    exit
+}
+
+fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observer: &Observer) -> Exit {
     let fail = |what: &dyn std::error::Error, advice: &str, exit: Exit| {
         report::failed(observer, what, advice);
         exit

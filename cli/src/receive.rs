@@ -11,7 +11,9 @@ use crate::soak::points::StopAt;
 use crate::{descriptors, fabric, logs, qemu, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
-use belay_vmm_glue::migrate::destination::{self, DestinationConfig, DestinationError, Ended, Inherited, Outcome};
+use belay_vmm_glue::migrate::destination::{
+    self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
+};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use belay_vmm_glue::migrate::status::Board;
@@ -246,16 +248,20 @@ fn not_owned(args: &ReceiveArgs, ended: Result<Ended, DestinationError>, observe
                 DestinationError::Connect(_) => Exit::NoSession,
                 DestinationError::Interrupted => Exit::Interrupted,
                 DestinationError::Cancelled => Exit::NotMoved,
-                // What the source sent is not what a VMM here can load: nothing that could be mended on this host.
-                DestinationError::Guest(GuestError::BadState(_)) => Exit::NotMoved,
+                // What the source sent is not what a VMM here can load, or the VMM has died: nothing that this host lacks.
+                DestinationError::Guest(GuestError::BadState(_) | GuestError::VmmGone(_)) => Exit::NotMoved,
                 DestinationError::Guest(_) | DestinationError::Uffd(_) => Exit::Missing,
                 DestinationError::Fabric(error) => fabric::exit(error),
+                DestinationError::Will(WillError::None) => Exit::NothingToTakeOver,
                 _ if args.takeover.is_some() => Exit::KeptDamaged,
                 _ => Exit::NotMoved,
             };
             let advice = match &error {
                 DestinationError::Fabric(error) => fabric::advice(error),
                 DestinationError::Cancelled => "A guest that was to come runs on at the source.",
+                DestinationError::Will(WillError::None) => {
+                    "The guest never ran here: its source has it, or catches it. What waits here holds nothing; end that process."
+                }
                 _ if args.takeover.is_some() => {
                     "The guest waits in its VMM as before, and its source may still catch it. Its memory is given up by ending that process."
                 }

@@ -121,6 +121,11 @@ pub fn time(us: u64) -> String {
     }
 }
 
+/// A count and what is counted: `1 vCPU`, `2 vCPUs`.
+pub fn counted(count: u64, one: &str, several: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { several })
+}
+
 /// Bytes for people, powers of 1024.
 pub fn bytes(n: u64) -> String {
     match n {
@@ -142,7 +147,8 @@ pub fn sentence(kind: &Kind) -> Option<String> {
         Kind::Relay { gate, why } => format!("{why}; the gate is {gate}"),
         Kind::Listening { address } => format!("listening on {address}"),
         Kind::GuestStarted { driven_by, spec, .. } => {
-            format!("guest runs: {} of RAM, {} vCPU(s), driven by {driven_by}", bytes(spec.memory_bytes), spec.vcpus)
+            let vcpus = counted(u64::from(spec.vcpus), "vCPU", "vCPUs");
+            format!("guest runs: {} of RAM, {vcpus}, driven by {driven_by}", bytes(spec.memory_bytes))
         }
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
         Kind::QemuFound { pid, version, machine, vcpus, ram_bytes } => {

@@ -67,15 +67,15 @@ mod kvm {
     use super::*;
 
     #[test]
-    fn two_hundred_and_sixty_seeded_strikes_lose_nothing_that_was_promised() {
+    fn two_hundred_and_eighty_six_seeded_strikes_lose_nothing_that_was_promised() {
         if !can_soak("the kill matrix") {
             return;
         }
         let begun = Instant::now();
         let jobs = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 4).to_string();
-        let (code, runs, sum) = soak(&["--runs", "260", "--jobs", &jobs, "--fabric", "local,tcp", "--seed", "1"]);
+        let (code, runs, sum) = soak(&["--runs", "286", "--jobs", &jobs, "--fabric", "local,tcp", "--seed", "1"]);
         println!("kill matrix: {:.0} s, {jobs} at a time: {sum}", begun.elapsed().as_secs_f64());
-        assert_eq!((code, &sum["broken"], &sum["held"]), (0, &0.into(), &260.into()), "{}", failures(&runs));
+        assert_eq!((code, &sum["broken"], &sum["held"]), (0, &0.into(), &286.into()), "{}", failures(&runs));
         for fabric in ["local", "tcp"] {
             for phase in PHASES {
                 let held = sum["by_phase"][format!("{fabric}/{phase}")].as_u64().unwrap_or(0);
@@ -84,6 +84,18 @@ mod kvm {
             let latency = &sum["death_to_running"][fabric];
             assert!(latency["runs"].as_u64().is_some_and(|runs| runs >= 10), "{fabric}: {latency}");
         }
+        // Every strike in every phase of both, takeovers included.
+        for strike in ["source-takeover", "server-takeover"] {
+            for fabric in ["local", "tcp"] {
+                let held = sum["by_strike"][format!("{fabric}/{strike}")].as_u64();
+                assert!(held >= Some(PHASES.len() as u64), "{fabric}/{strike}: {held:?} runs held");
+            }
+            for came in ["went-on", "caught", "nothing"] {
+                let runs = sum["by_succession"][format!("{strike}/{came}")].as_u64();
+                assert!(runs >= Some(1), "no {strike} came to {came}: {}", sum["by_succession"]);
+            }
+        }
+        assert!(sum["taken_over_twice"].as_u64() >= Some(4), "{}", sum["taken_over_twice"]);
         assert!(sum["kills_after_folding"].as_u64() >= Some(1), "{sum}");
         // A short lease may run out on a busy host; more often than that it would hide something.
         assert!(sum["void"].as_u64() <= Some(26), "{} runs were made again", sum["void"]);
@@ -182,12 +194,28 @@ mod kvm {
             return;
         }
         let lies = "lost-packet,contradiction,forged-packet,wrong-page,unchecked,lost-commit,two-owners,stale-output,released,other-exit-code,left-behind,empty-guest";
-        let (code, runs, sum) = soak(&["--case", "local/pull/destination-kill/11", "--lie", lies]);
+        all_found_out("local/pull/destination-kill/11", lies);
+    }
+
+    #[test]
+    fn every_lie_about_a_takeover_is_found_out_by_its_verdict() {
+        if !can_soak("lies about takeovers") {
+            return;
+        }
+        let lies =
+            "nobody-took-over,forgotten,lost-packet,contradiction,forged-packet,wrong-page,unchecked,left-behind";
+        for case in ["tcp/pull/source-takeover/1", "local/pull/server-takeover/3"] {
+            all_found_out(case, lies);
+        }
+    }
+
+    fn all_found_out(case: &str, lies: &str) {
+        let (code, runs, sum) = soak(&["--case", case, "--lie", lies]);
         let wrong = &runs.last().expect("a report")["wrong"];
-        assert_eq!((code, &sum["broken"]), (20, &1.into()), "{wrong}");
+        assert_eq!((code, &sum["broken"]), (20, &1.into()), "{case}: {wrong}");
         let found = wrong.as_array().unwrap().iter().filter_map(Value::as_str);
         let found: Vec<_> = found.filter(|line| line.contains(" was found out: ")).collect();
-        assert_eq!(found.len(), lies.split(',').count(), "{found:#?}");
+        assert_eq!(found.len(), lies.split(',').count(), "{case}: {found:#?}");
     }
 }
 

@@ -131,3 +131,14 @@ fn a_qmp_socket_that_somebody_holds_is_said_to_be_held_within_a_bound() {
     assert!(output.status.code() == Some(1) && said.contains("another client holds it"), "{said}");
     assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
 }
+
+#[test]
+fn a_qmp_socket_that_is_not_there_is_said_to_be_missing_without_waiting_for_it() {
+    let place = Place::new();
+    let begun = Instant::now();
+    let output = Command::new(BELAY).args(["check", "--qmp", &place.text("none")]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && said.contains("No such file") && said.contains("none"), "{said}");
+    // One that is there and refuses is waited for ten seconds.
+    assert!(begun.elapsed() < std::time::Duration::from_secs(9), "{:?}", begun.elapsed());
+}

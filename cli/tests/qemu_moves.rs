@@ -4,7 +4,7 @@
 mod qemu_guest;
 mod running;
 
-use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, status};
+use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,10 +29,6 @@ fn send(place: &Place, to: &str, qemu: &Qemu, more: &[&str]) -> Process {
     words.extend(more);
     words.extend(["qemu", "--qmp", &socket]);
     place.belay(&words)
-}
-
-fn shared_memory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("belay-qemu-test-").tempdir_in("/dev/shm").expect("tmpfs")
 }
 
 /// Ends the QEMU that belay has left to itself.
@@ -90,7 +86,7 @@ fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let mut sender = send(&place, &to, &source, &["--release", "never"]);
     destination.wait_for_event("all-landed");
     let there = Console(folder.path().join("there-console"));
-    there.wait_for(40);
+    there.wait_for(120);
     let qemu = destination.seen.iter().find(|event| event["event"] == "vmm-started").expect("told")["pid"].as_i64();
     let qemu = qemu.expect("a pid") as i32;
     assert!(is_running(qemu));
@@ -175,7 +171,7 @@ fn a_qemu_that_cannot_be_moved_as_it_is_is_told_why_and_left_alone() {
     assert!(sender.story().contains("mistyped.qmp") && sender.story().contains("No such file"), "{}", sender.story());
     drop(good);
     let networked = firmware(&place, folder.path(), &["-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"]);
-    refused(&networked, &[], &["netdev n0 (user)", "--policy none"]);
+    refused(&networked, &[], &["netdev n0: user", "--policy none"]);
     drop(networked);
     let screened = firmware(&place, folder.path(), &["-device", "VGA"]);
     refused(&screened, &[], &["vga.vram", "--policy none"]);

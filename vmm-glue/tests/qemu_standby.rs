@@ -34,7 +34,7 @@ impl Qemu {
             eprintln!("skipped: {QEMU} is not installed");
             return None;
         }
-        let directory = tempfile::Builder::new().prefix("belay-qemu-test-").tempdir_in("/dev/shm").unwrap();
+        let directory = tempfile::Builder::new().prefix("qemu-test-").tempdir_in("/dev/shm").unwrap();
         let path = |name: &str| directory.path().join(name).display().to_string();
         let mut command = Command::new(QEMU);
         command.args(["-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none", "-m", &format!("{MIB}M")]);

@@ -1,11 +1,12 @@
 //! What stands against moving a running QEMU guest, and against tethering it.
 
 use super::judge::{Finding, Verdict};
+use crate::report::counted;
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::inspect::{InspectError, Inspection};
 use belay_vmm_glue::qemu::judge::{Against, Objection, objections};
 use belay_vmm_glue::qemu::process::Process;
-use belay_vmm_glue::qemu::qmp::Qmp;
+use belay_vmm_glue::qemu::qmp::{Qmp, QmpError};
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,6 +17,10 @@ const BOUND: Duration = Duration::from_secs(10);
 /// writes, if it cannot.
 pub fn look(socket: &Path, pid: Option<u32>, tracker: Result<(), &str>) -> Result<Vec<Finding>, InspectError> {
     let deadline = Deadline::after(BOUND);
+    // Somebody who types a path wants to hear of a wrong one now. A socket that is there and refuses is a QEMU that is being started.
+    if let Err(source) = std::fs::symlink_metadata(socket) {
+        return Err(QmpError::Connect { path: socket.to_owned(), source }.into());
+    }
     let mut qmp = Qmp::connect(socket, deadline)?;
     let process = Process::behind(&qmp, pid)?;
     let guest = Inspection::of(&mut qmp, &process, deadline)?;
@@ -27,9 +32,10 @@ fn judge(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Finding> {
     let machine = machine.strip_suffix("-machine").unwrap_or(machine);
     let how = if *kvm { "KVM" } else { "emulated" };
     let ok = |name: String, detail| Finding { name: name.into(), verdict: Verdict::Ok, detail, mend: vec![] };
-    let detail = format!("process {pid}, {machine}, {vcpus} vCPUs, {how}, {status}");
+    let vcpus = counted(*vcpus as u64, "vCPU", "vCPUs");
+    let detail = format!("process {pid}, {machine}, {vcpus}, {how}, {status}");
     let mut findings = vec![ok(format!("QEMU {version}"), detail)];
-    let found = objections(guest, tracker);
+    let found = objections(guest, tracker, false);
     for ram in &guest.ram {
         let name = format!("RAM {}", ram.id);
         if found.iter().all(|objection| objection.what != name) {

@@ -11,6 +11,7 @@ pub use facts::Facts;
 pub use judge::{Finding, Verdict, judge};
 
 use crate::exit::Exit;
+use crate::report::counted;
 use clap::Args;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,8 +20,7 @@ use std::path::PathBuf;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Ends with 0 when a guest can be moved to and from this host, with 3 when something needed is missing. With --qmp: 0 when that guest
-is prepared for being moved; its QEMU serves one client at a time, so not while another holds the socket. (This version moves guests
-of belay's own VMM; QEMU guests are looked at only.)
+is prepared for being moved; its QEMU serves one client at a time, so not while another holds the socket. `belay send … qemu` moves it.
 
 Examples:
   belay check
@@ -74,14 +74,31 @@ struct Words(&'static str, fn(usize) -> String, fn(usize) -> String);
 
 const OF_A_HOST: Words = Words(
     "Everything belay can use is here.",
-    |degraded| format!("Guests can be moved to and from this host; {degraded} thing(s) could be better."),
-    |missing| format!("{missing} thing(s) needed are missing: guests cannot be moved to or from this host."),
+    |degraded| format!("Guests can be moved to and from this host; {} could be better.", things(degraded)),
+    |missing| {
+        let are = if missing == 1 { "is" } else { "are" };
+        format!("{} needed {are} missing: guests cannot be moved to or from this host.", things(missing))
+    },
 );
 const OF_A_GUEST: Words = Words(
     "Nothing stands against moving and tethering this guest.",
-    |degraded| format!("Nothing stands against moving this guest; {degraded} thing(s) stand against tethering it."),
-    |missing| format!("{missing} thing(s) stand against moving this guest."),
+    |degraded| {
+        format!(
+            "Nothing stands against moving this guest; {} {} against tethering it.",
+            things(degraded),
+            stand(degraded)
+        )
+    },
+    |missing| format!("{} {} against moving this guest.", things(missing), stand(missing)),
 );
+
+fn things(count: usize) -> String {
+    counted(count as u64, "thing", "things")
+}
+
+fn stand(count: usize) -> &'static str {
+    if count == 1 { "stands" } else { "stand" }
+}
 
 fn missing(findings: &[Finding]) -> usize {
     findings.iter().filter(|finding| finding.verdict == Verdict::Missing).count()

@@ -232,7 +232,7 @@ fn may_leave(guest: &Inspection, tethered: bool, relayed: bool, observer: &Obser
         report::failed_text(observer, &what, advice);
         free = false;
     };
-    for objection in objections(guest, Ok(())) {
+    for objection in objections(guest, Ok(()), relayed) {
         let what = format!("{}: {}", objection.what, objection.why);
         match objection.against {
             Against::Moving if objection.change.is_empty() => refuse(what, "It cannot be moved. Nothing was touched."),
@@ -245,19 +245,6 @@ fn may_leave(guest: &Inspection, tethered: bool, relayed: bool, observer: &Obser
             }
             Against::Tethering => {}
         }
-    }
-    for (index, net) in guest.nets.iter().filter(|_| tethered).enumerate() {
-        if relayed && index == 0 && net.kind == "stream" {
-            continue;
-        }
-        // What it sends would be seen before it is covered by a checkpoint (P4).
-        let what = format!(
-            "not to be tethered: netdev {} ({}): its packets are not held until their checkpoint has committed",
-            net.name, net.kind
-        );
-        let advice = "Nothing was touched. Connect it to a `belay relay` (-netdev stream, one of them) and say --relay PATH, take it out, or \
-                      move the guest without a tether: --policy none";
-        refuse(what, advice);
     }
     if guest.status != "running" {
         refuse(

@@ -5,6 +5,7 @@ use belay_transport::stop_point::ANNOUNCED;
 use belay_vmm_glue::migrate::observation::{Kind, Observation};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use std::io::{BufRead, BufReader, Read};
+use std::ops::Index;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -39,6 +40,8 @@ pub struct Log {
     pub is_stopped: bool,
     /// Exit code, or minus the signal that ended it.
     pub ended: Option<i32>,
+    /// The process; 0 before there is one.
+    pub pid: u32,
     /// Streams at whose end a reader still waits.
     open: u32,
 }
@@ -84,70 +87,107 @@ impl Log {
     }
 }
 
-/// The logs of a run's processes, and whoever waits for something in them.
+/// The logs of a run's processes: of each role those that had it, one after the other. Indexed by role it is the newest.
+#[derive(Debug)]
+pub struct Told([Vec<Log>; 3]);
+
+impl Default for Told {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| vec![Log::default()]))
+    }
+}
+
+impl Told {
+    /// Of every process that has had `role`, in turn.
+    pub fn in_turn(&self, role: Role) -> &[Log] {
+        &self.0[role as usize]
+    }
+
+    /// The log of a new process; which of its role's it is.
+    fn begin(&mut self, role: Role, pid: u32) -> usize {
+        let logs = &mut self.0[role as usize];
+        if logs.last().is_none_or(|last| last.pid != 0) {
+            logs.push(Log::default());
+        }
+        let turn = logs.len() - 1;
+        (logs[turn].pid, logs[turn].open) = (pid, 2);
+        turn
+    }
+}
+
+impl Index<Role> for Told {
+    type Output = Log;
+
+    fn index(&self, role: Role) -> &Log {
+        self.0[role as usize].last().expect("there is one from the beginning")
+    }
+}
+
+/// What is known of a run's processes, and whoever waits for something in it.
 #[derive(Debug, Default)]
 pub struct Logs {
-    logs: Mutex<[Log; 3]>,
+    told: Mutex<Told>,
     changed: Condvar,
 }
 
 impl Logs {
     /// All logs.
-    pub fn lock(&self) -> MutexGuard<'_, [Log; 3]> {
+    pub fn lock(&self) -> MutexGuard<'_, Told> {
         // A panic elsewhere leaves lines unheard, nothing worse.
-        self.logs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, role: Role, change: impl FnOnce(&mut Log)) {
-        change(&mut self.lock()[role as usize]);
+    fn change(&self, (role, turn): (Role, usize), change: impl FnOnce(&mut Log)) {
+        change(&mut self.lock().0[role as usize][turn]);
         self.changed.notify_all();
     }
 
     /// Waits until `until` gives something, at most up to `end`.
-    pub fn wait<T>(&self, end: Instant, mut until: impl FnMut(&[Log; 3]) -> Option<T>) -> Option<T> {
-        let mut logs = self.lock();
+    pub fn wait<T>(&self, end: Instant, mut until: impl FnMut(&Told) -> Option<T>) -> Option<T> {
+        let mut told = self.lock();
         loop {
-            if let Some(found) = until(&logs) {
+            if let Some(found) = until(&told) {
                 return Some(found);
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return None;
             }
-            logs = self.changed.wait_timeout(logs, left).unwrap_or_else(PoisonError::into_inner).0;
+            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
 
 /// One process.
 pub struct Actor {
-    pub role: Role,
+    role: Role,
+    turn: usize,
     pub pid: i32,
     pidfd: Arc<OwnedFd>,
     logs: Arc<Logs>,
 }
 
 impl Actor {
-    /// Starts `command`.
+    /// Starts `command` as the newest process of `role`.
     pub fn start(role: Role, mut command: Command, logs: &Arc<Logs>) -> std::io::Result<Self> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn()?;
         let pid = child.id() as i32;
         let pidfd = Pid::from_raw(pid).ok_or(std::io::ErrorKind::NotFound)?;
         let pidfd = Arc::new(pidfd_open(pidfd, PidfdFlags::empty())?);
-        logs.change(role, |log| log.open = 2);
+        let turn = logs.lock().begin(role, child.id());
         let streams: [Option<Box<dyn Read + Send>>; 2] =
             [child.stdout.take().map(|out| Box::new(out) as _), child.stderr.take().map(|err| Box::new(err) as _)];
         for stream in streams.into_iter().flatten() {
             let logs = Arc::clone(logs);
             std::thread::spawn(move || {
-                listen(stream, &logs, role);
-                logs.change(role, |log| log.open -= 1);
+                listen(stream, &logs, (role, turn));
+                logs.change((role, turn), |log| log.open -= 1);
             });
         }
         let (watched, told) = (Arc::clone(&pidfd), Arc::clone(logs));
-        std::thread::spawn(move || watch(&watched, &told, role));
-        Ok(Self { role, pid, pidfd, logs: Arc::clone(logs) })
+        std::thread::spawn(move || watch(&watched, &told, (role, turn)));
+        Ok(Self { role, turn, pid, pidfd, logs: Arc::clone(logs) })
     }
 
     /// Sends a signal; whether there was a process to send it to.
@@ -162,40 +202,40 @@ impl Actor {
 
     /// Waits until it has ended and all it said was heard; its exit code, or minus the signal.
     pub fn wait(&self, end: Instant) -> Option<i32> {
-        let role = self.role as usize;
-        let ended = self.logs.wait(end, |logs| logs[role].ended)?;
+        let (role, turn) = (self.role, self.turn);
+        let ended = self.logs.wait(end, |logs| logs.in_turn(role)[turn].ended)?;
         // A process it left behind may hold the other end of its pipes: what that says is not waited for.
         let soon = Instant::now() + Duration::from_millis(300);
-        self.logs.wait(soon.min(end), |logs| (logs[role].open == 0).then_some(()));
+        self.logs.wait(soon.min(end), |logs| (logs.in_turn(role)[turn].open == 0).then_some(()));
         Some(ended)
     }
 }
 
 /// Reads lines until the stream ends, whatever they are.
-fn listen(stream: impl Read, logs: &Logs, role: Role) {
+fn listen(stream: impl Read, logs: &Logs, whose: (Role, usize)) {
     let mut stream = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
         line.clear();
         match stream.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
-            Ok(_) => logs.change(role, |log| log.hear(String::from_utf8_lossy(&line).trim_end_matches('\n'))),
+            Ok(_) => logs.change(whose, |log| log.hear(String::from_utf8_lossy(&line).trim_end_matches('\n'))),
         }
     }
 }
 
 /// Follows a child until it has ended.
-fn watch(pidfd: &OwnedFd, logs: &Logs, role: Role) {
+fn watch(pidfd: &OwnedFd, logs: &Logs, whose: (Role, usize)) {
     loop {
         let wanted = WaitIdOptions::EXITED | WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED;
         match waitid(WaitId::PidFd(pidfd.as_fd()), wanted) {
             Err(rustix::io::Errno::INTR) | Ok(None) => {}
             Err(_) => return,
-            Ok(Some(status)) if status.stopped() => logs.change(role, |log| log.is_stopped = true),
-            Ok(Some(status)) if status.continued() => logs.change(role, |log| log.is_stopped = false),
+            Ok(Some(status)) if status.stopped() => logs.change(whose, |log| log.is_stopped = true),
+            Ok(Some(status)) if status.continued() => logs.change(whose, |log| log.is_stopped = false),
             Ok(Some(status)) => {
                 let code = status.exit_status().or(status.terminating_signal().map(|signal| -signal));
-                return logs.change(role, |log| log.ended = code.or(Some(-1)));
+                return logs.change(whose, |log| log.ended = code.or(Some(-1)));
             }
         }
     }

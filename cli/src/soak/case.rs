@@ -1,6 +1,7 @@
 //! What one run of the soak does: phase × strike × fabric, and a seed from which everything else about it follows.
 
 use super::points::{self, At, Point};
+use super::takeover::Takeover;
 use crate::options::FabricChoice;
 use belay_checkpoint::tracker::REQUIRED_FEATURES;
 use belay_transport::uffd::{OpenMode, Uffd};
@@ -83,6 +84,10 @@ named! {
         ServerKill = "server-kill",
         /// SIGKILL to the source's belay.
         SourceKill = "source-kill",
+        /// The same, and `belay send --takeover` goes on in its place.
+        SourceTakeover = "source-takeover",
+        /// SIGKILL to the page server alone, and `belay receive --takeover` goes on with the VMM apart.
+        ServerTakeover = "server-takeover",
         /// SIGKILL to the guard.
         GuardKill = "guard-kill",
         /// The observer's connections are cut once.
@@ -102,7 +107,12 @@ impl Strike {
         !matches!(self, Self::GuardKill | Self::ObserverCut)
     }
 
-    /// Whether it ends the destination's page server.
+    /// Whether somebody takes over from whoever it kills.
+    pub fn is_takeover(self) -> bool {
+        matches!(self, Self::SourceTakeover | Self::ServerTakeover)
+    }
+
+    /// Whether it ends the destination's page server for good.
     pub fn kills_destination(self) -> bool {
         matches!(self, Self::DestinationKill | Self::HostKill | Self::ServerKill)
     }
@@ -213,6 +223,8 @@ pub struct Script {
     pub apart: bool,
     pub tracker: &'static str,
     pub guest_seed: u64,
+    /// How whoever dies is replaced.
+    pub takeover: Option<Takeover>,
 }
 
 impl Case {
@@ -242,14 +254,17 @@ impl Case {
         let in_the_middle =
             !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
         let trackers = ["kvm-ring", "kvm-log", if *HAS_UFFD_WP { "uffd-wp" } else { "kvm-log" }];
+        let apart = draw(3) == 0 || matches!(self.strike, Strike::ServerKill | Strike::ServerTakeover);
+        let (tracker, guest_seed) = (trackers[draw(3) as usize], 1 + draw(1 << 40));
         Script {
             moment,
             delay_ms,
             hold_at: in_the_middle.then_some(percent),
             keep_tether: self.phase == Phase::Tethered,
-            apart: self.strike == Strike::ServerKill || draw(3) == 0,
-            tracker: trackers[draw(3) as usize],
-            guest_seed: 1 + draw(1 << 40),
+            apart,
+            tracker,
+            guest_seed,
+            takeover: Takeover::draw(self, &moment, draw),
         }
     }
 
@@ -298,12 +313,12 @@ mod tests {
     }
 
     #[test]
-    fn two_hundred_and_sixty_runs_have_every_phase_of_both_fabrics_ten_times_and_every_strike_in_each() {
-        let cases: Vec<_> = plan(1, &FABRICS).take(260).collect();
+    fn the_runs_of_a_whole_soak_have_every_phase_of_both_fabrics_eleven_times_and_every_strike_in_each() {
+        let cases: Vec<_> = plan(1, &FABRICS).take(286).collect();
         for fabric in FABRICS {
             for &phase in Phase::ALL {
                 let these: Vec<_> = cases.iter().filter(|c| c.fabric == fabric && c.phase == phase).collect();
-                assert_eq!(these.len(), 10, "{fabric} {phase}");
+                assert_eq!(these.len(), 11, "{fabric} {phase}");
                 for strike in strikes(phase, fabric) {
                     assert!(these.iter().any(|case| case.strike == strike), "{fabric} {phase} {strike}");
                 }

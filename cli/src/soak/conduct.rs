@@ -1,8 +1,9 @@
 //! One run: starts observer, destination and source, waits for the moment, strikes, waits until all is quiet, and judges.
 
-use super::actor::{Actor, Log, Logs, Role};
+use super::actor::{Actor, Log, Logs, Role, Told};
 use super::case::{Case, Moment, Phase, SHORT_OF_HOLD, Script, Strike};
 use super::doctor::{self, Lie};
+use super::launch::{Launch, belay, memory, path, unix};
 use super::pace::Pace;
 use super::points::At;
 use super::relay::Relay;
@@ -11,8 +12,7 @@ use super::{stage, strike};
 use crate::options::FabricChoice;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::process::Signal;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,6 @@ const OBSERVER_BOUND: Duration = Duration::from_secs(10);
 const GONE_BOUND: Duration = Duration::from_secs(5);
 const NOTHING_LEFT_BOUND: Duration = Duration::from_secs(3);
 
-/// How long the guest runs before its switch, and once its fate is settled.
-const RUN_BEFORE: Duration = Duration::from_millis(20);
-const RUN_ON: Duration = Duration::from_millis(60);
-
 /// Why a run could not be made or judged.
 #[derive(Debug, thiserror::Error)]
 pub enum ConductError {
@@ -50,7 +46,7 @@ pub enum ConductError {
     Silent { who: Role, what: String, bound: Duration },
 }
 
-fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> ConductError {
+pub(super) fn io(doing: &'static str) -> impl FnOnce(std::io::Error) -> ConductError {
     move |source| ConductError::Io { doing, source }
 }
 
@@ -63,24 +59,13 @@ pub(super) struct Run {
     pub source: Actor,
     pub destination: Actor,
     pub observer: Actor,
+    /// Where the observer is, and where the destination listens.
+    pub output: String,
+    pub listens: String,
     /// Between the hosts, where the strike needs one.
     pub link: Option<Relay>,
     /// Between the guest's owners and the observer, where the strike needs one.
     pub view: Option<Relay>,
-}
-
-fn path(name: &str) -> PathBuf {
-    Path::new(stage::PLACE).join(name)
-}
-
-fn unix(name: &str) -> String {
-    format!("unix:{}", path(name).display())
-}
-
-fn belay(arguments: &[&str]) -> Result<Command, ConductError> {
-    let mut command = Command::new(std::env::current_exe().map_err(io("find belay's own program"))?);
-    command.args(arguments).env("TMPDIR", stage::PLACE);
-    Ok(command)
 }
 
 /// Makes the run and judges it.
@@ -89,7 +74,7 @@ pub fn run(case: Case, pace: Pace, lies: &[Lie]) -> Result<RunReport, ConductErr
     let mut run = Run::start(case, pace)?;
     let came = run.await_moment()?;
     let struck = match &came {
-        Ok(_) => Some(strike::land(&run).map_err(io("strike"))?),
+        Ok(_) => Some(strike::land(&mut run)?),
         Err(_) => None,
     };
     let forgotten = run.await_quiet()?;
@@ -99,12 +84,12 @@ pub fn run(case: Case, pace: Pace, lies: &[Lie]) -> Result<RunReport, ConductErr
         case,
         came: came.as_deref().map_err(String::as_str),
         struck,
-        source: Said::of(&logs[Role::Source as usize]),
-        destination: Said::of(&logs[Role::Destination as usize]),
-        observer_exit: logs[Role::Observer as usize].ended,
+        source: Said::of(logs.in_turn(Role::Source)),
+        destination: Said::of(logs.in_turn(Role::Destination)),
+        observer_exit: logs[Role::Observer].ended,
         seen: crate::observe::read_log(&path("packets")).map_err(io("read the observer's log"))?,
         released: stage::files().iter().any(|file| file.contains("/source/released-") && file.ends_with(".json")),
-        left,
+        left: left.into_iter().chain(kept_memory()).collect(),
         forgotten,
         took: begun.elapsed(),
     };
@@ -119,7 +104,8 @@ impl Run {
         let start = |role, command| Actor::start(role, command, &logs).map_err(io("start a process of the run"));
         let log = path("packets");
         let observe = ["observe", "--json", "--listen", &unix("observer.sock"), "--log", &log.display().to_string()];
-        let observer = start(Role::Observer, belay(&observe)?)?;
+        let command = |made: std::io::Result<_>| made.map_err(io("make the command of a process of the run"));
+        let observer = start(Role::Observer, command(belay(&observe))?)?;
         listening(&logs, Role::Observer, pace)?;
         let view = match case.strike {
             Strike::ObserverCut => {
@@ -129,17 +115,18 @@ impl Run {
             _ => None,
         };
         let output = view.as_ref().map_or(unix("observer.sock"), |view| view.address.clone());
-        let destination = start(Role::Destination, receive(&case, pace, &script, &output)?)?;
-        let mut to = listening(&logs, Role::Destination, pace)?;
+        let launch = Launch { case: &case, pace, script: &script, output: &output };
+        let destination = start(Role::Destination, command(launch.receive())?)?;
+        let listens = listening(&logs, Role::Destination, pace)?;
         let link = match case.strike {
             Strike::LinkCut | Strike::HalfOpen if case.fabric == FabricChoice::Tcp => {
-                Some(Relay::tcp(&to).map_err(io("put a relay between the hosts"))?)
+                Some(Relay::tcp(&listens).map_err(io("put a relay between the hosts"))?)
             }
             _ => None,
         };
-        to = link.as_ref().map_or(to, |link| link.address.clone());
-        let source = start(Role::Source, send(&case, pace, &script, &output, &to)?)?;
-        Ok(Self { case, pace, script, logs, source, destination, observer, link, view })
+        let to = link.as_ref().map_or(&listens, |link| &link.address);
+        let source = start(Role::Source, command(launch.send(to))?)?;
+        Ok(Self { case, pace, script, logs, source, destination, observer, output, listens, link, view })
     }
 
     /// Waits for the moment of the strike. What the run was doing then, or why it never came there.
@@ -158,7 +145,7 @@ impl Run {
             Some((at, _)) => {
                 let role = if at == At::Source { Role::Source } else { Role::Destination };
                 let soon = Instant::now() + self.pace.of(STOP_BOUND);
-                self.logs.wait(soon, |logs| logs[role as usize].is_stopped.then_some(()));
+                self.logs.wait(soon, |logs| logs[role].is_stopped.then_some(()));
             }
             // What this waits for is time itself: the strike lands anywhere, not on the heels of an event.
             None => std::thread::sleep(Duration::from_millis(self.script.delay_ms)),
@@ -169,7 +156,7 @@ impl Run {
     fn until(&self, end: Instant, moment: &Moment) -> Result<Result<String, String>, ConductError> {
         let blow_is_ours = self.case.phase == Phase::Catch;
         let found = self.logs.wait(end, |logs| {
-            let (source, destination) = (&logs[Role::Source as usize], &logs[Role::Destination as usize]);
+            let (source, destination) = (&logs[Role::Source], &logs[Role::Destination]);
             if let Some(came) = has_come(moment, logs) {
                 return Some(Ok(came));
             }
@@ -195,13 +182,18 @@ impl Run {
         }
         // With the source over, a destination that neither owns the guest nor knows its fate waits for a person.
         let soon = if source_ended { end } else { Instant::now() };
-        let destination = Role::Destination as usize;
-        let settled = |logs: &[Log; 3]| {
-            let log = &logs[destination];
+        let settled = |logs: &Told| {
+            let log = &logs[Role::Destination];
             (log.ended.is_some() || log.was("fenced")).then_some(())
         };
         self.logs.wait(soon, settled);
-        if self.destination.wait((Instant::now() + self.pace.of(FATE_BOUND)).min(soon)).is_none() {
+        // It may just have heard that it owns the guest, and then ends by itself.
+        let fate = |logs: &Told| {
+            let log = &logs[Role::Destination];
+            (log.ended.is_some() || log.was("owner")).then_some(())
+        };
+        let heard = self.logs.wait((Instant::now() + self.pace.of(FATE_BOUND)).min(soon), fate).is_some();
+        if !heard || self.destination.wait(soon).is_none() {
             self.destination.signal(Signal::CONT);
             self.destination.signal(Signal::TERM);
             if self.destination.wait(Instant::now() + self.pace.of(END_BOUND)).is_none() {
@@ -227,50 +219,13 @@ fn listening(logs: &Logs, role: Role, pace: Pace) -> Result<String, ConductError
         Kind::Listening { address } => Some(address.clone()),
         _ => None,
     };
-    let found = logs.wait(Instant::now() + bound, |logs| logs[role as usize].find(address));
+    let found = logs.wait(Instant::now() + bound, |logs| logs[role].find(address));
     found.ok_or(ConductError::Silent { who: role, what: "where it listens".to_owned(), bound })
 }
 
-fn receive(case: &Case, pace: Pace, script: &Script, output: &str) -> Result<Command, ConductError> {
-    let listen = match case.fabric {
-        FabricChoice::Local => unix("receive.sock"),
-        _ => "127.0.0.1:0".to_owned(),
-    };
-    let state = path("destination").display().to_string();
-    let mut command = belay(&["receive", "--json", "--listen", &listen, "--output-to", output, "--state-dir", &state])?;
-    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", &pace.ms(RUN_ON)]);
-    command.args(["--vmm", if script.apart { "apart" } else { "in-process" }]);
-    if let Some(percent) = script.hold_at {
-        command.args(["--hold-pull-at", &percent.to_string()]);
-    }
-    finish(command, case, script, At::Destination)
-}
-
-fn send(case: &Case, pace: Pace, script: &Script, output: &str, to: &str) -> Result<Command, ConductError> {
-    let state = path("source").display().to_string();
-    let mut command = belay(&["send", "--json", "--to", to, "--output-to", output, "--state-dir", &state])?;
-    command.args(["--fabric", &case.fabric.to_string(), "--drive", "kvm", "--check", "--run-on", &pace.ms(RUN_ON)]);
-    command.args(["--memory", "64M", "--working-set", "24M", "--ring", "16M", "--run-before", &pace.ms(RUN_BEFORE)]);
-    command.args(["--seed", &script.guest_seed.to_string(), "--tracker", script.tracker]);
-    command.args(pace.words());
-    command.args(["--release", if script.keep_tether { "never" } else { "when-landed" }]);
-    finish(command, case, script, At::Source)
-}
-
-fn finish(mut command: Command, case: &Case, script: &Script, at: At) -> Result<Command, ConductError> {
-    if case.fabric == FabricChoice::Verbs {
-        command.arg("--trusted-fabric");
-    }
-    command.arg("--run-dir").arg(path("run"));
-    if let Some((_, point)) = script.moment.stop_at().filter(|(who, _)| *who == at) {
-        command.args(["--stop-at", &point]);
-    }
-    Ok(command)
-}
-
 /// Whether the moment is now, and what the run is doing.
-fn has_come(moment: &Moment, logs: &[Log; 3]) -> Option<String> {
-    let destination = &logs[Role::Destination as usize];
+fn has_come(moment: &Moment, logs: &Told) -> Option<String> {
+    let destination = &logs[Role::Destination];
     let pull = || {
         destination.events.iter().rev().find_map(|event| match event.kind {
             Kind::Pull { landed_frames, absent_frames, .. } => Some((landed_frames, absent_frames)),
@@ -280,7 +235,7 @@ fn has_come(moment: &Moment, logs: &[Log; 3]) -> Option<String> {
     match moment {
         Moment::At { point, times } => {
             let role = if point.at == At::Source { Role::Source } else { Role::Destination };
-            let log = &logs[role as usize];
+            let log = &logs[role];
             // Its thread stands there as soon as it has said so. The whole process need not: a thread that waits in the kernel for a
             // page stops when it gets it.
             let stands = log.stopped_at.as_deref() == Some(point.name);
@@ -314,6 +269,12 @@ fn last_words(log: &Log) -> String {
         _ => None,
     });
     failed.unwrap_or_else(|| log.text.lines().last().unwrap_or("it said nothing").to_owned())
+}
+
+/// Files of guest memory that nobody can need any more: every run comes to an end.
+fn kept_memory() -> impl Iterator<Item = String> {
+    let files = stage::files().into_iter();
+    files.filter(|file| Path::new(file).starts_with(memory())).map(|file| format!("memory with a name: {file}"))
 }
 
 /// What is left of the run's processes once those that end by themselves have; they are ended.

@@ -31,6 +31,10 @@ pub enum Lie {
     LeftBehind,
     /// The guest had hardly any content.
     EmptyGuest,
+    /// Nobody said that it took over.
+    NobodyTookOver,
+    /// A destination that took over, or was joined again, had forgotten pages or checkpoints.
+    Forgotten,
 }
 
 /// Judges the run again with each lie. The report is that of a broken run if the run itself held and every lie was found out.
@@ -75,13 +79,17 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
             showings.for_each(|packet| packet.bytes[16] ^= 1);
         }
         Lie::WrongPage => {
-            for event in &mut evidence.source.events {
+            for event in evidence.source.events.iter_mut().chain(&mut evidence.destination.events) {
                 if let Kind::Checked { wrong_pages, .. } = &mut event.kind {
                     *wrong_pages = 1;
                 }
             }
         }
-        Lie::Unchecked => evidence.source.events.retain(|event| !matches!(event.kind, Kind::Checked { .. })),
+        Lie::Unchecked => {
+            for said in [&mut evidence.source, &mut evidence.destination] {
+                said.events.retain(|event| !matches!(event.kind, Kind::Checked { .. }));
+            }
+        }
         Lie::LostCommit => {
             let later = Kind::Committed { epoch: 1 << 40, pages: 1, bytes: 1, pause_us: 1, commit_us: 1, age_us: 1 };
             add(&mut evidence.destination.events, later);
@@ -98,6 +106,20 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
         Lie::Released => evidence.released = true,
         Lie::OtherExitCode => evidence.source.exit = Some(0),
         Lie::LeftBehind => evidence.left.push("process 7: belay vmm".to_owned()),
+        Lie::NobodyTookOver => {
+            let took = |event: &Observation| matches!(event.kind, Kind::TakenOver { .. } | Kind::TookOver { .. });
+            evidence.source.events.retain(|event| !took(event));
+            evidence.destination.events.retain(|event| !took(event));
+        }
+        Lie::Forgotten => {
+            for event in evidence.source.events.iter_mut().chain(&mut evidence.destination.events) {
+                match &mut event.kind {
+                    Kind::TetheredAgain { committed } => *committed = 0,
+                    Kind::TookOver { landed_frames, .. } => *landed_frames = 0,
+                    _ => {}
+                }
+            }
+        }
         Lie::EmptyGuest => {
             for event in &mut evidence.source.events {
                 if let Kind::SwitchSent { peer_frames, zero_frames, .. } = &mut event.kind {

@@ -1,17 +1,20 @@
 //! `belay soak`: seeded runs of real migrations that are struck in a known place, each judged against the promises.
 //!
-//! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run, `strike.rs` strikes, `verdict.rs` judges, `tally.rs` sums
+//! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run of what `launch.rs`
+//! starts, `strike.rs` strikes, `takeover.rs` has others go on for the dead, `verdict.rs` judges, `tally.rs` sums
 //! up, `stage.rs` keeps a run's processes and files from outliving it.
 
 mod actor;
 mod case;
 mod conduct;
 mod doctor;
+mod launch;
 mod pace;
 pub mod points;
 mod relay;
 mod stage;
 mod strike;
+mod takeover;
 mod tally;
 mod verdict;
 
@@ -53,7 +56,7 @@ const PROGRESS: Duration = Duration::from_secs(10);
 #[command(after_help = EXAMPLES)]
 pub struct SoakArgs {
     /// How many runs
-    #[arg(long, value_name = "N", default_value_t = 260, conflicts_with = "until_stopped")]
+    #[arg(long, value_name = "N", default_value_t = 286, conflicts_with = "until_stopped")]
     runs: u64,
     /// Go on until SIGINT or SIGTERM, then sum up
     #[arg(long)]
@@ -93,7 +96,7 @@ pub struct SoakArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  belay soak                                       260 runs over local and tcp, two at a time
+  belay soak                                       286 runs over local and tcp, two at a time
   belay soak --fabric verbs --runs 40 --jobs 1     through this host's RDMA device
   belay soak --plan --runs 26 --seed 7             what would be tried
   belay soak --until-stopped --seed 7              until Ctrl-C
@@ -162,7 +165,9 @@ fn tell_plan(args: &SoakArgs) -> Exit {
     let mut out = std::io::stdout().lock();
     for case in cases(args) {
         // A reader that went away has read enough.
-        if writeln!(out, "{case}  {}", case.script().moment).is_err() {
+        let script = case.script();
+        let takeover = script.takeover.map(|takeover| takeover.words(case.strike)).unwrap_or_default();
+        if writeln!(out, "{case}  {}{takeover}", script.moment).is_err() {
             break;
         }
     }
@@ -291,6 +296,9 @@ impl Soak<'_> {
             landed: String::new(),
             home: None,
             silence_us: None,
+            succession: None,
+            killed_again: false,
+            succession_silence_us: None,
             caught_epoch: None,
             commits_told: 0,
             took_ms: begun.elapsed().as_millis() as u64,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Lease of a run: short, so that silence is noticed soon.
-const LEASE: Duration = Duration::from_millis(500);
+pub const LEASE: Duration = Duration::from_millis(500);
 /// How often a checkpoint is taken.
 const PERIOD: Duration = Duration::from_millis(10);
 /// Pages the guest writes to in a second.
@@ -49,9 +49,9 @@ impl Pace {
     }
 
     /// What `belay send` is told of lease, period and guest.
-    pub fn words(self) -> [String; 6] {
+    pub fn words(self, lasts: Duration) -> [String; 6] {
         let [lease, period, rate] = ["--lease", "--period", "--dirty-rate"].map(str::to_owned);
-        [lease, self.ms(LEASE), period, self.ms(PERIOD), rate, (RATE / self.0).to_string()]
+        [lease, self.ms(lasts), period, self.ms(PERIOD), rate, (RATE / self.0).to_string()]
     }
 
     /// The option as a person types it, nothing at the usual pace.
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn the_usual_pace_is_what_send_does_unasked_and_a_slower_one_has_as_many_pages_an_epoch() {
-        let words = |text| parse(text).unwrap().words();
+        let words = |text| parse(text).unwrap().words(LEASE);
         assert_eq!(words("1"), ["--lease", "500ms", "--period", "10ms", "--dirty-rate", "20000"]);
         assert_eq!(words("8"), ["--lease", "4000ms", "--period", "80ms", "--dirty-rate", "2500"]);
         assert_eq!(parse("1").unwrap().option(), "");

@@ -20,8 +20,8 @@ use std::process::Command;
 
 /// Where a run's sockets, records and logs are: a tmpfs that nobody else sees.
 pub const PLACE: &str = "/dev/shm";
-/// Most that they may take.
-const PLACE_OPTIONS: &CStr = c"size=64m,mode=0700";
+/// Most that they may take: with guest memory that has names, RAM, a ring or two, overflow memory and 81 MiB of state.
+const PLACE_OPTIONS: &CStr = c"size=384m,mode=0700";
 /// Largest file of any process of a run, guest RAM (a memfd) included.
 const MOST_FILE_BYTES: u64 = 1 << 30;
 /// What the kernel adds to a process's badness: should memory run out, a run goes before anything else on the host.

@@ -1,13 +1,12 @@
 //! The strikes, and what happens right after each so that the run comes to an end.
 
-use super::actor::{Log, Role};
+use super::actor::{Role, Told};
 use super::case::{Phase, Strike};
-use super::conduct::{Run, noticed};
-use super::stage;
+use super::conduct::{ConductError, Run, io, noticed};
+use super::{stage, takeover};
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::net::{Shutdown, SocketAddrAny, getpeername, shutdown};
 use rustix::process::{Pid, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd};
-use std::io;
 use std::time::{Duration, Instant};
 
 /// How long a source may take to catch the guest of a destination that stands still.
@@ -22,15 +21,32 @@ pub struct Struck {
     pub commits_told: u64,
     /// A VMM apart from a killed page server still ran when the guest ran elsewhere (P1).
     pub vmm_waited: Option<bool>,
+    /// Whoever took over was killed too.
+    pub killed_again: bool,
+    /// A checkpoint committed over the session of a source that took over.
+    pub committed_again: bool,
+    /// A source that had released the guest was started again to tell so.
+    pub told_again: bool,
 }
 
 /// Lands the strike and lets whoever is left go on.
-pub(super) fn land(run: &Run) -> io::Result<Struck> {
-    let commits = |logs: &[Log; 3]| {
-        let events = &logs[Role::Destination as usize].events;
-        events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count() as u64
-    };
-    let mut struck = Struck { commits_told: commits(&run.logs.lock()), ..Struck::default() };
+pub(super) fn land(run: &mut Run) -> Result<Struck, ConductError> {
+    let mut struck = Struck { commits_told: commits_told(run), ..Struck::default() };
+    match (run.case.strike, run.script.takeover) {
+        (Strike::SourceTakeover, Some(how)) => takeover::of_source(run, how, &mut struck)?,
+        (Strike::ServerTakeover, Some(how)) => takeover::of_server(run, how, &mut struck)?,
+        _ => strike(run, &mut struck).map_err(io("strike"))?,
+    }
+    Ok(struck)
+}
+
+fn commits_told(run: &Run) -> u64 {
+    let logs = run.logs.lock();
+    let events = &logs[Role::Destination].events;
+    events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count() as u64
+}
+
+fn strike(run: &Run, struck: &mut Struck) -> std::io::Result<()> {
     match run.case.strike {
         Strike::DestinationKill => kill_destination(run, true),
         Strike::HostKill => {
@@ -51,12 +67,14 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
         Strike::Freeze => {
             run.destination.signal(Signal::STOP);
         }
+        // These are strikes of their own: `takeover.rs`.
+        Strike::SourceTakeover | Strike::ServerTakeover => {}
     }
     if run.case.strike == Strike::Freeze && run.case.phase == Phase::Catch {
         // The stale one comes back in the middle of the catch, and is left to do all that it can.
         run.destination.signal(Signal::CONT);
-        let role = Role::Destination as usize;
-        let done = |logs: &[Log; 3]| (logs[role].was("fenced") || logs[role].ended.is_some()).then_some(());
+        let role = Role::Destination;
+        let done = |logs: &Told| (logs[role].was("fenced") || logs[role].ended.is_some()).then_some(());
         run.logs.wait(Instant::now() + run.pace.of(FENCE_BOUND), done);
     }
     run.source.signal(Signal::CONT);
@@ -67,8 +85,8 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
     match run.case.strike {
         Strike::ServerKill => {
             await_verdict_of_the_source(run);
-            let told = run.logs.lock()[Role::Destination as usize]
-                .find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
+            let told =
+                run.logs.lock()[Role::Destination].find(|kind| matches!(kind, Kind::VmmStarted { .. }).then_some(()));
             struck.vmm_waited = told.map(|()| stage::running().iter().any(|(_, line)| is_vmm(line)));
             kill_vmm();
         }
@@ -81,13 +99,13 @@ pub(super) fn land(run: &Run) -> io::Result<Struck> {
         }
         _ => {}
     }
-    Ok(struck)
+    Ok(())
 }
 
 /// Waits until the source has the guest, knows that it never left, has let it go, or has ended.
 fn await_verdict_of_the_source(run: &Run) {
-    let decided = |logs: &[Log; 3]| {
-        let source = &logs[Role::Source as usize];
+    let decided = |logs: &Told| {
+        let source = &logs[Role::Source];
         let caught = source.find(|kind| {
             matches!(kind, Kind::Caught { .. } | Kind::ReleaseRecorded { .. } | Kind::Failed { .. }).then_some(())
         });
@@ -96,7 +114,7 @@ fn await_verdict_of_the_source(run: &Run) {
     let bound = run.pace.of(CATCH_BOUND);
     if run.logs.wait(Instant::now() + bound, decided).is_none() {
         let logs = run.logs.lock();
-        eprintln!("soak: the source decided nothing within {bound:?}: {:?}", noticed(&logs[Role::Source as usize]));
+        eprintln!("soak: the source decided nothing within {bound:?}: {:?}", noticed(&logs[Role::Source]));
     }
 }
 
@@ -104,20 +122,20 @@ fn is_vmm(line: &str) -> bool {
     line.split_whitespace().nth(1) == Some("vmm")
 }
 
-fn kill_destination(run: &Run, with_vmm: bool) {
+pub(super) fn kill_destination(run: &Run, with_vmm: bool) {
     run.destination.signal(Signal::KILL);
     if with_vmm {
         kill_vmm();
     }
 }
 
-fn kill_vmm() {
+pub(super) fn kill_vmm() {
     kill_those(is_vmm);
 }
 
-fn kill_guard(may_be_gone: bool) -> io::Result<()> {
+fn kill_guard(may_be_gone: bool) -> std::io::Result<()> {
     match kill_those(|line| line.split_whitespace().nth(1) == Some("guard")) {
-        0 if !may_be_gone => Err(io::Error::new(io::ErrorKind::NotFound, "there is no guard to kill")),
+        0 if !may_be_gone => Err(std::io::Error::new(std::io::ErrorKind::NotFound, "there is no guard to kill")),
         _ => Ok(()),
     }
 }
@@ -130,7 +148,7 @@ fn kill_those(which: impl Fn(&str) -> bool) -> usize {
 }
 
 /// Shuts every socket of the source's that leads to the destination, from outside of both.
-fn cut_sockets(run: &Run) -> io::Result<()> {
+fn cut_sockets(run: &Run) -> std::io::Result<()> {
     let theirs = format!("{}/receive.sock", stage::PLACE);
     let mut cut = 0;
     for entry in std::fs::read_dir(format!("/proc/{}/fd", run.source.pid))?.flatten() {
@@ -145,7 +163,7 @@ fn cut_sockets(run: &Run) -> io::Result<()> {
         }
     }
     match cut {
-        0 => Err(io::Error::new(io::ErrorKind::NotFound, format!("the source has no socket to {theirs}"))),
+        0 => Err(std::io::Error::new(std::io::ErrorKind::NotFound, format!("the source has no socket to {theirs}"))),
         _ => Ok(()),
     }
 }

@@ -1,7 +1,7 @@
 //! The sum of a soak.
 
 use super::case::{Phase, Strike};
-use super::verdict::{Home, Outcome, RunReport};
+use super::verdict::{Home, Outcome, RunReport, Succession};
 use crate::options::FabricChoice;
 use crate::report::time;
 use serde::Serialize;
@@ -29,6 +29,10 @@ pub struct Tally {
     /// Kills of the destination after the source had folded a checkpoint.
     after_folding: u64,
     silences: BTreeMap<String, Vec<u64>>,
+    /// What takeovers came to, and how often whoever took over was killed too.
+    by_succession: BTreeMap<(Strike, Succession), u64>,
+    killed_again: u64,
+    succession_silences: BTreeMap<String, Vec<u64>>,
     /// Lines of a run's processes that were not kept.
     dropped: u64,
     slowest_ms: u64,
@@ -60,9 +64,27 @@ pub struct Sum<'a> {
     kills_after_folding: u64,
     /// Last packet of the killed destination to the first new one of the source.
     death_to_running: BTreeMap<&'a str, Latency>,
+    /// What takeovers came to, by strike, and how many of them were taken over from once more.
+    by_succession: BTreeMap<String, u64>,
+    taken_over_twice: u64,
+    /// Longest silence around a takeover after which the guest went on at the destination.
+    takeover_silence: BTreeMap<&'a str, Latency>,
     dropped_lines: u64,
     slowest_ms: u64,
     memory: Memory,
+}
+
+/// By fabric.
+fn latencies(silences: &BTreeMap<String, Vec<u64>>) -> BTreeMap<&str, Latency> {
+    let mut all = BTreeMap::new();
+    for (fabric, silences) in silences {
+        let mut sorted = silences.clone();
+        sorted.sort_unstable();
+        let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+        let latency = Latency { runs: sorted.len(), median_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) };
+        all.insert(fabric.as_str(), latency);
+    }
+    all
 }
 
 impl Tally {
@@ -84,25 +106,20 @@ impl Tally {
         let kills = run.case.strike.kills_destination();
         self.after_folding += u64::from(kills && run.caught_epoch.is_some_and(|epoch| epoch > 0));
         if let Some(silence) = run.silence_us {
-            self.silences.entry(fabric).or_default().push(silence);
+            self.silences.entry(fabric.clone()).or_default().push(silence);
+        }
+        if let Some(succession) = run.succession {
+            *self.by_succession.entry((run.case.strike, succession)).or_default() += 1;
+            self.killed_again += u64::from(run.killed_again);
+        }
+        if let Some(silence) = run.succession_silence_us {
+            self.succession_silences.entry(fabric).or_default().push(silence);
         }
     }
 
     /// Runs that held, and that did not.
     pub fn counts(&self) -> (u64, u64, u64) {
         (self.held, self.broken, self.void)
-    }
-
-    fn latencies(&self) -> BTreeMap<&str, Latency> {
-        let mut all = BTreeMap::new();
-        for (fabric, silences) in &self.silences {
-            let mut sorted = silences.clone();
-            sorted.sort_unstable();
-            let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
-            let latency = Latency { runs: sorted.len(), median_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) };
-            all.insert(fabric.as_str(), latency);
-        }
-        all
     }
 
     /// For `--json`.
@@ -117,7 +134,14 @@ impl Tally {
             by_strike: self.by_strike.iter().map(|((fabric, strike), n)| (format!("{fabric}/{strike}"), *n)).collect(),
             by_home: &self.by_home,
             kills_after_folding: self.after_folding,
-            death_to_running: self.latencies(),
+            death_to_running: latencies(&self.silences),
+            by_succession: self
+                .by_succession
+                .iter()
+                .map(|((strike, came), n)| (format!("{strike}/{came}"), *n))
+                .collect(),
+            taken_over_twice: self.killed_again,
+            takeover_silence: latencies(&self.succession_silences),
             dropped_lines: self.dropped,
             slowest_ms: self.slowest_ms,
             memory,
@@ -151,13 +175,32 @@ impl Tally {
             homes.join(", "),
             self.after_folding
         );
-        for (fabric, Latency { runs, median_us, p99_us, max_us }) in self.latencies() {
+        for (fabric, Latency { runs, median_us, p99_us, max_us }) in latencies(&self.silences) {
             let _ = writeln!(
                 out,
                 "{fabric}: destination's death to guest running, as the observer sees it: median {}, p99 {}, max {} ({runs} runs)",
                 time(median_us),
                 time(p99_us),
                 time(max_us)
+            );
+        }
+        for (fabric, Latency { runs, median_us, p99_us, max_us }) in latencies(&self.succession_silences) {
+            let _ = writeln!(
+                out,
+                "{fabric}: longest silence around a takeover after which the guest went on: median {}, p99 {}, max {} ({runs} runs)",
+                time(median_us),
+                time(p99_us),
+                time(max_us)
+            );
+        }
+        if !self.by_succession.is_empty() {
+            let came: Vec<_> =
+                self.by_succession.iter().map(|((strike, came), n)| format!("{strike} {came} {n}")).collect();
+            let _ = writeln!(
+                out,
+                "takeovers: {}; {} of them taken over from once more",
+                came.join(", "),
+                self.killed_again
             );
         }
         let mib = |bytes: u64| bytes >> 20;

@@ -78,7 +78,7 @@ pub struct Tuning {
     pub demand_timeout: Duration,
     /// Most time spent spinning before sleeping in poll(2).
     pub spin: Duration,
-    /// On a path that answers a demand READ within this, the shard stays awake for the answer (it yields the CPU after `spin`):
+    /// On a path that answers a demand READ within this, the shard stays awake for the answer (and yields the CPU now and then after `spin`):
     /// going to sleep and being woken would cost the fault as much again. Slower paths are slept for.
     pub demand_awake: Duration,
     /// Once so many frames have landed, only faults are served (for demonstrations and tests of what happens in mid-pull).

@@ -260,7 +260,7 @@ fn parse(state: &[u8], vcpus: usize) -> Result<Sections<'_>, GuestError> {
         return Err(GuestError::BadState(format!("version {}, this is {VERSION}", word(head, 8))));
     }
     if usize::from(word(head, 10)) != vcpus {
-        return Err(GuestError::BadState(format!("{} vCPUs, this guest has {vcpus}", word(head, 10))));
+        return Err(GuestError::BadState(format!("vCPUs in it: {}, in this guest: {vcpus}", word(head, 10))));
     }
     let mut sections = Sections::new();
     while !rest.is_empty() {

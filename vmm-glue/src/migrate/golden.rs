@@ -11,6 +11,7 @@ use super::settings::{LeaseSettings, Proposal, ReleasePolicy, TetherSettings, Vm
 use super::switch_map::RegionClasses;
 use crate::guard::Secrets;
 use crate::kvm::guests::{Filler, GuestSpec, Program};
+use crate::qemu::spec::QemuSpec;
 use belay_checkpoint::guest::{Epoch, TrackerKind};
 use belay_checkpoint::journal::MigrationId;
 use belay_checkpoint::outbox::OutputMode;
@@ -201,6 +202,19 @@ fn a_proposal_is_on_the_wire_as_it_was_when_the_version_came_out() {
     for (name, bytes) in compare(FOLDER, PROTOCOL_VERSION, "proposal", &bytes) {
         let (_, proposal) = proposals.iter().find(|(there, _)| *there == name).expect("compared");
         assert_eq!(&decode_proposal(&bytes).expect("read"), proposal);
+    }
+}
+
+#[test]
+fn a_qemu_guests_proposal_is_on_the_wire_as_it_was_when_it_came_in() {
+    let ram = vec![("m0".to_owned(), 96 << 20), ("m1".to_owned(), 64 << 20)];
+    let guest = QemuSpec { machine: "pc-q35-7.2-machine".to_owned(), version: "7.2.22".to_owned(), vcpus: 2, ram };
+    let tether = proposal().tether.map(|tether| TetherSettings { tracker: TrackerKind::UffdWp, ..tether });
+    let tethered = Proposal { vmm: VmmSpec::Qemu(guest), tether, ..proposal() };
+    for (_, bytes) in compare(FOLDER, PROTOCOL_VERSION, "proposal-qemu", &[("tethered", encode(&tethered))]) {
+        let read = decode_proposal(&bytes).expect("read");
+        assert_eq!(read, tethered);
+        assert_eq!(read.check(), Ok(()));
     }
 }
 

@@ -140,7 +140,7 @@ impl Host for QemuHost {
         // What a guest would be in that runs in there.
         guest.status = "running".to_owned();
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(())).into_iter().find(|objection| against(objection.against)) {
+        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some()).into_iter().find(|objection| against(objection.against)) {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
         }

@@ -43,7 +43,8 @@ pub struct Objection {
 
 /// Everything that stands against moving or tethering this guest, worst first. `tracker`: why this host cannot learn which pages
 /// another process's threads write (asynchronous write protection, Linux 6.7), if it cannot.
-pub fn objections(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Objection> {
+/// `relayed`: the guest's one socket netdev goes through a [relay](super::relay), which holds its packets.
+pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool) -> Vec<Objection> {
     let mut found = Vec::new();
     versions(guest, &mut found);
     ram(&guest.ram, &mut found);
@@ -52,9 +53,10 @@ pub fn objections(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Objectio
     for disk in &guest.disks {
         found.extend(objection_to_disk(disk));
     }
-    for net in &guest.nets {
-        found.extend(objection_to_net(net));
-    }
+    let is_relayed = |net: &Net| relayed && net.kind == "stream";
+    let held = guest.nets.iter().position(is_relayed);
+    let others = guest.nets.iter().enumerate().filter(|(index, _)| Some(*index) != held);
+    found.extend(others.map(|(_, net)| objection_to_net(net)));
     for memory in &guest.other {
         found.extend(objection_to_memory(memory));
     }
@@ -150,15 +152,18 @@ fn objection_to_disk(disk: &Disk) -> Option<Objection> {
     (!disk.read_only).then(|| {
         let why =
             "at a catch guest memory goes back to its last checkpoint, and what was written to this disk would not";
-        against(Against::Tethering, &what, why, "make it read-only, or move without a tether")
+        against(Against::Tethering, &what, why, "make it read-only")
     })
 }
 
-fn objection_to_net(net: &Net) -> Option<Objection> {
-    (net.kind == "vhost-user" || net.kind == "vhost-vdpa").then(|| {
+fn objection_to_net(net: &Net) -> Objection {
+    let what = format!("netdev {}", net.name);
+    if net.kind == "vhost-user" || net.kind == "vhost-vdpa" {
         let why = format!("{}: somebody else maps guest memory and writes it", net.kind);
-        against(Against::Moving, &format!("netdev {}", net.name), why, "use a tap or a socket netdev")
-    })
+        return against(Against::Moving, &what, why, "use a tap or a socket netdev");
+    }
+    let why = format!("{}: its packets are not held until the checkpoint that covers them has committed", net.kind);
+    against(Against::Tethering, &what, why, "connect it to a `belay relay` (-netdev stream, one of them), or take it out (device_del, netdev_del)")
 }
 
 /// Firmware and ROMs are the same on both hosts and travel once; anything else would be as old as the switch after a catch.
@@ -204,7 +209,7 @@ mod tests {
             ],
             devices: vec![("virtio-net-pci".into(), "/machine/peripheral/net0".into())],
             disks: vec![Disk { name: "d0".into(), driver: "raw".into(), read_only: true }],
-            nets: vec![Net { name: "n0".into(), kind: "tap".into() }],
+            nets: vec![],
             confidential: None,
             host_devices: vec!["/dev/kvm".into(), "/dev/net/tun".into()],
         }
@@ -214,14 +219,14 @@ mod tests {
     fn odd(change: impl FnOnce(&mut Inspection)) -> Objection {
         let mut guest = good();
         change(&mut guest);
-        let mut found = objections(&guest, Ok(()));
+        let mut found = objections(&guest, Ok(()), false);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.remove(0)
     }
 
     #[test]
     fn a_guest_that_is_prepared_meets_no_objection() {
-        assert_eq!(objections(&good(), Ok(())), []);
+        assert_eq!(objections(&good(), Ok(()), false), []);
     }
 
     #[test]
@@ -254,7 +259,9 @@ mod tests {
         }
         let user = odd(|guest| guest.devices.push(("vhost-user-blk-pci".into(), "/machine/peripheral/x".into())));
         assert_eq!((user.against, user.what.as_str()), (Against::Moving, "vhost-user-blk-pci"));
-        assert_eq!(odd(|guest| guest.nets[0].kind = "vhost-user".into()).what, "netdev n0");
+        let net = |kind: &str| Net { name: "n0".into(), kind: kind.into() };
+        let user = odd(|guest| guest.nets.push(net("vhost-user")));
+        assert_eq!((user.against, user.what.as_str()), (Against::Moving, "netdev n0"));
         assert_eq!(odd(|guest| guest.disks[0].driver = "nvme".into()).what, "disk d0");
         assert_eq!(odd(|guest| guest.confidential = Some("sev-guest".into())).what, "sev-guest");
         assert_eq!(odd(|guest| guest.status = "internal-error".into()).against, Against::Moving);
@@ -269,8 +276,10 @@ mod tests {
         assert_eq!(flash.against, Against::Tethering);
         let disk = odd(|guest| guest.disks[0].read_only = false);
         assert_eq!((disk.against, disk.what.as_str()), (Against::Tethering, "disk d0"));
+        let tap = odd(|guest| guest.nets.push(Net { name: "n0".into(), kind: "tap".into() }));
+        assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
-        let found = objections(&good(), Err("no WP_ASYNC"));
+        let found = objections(&good(), Err("no WP_ASYNC"), false);
         assert!(
             found.len() == 1 && found[0].against == Against::Tethering && found[0].why.contains("no WP_ASYNC"),
             "{found:?}"
@@ -282,7 +291,7 @@ mod tests {
         let mut guest = good();
         guest.disks[0].read_only = false;
         guest.capabilities.clear();
-        let order: Vec<_> = objections(&guest, Ok(())).into_iter().map(|objection| objection.against).collect();
+        let order: Vec<_> = objections(&guest, Ok(()), false).into_iter().map(|objection| objection.against).collect();
         assert_eq!(order, [Against::Moving, Against::Tethering]);
     }
 }

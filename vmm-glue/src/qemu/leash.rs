@@ -8,7 +8,7 @@ use super::process::Process;
 use crate::guard::GuardCommand;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal, test_kill_process};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -26,7 +26,13 @@ pub struct Leash {
 
 impl Leash {
     /// Starts the process (a command that ends up in [`leash_main`]).
+    ///
+    /// A process of another user's that this one may not end is refused: a leash that does not hold is none.
     pub fn tie(command: &GuardCommand, process: &Process) -> io::Result<Self> {
+        if test_kill_process(process.pid()) == Err(Errno::PERM) {
+            let why = format!("process {} is another user's, and could not be ended if belay died", process.number());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
         let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
         let child = Command::new(&command.program)
             .args(&command.args)

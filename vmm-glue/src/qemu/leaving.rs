@@ -238,14 +238,12 @@ fn expect_alike(running: &Inspection, standby: &Inspection) -> Result<(), Leavin
 impl Guest for LeavingGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
         if !self.paused {
-            // While it still runs.
-            self.machine.prepare_stream()?;
             // Not before it must be: a belay that dies with the relay in hand leaves it shut, and until here the guest is at home.
             if let Some(relayed) = self.relayed.as_ref().filter(|_| !self.wire.is_held()) {
                 let hand = Hand::attach(&relayed.path, Arc::clone(&relayed.sink), self.wire.next_output(), deadline);
                 self.wire.take(hand.map_err(|error| failed("take the guest's relay in hand")(io::Error::other(error)))?);
             }
-            self.machine.stop(deadline)?;
+            self.machine.stop_to_leave(deadline)?;
             self.paused = true;
             self.wire.settle()?;
         }

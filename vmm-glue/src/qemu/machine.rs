@@ -1,7 +1,7 @@
 //! One QEMU that is given orders: stop, go on, save, load. What each does inside QEMU, and what can be believed of it, is told there.
 
 use super::process::Process;
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Event, Qmp, QmpError};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::Deadline;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SeekFrom, memfd_create, open, seek};
@@ -13,6 +13,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Longest answer to anything but an order that may wait for a page. A QEMU whose main loop runs answers in well under a millisecond.
@@ -35,6 +36,8 @@ pub struct Machine {
     saved: Option<Saved>,
     /// What it was told of migrations, and must forget if its guest stays: an operator's own would leave RAM out.
     prepared: Option<Prepared>,
+    /// Takes the stream of a migration that has stopped its guest and waits to be told to go on.
+    leaving: Option<JoinHandle<io::Result<Vec<u8>>>>,
 }
 
 /// A QEMU that was told how to stream.
@@ -71,7 +74,7 @@ pub(super) fn told(error: QmpError) -> GuestError {
 
 impl Machine {
     pub fn new(qmp: Qmp, process: Process) -> Self {
-        Self { qmp, process, saved: None, prepared: None }
+        Self { qmp, process, saved: None, prepared: None, leaving: None }
     }
 
     /// One command with the usual bound.
@@ -123,20 +126,51 @@ impl Machine {
         saved.file.read_exact_at(&mut out[at..], 0).map_err(failed("read device state"))
     }
 
-    /// Appends the stream of a migration that leaves RAM out to `out`: vCPUs, devices, and every block that is no shared file. The guest must
-    /// stand; afterwards it can go on, or be left.
-    pub fn stream_out(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+    /// Stops a guest that is about to leave. QEMU does what it can of a migration while the guest still runs, and then waits: the blackout begins
+    /// after all that takes long and needs no guest that stands.
+    pub fn stop_to_leave(&mut self, deadline: Deadline) -> Result<(), GuestError> {
+        let bound = deadline.left();
         let ours = self.take_stream()?;
-        // On a thread of its own: QEMU's answer must not wait for a socket that is full.
+        // On a thread of its own: QEMU must not wait for a socket that is full.
         let taken = std::thread::Builder::new().name("qemu-stream".into()).spawn(move || take(&ours));
-        let taken = taken.map_err(failed("start a thread"))?;
-        let gone = self.migrate("migrate");
+        self.leaving = Some(taken.map_err(failed("start a thread"))?);
+        let stopped = self.migrate("migrate", "pre-switchover", deadline);
+        stopped.map_err(|error| {
+            // What is wrong with it is told already.
+            let _ = self.stay();
+            match error {
+                QmpOr::Qmp(QmpError::TimedOut { .. }) => {
+                    GuestError::StopTimedOut { bound_ms: bound.as_millis() as u64, running: 1, vcpus: 1 }
+                }
+                other => other.told(),
+            }
+        })
+    }
+
+    /// Calls a migration off that has stopped its guest. The guest runs then, as it did before.
+    fn stay(&mut self) -> Result<(), GuestError> {
+        let Some(taken) = self.leaving.take() else { return Ok(()) };
+        self.qmp.forget_events();
+        self.order("migrate_cancel", json!({}))?;
+        let over = |event: &Event| event.name == "MIGRATION" && matches!(status(&event.data), "cancelled" | "failed");
+        self.qmp.wait_for("migrate_cancel", over, Deadline::after(STREAM)).map_err(told)?;
+        // What it took is of no use.
+        drop(taken.join());
+        Ok(())
+    }
+
+    /// Appends the stream of a migration that leaves RAM out to `out`: vCPUs, devices, and every block that is no shared file. After
+    /// [`Machine::stop_to_leave`]; the guest can go on later, or be left.
+    pub fn stream_out(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let none = || GuestError::WrongState { call: "save", state: "running", wanted: "stopped to leave" };
+        let taken = self.leaving.take().ok_or_else(none)?;
+        let gone = self.migrate("migrate-continue", "completed", Deadline::after(STREAM));
         if gone.is_err() {
             // It stands as before; a stream that nobody takes must not go on.
             let _ = self.order("migrate_cancel", json!({}));
         }
         let taken = taken.join().map_err(|_| GuestError::Unsupported("reading QEMU's stream failed".to_owned()))?;
-        gone?;
+        gone.map_err(QmpOr::told)?;
         let taken = taken.map_err(failed("read QEMU's migration stream"))?;
         if taken.len() as u64 > MOST_STREAM {
             return Err(GuestError::Unsupported(format!(
@@ -158,7 +192,8 @@ impl Machine {
                 drop(ours);
                 given
             });
-            let loaded = self.migrate("migrate-incoming");
+            let loaded = self.migrate("migrate-incoming", "completed", Deadline::after(STREAM));
+            let loaded = loaded.map_err(QmpOr::told);
             if loaded.is_err() {
                 // Whoever still writes to it is let go by its end.
                 let _ = self.kill();
@@ -196,29 +231,33 @@ impl Machine {
         Ok(ours.expect("prepared above"))
     }
 
-    /// Begins a migration over the descriptor that was handed over, and waits for its end.
-    fn migrate(&mut self, command: &'static str) -> Result<(), GuestError> {
+    /// Gives an order that a migration follows, and waits until that has come to the status `wanted`.
+    fn migrate(&mut self, command: &'static str, wanted: &str, deadline: Deadline) -> Result<(), QmpOr> {
         self.qmp.forget_events();
-        let deadline = Deadline::after(STREAM);
-        self.qmp.execute(command, json!({ "uri": format!("fd:{STREAM_NAME}") }), deadline).map_err(told)?;
-        let status = |data: &Value| data.get("status").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let over = |status: &str| matches!(status, "completed" | "failed" | "cancelled");
-        let ended =
-            self.qmp.wait_for(command, |event| event.name == "MIGRATION" && over(&status(&event.data)), deadline);
-        match ended.map_err(told)?.data {
-            data if status(&data) == "completed" => Ok(()),
-            data => {
-                let why = self.order("query-migrate", json!({})).ok();
-                let why = why.as_ref().and_then(|why| why.get("error-desc")).and_then(Value::as_str);
-                let doing = if command == "migrate" { "saving the guest" } else { "loading the guest" };
-                let why = why.unwrap_or("its log says more");
-                Err(GuestError::BadState(format!("{doing} ended as {}: {why}", status(&data))))
-            }
+        let arguments = match command {
+            "migrate-continue" => json!({ "state": "pre-switchover" }),
+            _ => json!({ "uri": format!("fd:{STREAM_NAME}") }),
+        };
+        self.qmp.execute(command, arguments, deadline)?;
+        let over = |event: &Event| {
+            let status = status(&event.data);
+            event.name == "MIGRATION" && (status == wanted || matches!(status, "completed" | "failed" | "cancelled"))
+        };
+        let ended = self.qmp.wait_for(command, over, deadline)?;
+        let came_to = status(&ended.data);
+        if came_to == wanted {
+            return Ok(());
         }
+        let why = self.qmp.execute("query-migrate", json!({}), Deadline::after(ANSWER)).ok();
+        let why = why.as_ref().and_then(|why| why.get("error-desc")).and_then(Value::as_str);
+        let doing = if command == "migrate-incoming" { "loading the guest" } else { "saving the guest" };
+        let why = why.unwrap_or("its log says more");
+        Err(QmpOr::Guest(GuestError::BadState(format!("{doing} came to {came_to}: {why}"))))
     }
 
     /// Has it forget what it was told for a switch that was taken back.
     pub fn forget_the_switch(&mut self) -> Result<(), GuestError> {
+        self.stay()?;
         let Some(Prepared { bandwidth, ours }) = self.prepared.take() else { return Ok(()) };
         if ours.is_some() {
             // The end of a stream that never began.
@@ -244,10 +283,35 @@ impl Machine {
     }
 }
 
-/// RAM that is a shared file is left out of a stream, and QEMU says how far it is; or neither.
+/// RAM that is a shared file is left out of a stream, QEMU says how far it is, and waits when it has stopped its guest; or none of these.
 fn capabilities(on: bool) -> Value {
     let one = |name: &str| json!({ "capability": name, "state": on });
-    json!({ "capabilities": [one("x-ignore-shared"), one("events")] })
+    json!({ "capabilities": [one("x-ignore-shared"), one("events"), one("pause-before-switchover")] })
+}
+
+fn status(data: &Value) -> &str {
+    data.get("status").and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Why a migration did not come to where it was to.
+enum QmpOr {
+    Qmp(QmpError),
+    Guest(GuestError),
+}
+
+impl From<QmpError> for QmpOr {
+    fn from(error: QmpError) -> Self {
+        Self::Qmp(error)
+    }
+}
+
+impl QmpOr {
+    fn told(self) -> GuestError {
+        match self {
+            Self::Qmp(error) => told(error),
+            Self::Guest(error) => error,
+        }
+    }
 }
 
 /// All of a stream, up to a little more than there may be.

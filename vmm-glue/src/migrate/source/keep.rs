@@ -484,8 +484,8 @@ fn only_one(state_dir: &Path) -> Result<MigrationId, KeepError> {
     }
 }
 
-/// Removes what processes left of which nothing can be taken over.
-fn sweep(state_dir: &Path) {
+/// Removes what processes left of which nothing can be taken over: memory is not to be held for nobody.
+pub fn sweep(state_dir: &Path) {
     let Ok(all) = list(state_dir) else { return };
     for listed in
         all.iter().filter(|listed| listed.holder.is_none() && standing(state_dir, listed) == Standing::Nothing)

@@ -386,6 +386,7 @@ impl Relay {
                     holder.stage = Stage::Attached;
                 }
                 self.gate = Gate::Held;
+                self.settled = false;
                 self.dropped_told = self.counts.dropped_to_hand;
                 changed(self.gate, "a page server has the hand");
                 true
@@ -402,6 +403,7 @@ impl Relay {
                 if !self.take_from_guest(true) {
                     self.guest = None;
                     changed(self.gate, "the guest has gone");
+                    self.next_guest(changed);
                 }
                 let torn = self.guest.as_ref().is_some_and(|guest| guest.frames.is_torn());
                 let dropped = self.counts.dropped_to_hand - self.dropped_told;

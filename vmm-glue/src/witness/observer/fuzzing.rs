@@ -1,7 +1,12 @@
 //! A connection to the observer on which anything is said.
 
+use super::address::Stream;
+use super::server::{Shared, serve};
 use super::*;
 use crate::fuzzing::heard;
+use std::io::Read;
+use std::sync::{Condvar, Mutex};
+use std::time::Instant;
 
 /// What is written down is exactly the packets that came whole, and each was acknowledged.
 pub(crate) fn served(bytes: &[u8]) {

@@ -3,6 +3,9 @@
 use super::*;
 
 use crate::golden::compare;
+use belay_checkpoint::guest::Packet;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 

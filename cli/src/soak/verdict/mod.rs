@@ -3,76 +3,25 @@
 //! A run *holds* when every claim does; it is *broken* when one does not; it is *void* when the strike met another run than the one
 //! that was meant, because a short lease had run out by itself on a busy host. A void run is made again, and counted.
 
-use super::actor::Log;
+mod said;
+mod takeover;
+
 use super::case::{Case, Phase, Strike};
 use super::strike::Struck;
 use belay_transport::PAGE_SIZE;
 use belay_vmm_glue::kvm::guests::GuestSpec;
-use belay_vmm_glue::migrate::observation::{Kind, Observation};
+use belay_vmm_glue::migrate::observation::Kind;
 use belay_vmm_glue::witness::model::{Model, NonceSeen};
 use belay_vmm_glue::witness::observer::{self, Seen};
+pub use said::Said;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
+pub use takeover::Succession;
 
 /// Least RAM of a guest, and least share of its pages that must hold something at the switch, in percent.
 const LEAST_RAM: u64 = 64 << 20;
 const LEAST_FILLED: u64 = 60;
-
-/// What one role said, and how it ended.
-#[derive(Debug, Clone, Default)]
-pub struct Said {
-    pub events: Vec<Observation>,
-    /// Exit code, or minus a signal; nothing if it had to be killed for not ending.
-    pub exit: Option<i32>,
-    /// What else it said, for reports.
-    pub text: String,
-    pub dropped: u64,
-}
-
-impl Said {
-    /// From what was heard.
-    pub fn of(log: &Log) -> Self {
-        Self { events: log.events.clone(), exit: log.ended, text: log.text.clone(), dropped: log.dropped }
-    }
-
-    fn last<'a, T>(&'a self, pick: impl Fn(&'a Kind) -> Option<T>) -> Option<T> {
-        self.events.iter().rev().find_map(|event| pick(&event.kind))
-    }
-
-    fn said(&self, which: impl Fn(&Kind) -> bool) -> bool {
-        self.events.iter().any(|event| which(&event.kind))
-    }
-
-    fn was(&self, state: &str) -> bool {
-        self.said(|kind| matches!(kind, Kind::State { state: name, .. } if name == state))
-    }
-
-    fn caught(&self) -> Option<u64> {
-        self.last(|kind| match kind {
-            Kind::Caught { epoch, .. } => Some(*epoch),
-            _ => None,
-        })
-    }
-
-    fn newest_commit(&self) -> u64 {
-        let epoch = |event: &Observation| match event.kind {
-            Kind::Committed { epoch, .. } => Some(epoch),
-            _ => None,
-        };
-        self.events.iter().filter_map(epoch).max().unwrap_or(0)
-    }
-
-    /// The lines that tell the story, at most so many.
-    fn story(&self, most: usize) -> Vec<String> {
-        let rare = |kind: &Kind| {
-            !matches!(kind, Kind::Pull { .. } | Kind::Committed { .. } | Kind::Latency { .. } | Kind::Checked { .. })
-        };
-        let told = self.events.iter().filter(|event| rare(&event.kind));
-        let lines: Vec<_> = told.filter_map(|event| serde_json::to_string(event).ok()).collect();
-        lines.into_iter().rev().take(most).rev().collect()
-    }
-}
 
 /// All that is known of a run when it is quiet.
 #[derive(Clone)]
@@ -130,6 +79,11 @@ pub struct RunReport {
     pub home: Option<Home>,
     /// Last packet before the strike's effect to the first one from the source, where the destination was killed and the guest caught.
     pub silence_us: Option<u64>,
+    /// What a takeover came to, and whether whoever took over was killed too.
+    pub succession: Option<Succession>,
+    pub killed_again: bool,
+    /// Where a taken-over migration went on at the destination: the longest time without a packet from there.
+    pub succession_silence_us: Option<u64>,
     /// Checkpoints in the source's RAM when it caught the guest.
     pub caught_epoch: Option<u64>,
     pub commits_told: u64,
@@ -147,10 +101,13 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
     safety(evidence, home, &mut wrong);
     let void = match evidence.came {
         Err(why) => Some(why.to_owned()),
-        Ok(_) => lease_ran_out_by_itself(evidence, home),
+        Ok(_) => lease_ran_out_by_itself(evidence, home).or_else(|| takeover::void(evidence)),
     };
-    if void.is_none() {
-        expected(evidence, home, &mut wrong);
+    let mut succession = None;
+    match (&void, evidence.case.strike.is_takeover()) {
+        (Some(_), _) => {}
+        (None, true) => succession = takeover::expected(evidence, home, &mut wrong),
+        (None, false) => expected(evidence, home, &mut wrong),
     }
     let outcome = match (wrong.is_empty(), &void) {
         (false, _) => Outcome::Broken,
@@ -173,6 +130,12 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
         landed: evidence.came.unwrap_or_else(|why| why).to_owned(),
         home,
         silence_us: if killed { silence(&evidence.seen) } else { None },
+        succession,
+        killed_again: evidence.struck.is_some_and(|struck| struck.killed_again),
+        succession_silence_us: match succession {
+            Some(Succession::WentOn) => takeover::silence(&evidence.seen),
+            _ => None,
+        },
         caught_epoch: evidence.source.caught(),
         commits_told: evidence.struck.map_or(0, |struck| struck.commits_told),
         took_ms: evidence.took.as_millis() as u64,
@@ -203,6 +166,10 @@ fn home(evidence: &Evidence<'_>, wrong: &mut Vec<String>) -> Option<Home> {
         return Some(Home::Owner);
     }
     if evidence.released && matches!(destination.exit, Some(code) if code < 0) {
+        return Some(Home::WithItsHost);
+    }
+    // Nothing was left at the source to be taken over: the guest died with the process that had it.
+    if source.exit == Some(7) && matches!(destination.exit, Some(5 | 11 | 13)) {
         return Some(Home::WithItsHost);
     }
     if destination.exit == Some(11) {
@@ -248,7 +215,8 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
         if said.exit.is_some_and(|code| code >= 0) && told != said.exit {
             wrong.push(format!("P9: the {who} ended with {:?} and said {told:?}", said.exit));
         }
-        if said.exit.is_some_and(|code| ![0, 5, 10, 11, 12, 13, 14, 130, -9].contains(&code)) {
+        let nothing_left = evidence.case.strike.is_takeover() && said.exit == Some(7);
+        if said.exit.is_some_and(|code| ![0, 5, 10, 11, 12, 13, 14, 130, -9].contains(&code)) && !nothing_left {
             wrong.push(format!("P9: the {who} ended with {:?}, which is no outcome of a migration", said.exit));
         }
     }
