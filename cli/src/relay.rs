@@ -40,7 +40,9 @@ pub fn run(args: RelayArgs) -> Exit {
         Ok(begun) => begun,
         Err(error) => {
             let advice = match &error {
-                RelayError::Tap { .. } => "A tap device needs CAP_NET_ADMIN, or one that was made for this user: `ip tuntap add NAME mode tap user USER`.",
+                RelayError::Tap { .. } => {
+                    "A tap device needs CAP_NET_ADMIN, or one that was made for this user: `ip tuntap add NAME mode tap user USER`."
+                }
                 RelayError::Served { .. } => "End that one first, or choose another path.",
                 RelayError::Listen { .. } | RelayError::Io { .. } => "Nothing was changed.",
             };

@@ -13,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -50,7 +50,8 @@ fn ask(request: libc::c_ulong, name: &str, value: &[u8], fd: i32) {
 fn tap() -> std::fs::File {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::File::options();
-    let device = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").expect("a tap device");
+    let device =
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").expect("a tap device");
     // TUNSETIFF with IFF_TAP and IFF_NO_PI.
     ask(0x4004_54ca, "world0", &0x1002_u16.to_le_bytes(), device.as_raw_fd());
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
@@ -164,7 +165,10 @@ impl Network {
                 return Ok(());
             }
             let device = tap();
-            let passing = { let ended = Arc::clone(&ended); std::thread::spawn(move || switch(&listener, device, &ended)) };
+            let passing = {
+                let ended = Arc::clone(&ended);
+                std::thread::spawn(move || switch(&listener, device, &ended))
+            };
             let _ = told.send(Ok(()));
             let spoken = converse(&counter, &ended);
             ended.store(true, Ordering::Release);
@@ -193,7 +197,12 @@ impl Network {
 
     fn end(mut self) {
         self.over.store(true, Ordering::Release);
-        self.client.take().expect("not ended yet").join().expect("the client").expect("a conversation without a contradiction");
+        self.client
+            .take()
+            .expect("not ended yet")
+            .join()
+            .expect("the client")
+            .expect("a conversation without a contradiction");
     }
 }
 
@@ -237,13 +246,39 @@ fn p4_a_conversation_with_a_guest_survives_its_destination_and_no_answer_is_take
     let state_dir = place.text("there");
     let program = qemu();
     let arguments = machine.arguments(folder.path(), "there");
-    let mut words = vec!["receive", "--json", "--listen", "127.0.0.1:0", "--state-dir", &state_dir, "qemu", "--relay", &hand_there, "--", &program];
+    let mut words = vec![
+        "receive",
+        "--json",
+        "--listen",
+        "127.0.0.1:0",
+        "--state-dir",
+        &state_dir,
+        "qemu",
+        "--relay",
+        &hand_there,
+        "--",
+        &program,
+    ];
     words.extend(arguments.iter().map(String::as_str));
     let mut destination = place.belay(&words);
     let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
     let (kept, run_dir, socket) = (place.text("here"), place.text("run"), source.socket.display().to_string());
     let mut sender = place.belay(&[
-        "send", "--json", "--to", &to, "--state-dir", &kept, "--run-dir", &run_dir, "--release", "never", "qemu", "--relay", &hand_here, "--qmp", &socket,
+        "send",
+        "--json",
+        "--to",
+        &to,
+        "--state-dir",
+        &kept,
+        "--run-dir",
+        &run_dir,
+        "--release",
+        "never",
+        "qemu",
+        "--relay",
+        &hand_here,
+        "--qmp",
+        &socket,
     ]);
     destination.wait_for_event("all-landed");
     let (before, begun) = (network.answered(), Instant::now());

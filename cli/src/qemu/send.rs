@@ -170,7 +170,9 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     };
     let network = relay.map(|path| {
         let (sink, drained) = (output.sink(), Arc::clone(&output));
-        let drained = Box::new(move || drop(drained.wait_sent(Deadline::after(DRAINED))));
+        let drained = Box::new(move || {
+            drained.wait_sent(Deadline::after(DRAINED));
+        });
         (Relayed { path, sink, drained }, wire.clone())
     });
     let guest = match prepare(args, qemu, found, (proposal.tether.is_some(), network), observer) {
@@ -205,12 +207,19 @@ fn relay_of(path: &Path, guest: &Inspection) -> Result<PathBuf, (String, &'stati
     match there {
         Some(pid) if pid == guest.pid => Ok(path.to_owned()),
         Some(pid) => {
-            let why = format!("process {pid} is connected to the relay at {}, and the guest is {}'s", path.display(), guest.pid);
+            let why = format!(
+                "process {pid} is connected to the relay at {}, and the guest is {}'s",
+                path.display(),
+                guest.pid
+            );
             Err((why, "Nothing was touched. Name the relay of this guest."))
         }
         None => {
             let why = format!("no QEMU is connected to the relay at {}", path.display());
-            Err((why, "Nothing was touched. Start QEMU with -netdev stream,server=off,addr.type=unix,addr.path=… of `belay relay --guest`."))
+            Err((
+                why,
+                "Nothing was touched. Start QEMU with -netdev stream,server=off,addr.type=unix,addr.path=… of `belay relay --guest`.",
+            ))
         }
     }
 }

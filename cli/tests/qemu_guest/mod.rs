@@ -183,7 +183,10 @@ impl Machine {
         if self.address.is_some() {
             let socket = folder.join(format!("{name}.net"));
             let netdev = format!("stream,id=n0,server=off,addr.type=unix,addr.path={}", socket.display());
-            words.extend(["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:be:1a:77,romfile="].map(str::to_owned));
+            words.extend(
+                ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:be:1a:77,romfile="]
+                    .map(str::to_owned),
+            );
         }
         words.extend(self.more.iter().cloned());
         words

@@ -11,8 +11,8 @@ use super::memory::{block, expect_untouched, file_of, in_order};
 use super::process::Process;
 use super::qmp::Qmp;
 use super::relay::{Hand, HandError};
-use super::wire::Wire;
 use super::spec::QemuSpec;
+use super::wire::Wire;
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
@@ -140,7 +140,9 @@ impl Host for QemuHost {
         // What a guest would be in that runs in there.
         guest.status = "running".to_owned();
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some()).into_iter().find(|objection| against(objection.against)) {
+        if let Some(objection) =
+            objections(&guest, Ok(()), self.relay.is_some()).into_iter().find(|objection| against(objection.against))
+        {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
         }
@@ -180,7 +182,8 @@ impl Host for QemuHost {
             let hand = hand.map_err(|error| failed("take the guest's relay in hand")(error.into()))?;
             if hand.guest() != Some(pid) {
                 let there = hand.guest().map_or("nobody".to_owned(), |there| format!("process {there}"));
-                let why = format!("{there} is connected to the relay at {}, and QEMU here is process {pid}", relay.display());
+                let why =
+                    format!("{there} is connected to the relay at {}, and QEMU here is process {pid}", relay.display());
                 // Nobody's guest was held by it.
                 let _ = hand.let_go(Deadline::after(HAND), || {});
                 return Err(GuestError::Unsupported(why));

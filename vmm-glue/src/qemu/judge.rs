@@ -163,7 +163,12 @@ fn objection_to_net(net: &Net) -> Objection {
         return against(Against::Moving, &what, why, "use a tap or a socket netdev");
     }
     let why = format!("{}: its packets are not held until the checkpoint that covers them has committed", net.kind);
-    against(Against::Tethering, &what, why, "connect it to a `belay relay` (-netdev stream, one of them), or take it out (device_del, netdev_del)")
+    against(
+        Against::Tethering,
+        &what,
+        why,
+        "connect it to a `belay relay` (-netdev stream, one of them), or take it out (device_del, netdev_del)",
+    )
 }
 
 /// Firmware and ROMs are the same on both hosts and travel once; anything else would be as old as the switch after a catch.

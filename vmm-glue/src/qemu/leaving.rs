@@ -13,11 +13,11 @@ use super::machine::{Machine, failed};
 use super::memory::{block, file_of, in_order, path_of};
 use super::process::{Process, ProcessError};
 use super::qmp::{Qmp, QmpError};
+use super::relay::Hand;
 use super::spec::QemuSpec;
 use super::standby::{self, StandbyError};
-use super::relay::Hand;
-use super::wire::Wire;
 use super::state::{State, begin_stream, behind_the_prefix, first_header, prefix_bytes};
+use super::wire::Wire;
 use crate::guard::GuardCommand;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
@@ -109,7 +109,11 @@ pub struct LeavingGuest {
 impl LeavingGuest {
     /// Takes hold of the guest's memory, and starts the standby if there is to be one. The guest runs on, but for a stop of about a millisecond
     /// in which it is seen how its devices begin.
-    pub fn prepare(found: Found, plan: Option<&StandbyPlan>, network: Option<(Relayed, Wire)>) -> Result<Self, LeavingError> {
+    pub fn prepare(
+        found: Found,
+        plan: Option<&StandbyPlan>,
+        network: Option<(Relayed, Wire)>,
+    ) -> Result<Self, LeavingError> {
         let (relayed, wire) = network.map_or_else(Default::default, |(relayed, wire)| (Some(relayed), wire));
         let Found { mut machine, guest } = found;
         let mut blocks = Vec::new();
@@ -241,7 +245,8 @@ impl Guest for LeavingGuest {
             // Not before it must be: a belay that dies with the relay in hand leaves it shut, and until here the guest is at home.
             if let Some(relayed) = self.relayed.as_ref().filter(|_| !self.wire.is_held()) {
                 let hand = Hand::attach(&relayed.path, Arc::clone(&relayed.sink), self.wire.next_output(), deadline);
-                self.wire.take(hand.map_err(|error| failed("take the guest's relay in hand")(io::Error::other(error)))?);
+                self.wire
+                    .take(hand.map_err(|error| failed("take the guest's relay in hand")(io::Error::other(error)))?);
             }
             self.machine.stop_to_leave(deadline)?;
             self.paused = true;

@@ -5,6 +5,7 @@ use super::messages::{FromHand, FromRelay, VERSION};
 use super::world::World;
 use super::{RelayError, failed};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::net::sockopt::socket_peercred;
 use std::collections::VecDeque;
 use std::fs::Permissions;
@@ -126,7 +127,7 @@ impl Listener {
         let socket = UnixListener::bind(&unready).map_err(listen)?;
         let made = std::fs::set_permissions(&unready, Permissions::from_mode(0o600))
             .and_then(|()| socket.set_nonblocking(true))
-            .and_then(|()| std::fs::rename(&unready, path));
+            .and_then(|()| renameat_with(CWD, &unready, CWD, path, RenameFlags::NOREPLACE).map_err(Into::into));
         made.inspect_err(|_| drop(std::fs::remove_file(&unready))).map_err(listen)?;
         Ok(Self { socket, path: path.to_owned() })
     }
@@ -378,7 +379,10 @@ impl Relay {
                     self.tell(FromRelay::Refused(&why));
                     return false;
                 }
-                self.tell(FromRelay::Attached { version: VERSION, guest: self.guest.as_ref().map_or(0, |_| self.guest_pid) });
+                self.tell(FromRelay::Attached {
+                    version: VERSION,
+                    guest: self.guest.as_ref().map_or(0, |_| self.guest_pid),
+                });
                 if matches!(message, FromHand::Look { .. }) {
                     return false;
                 }

@@ -131,9 +131,15 @@ impl Hand {
         next_sequence: u64,
         deadline: Deadline,
     ) -> Result<Self, HandError> {
+        let mut refused = None;
         loop {
             match Self::try_attach(path, Arc::clone(&sink), next_sequence, deadline) {
-                Err(HandError::Refused { .. }) if !deadline.expired() => std::thread::sleep(RETRY.min(deadline.left())),
+                Err(why @ HandError::Refused { .. }) if !deadline.expired() => {
+                    refused = Some(why);
+                    std::thread::sleep(RETRY.min(deadline.left()));
+                }
+                // The last try had no time of its own.
+                Err(HandError::TimedOut { .. }) if refused.is_some() => return Err(refused.expect("just seen")),
                 done => return done,
             }
         }
@@ -148,8 +154,7 @@ impl Hand {
         let state = State { next_sequence, ..State::default() };
         let (stream, mut frames, guest) = begin(path, FromHand::Attach { version: VERSION }, deadline)?;
         let writer = stream.try_clone().map_err(io("open the relay's connection twice"))?;
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), writer: Mutex::new(writer) });
         stream.set_read_timeout(None).map_err(io("unbound the relay's connection"))?;
         let reading = {
             let (shared, mut heard) = (Arc::clone(&shared), stream.try_clone().map_err(io("open it twice"))?);
@@ -233,7 +238,11 @@ fn begin(path: &Path, word: FromHand<'_>, deadline: Deadline) -> Result<(UnixStr
     stream.set_write_timeout(Some(WRITE_BOUND)).map_err(io("bound the relay's connection"))?;
     let mut queue = Queue::new(usize::MAX);
     queue.push(&word.encode().parts());
-    queue.flush(&mut stream).map_err(connect)?;
+    match queue.flush(&mut stream) {
+        // It has hung up already; what it said before that is why.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+        done => done.map_err(connect)?,
+    }
     let bound = deadline.left();
     let mut frames = Frames::default();
     loop {

@@ -264,7 +264,8 @@ fn p2_a_hand_that_dies_leaves_the_gate_shut_until_another_one_lets_go() {
 fn there_is_one_hand_and_one_that_says_nothing_is_not_it_for_long() {
     let place = Place::new();
     let (hand, _inbox) = place.hand(0);
-    let refused = Hand::attach(&place.path("hand"), Arc::new(Inbox::default()), 0, Deadline::after(Duration::ZERO));
+    let refused =
+        Hand::attach(&place.path("hand"), Arc::new(Inbox::default()), 0, Deadline::after(Duration::from_millis(300)));
     match refused {
         Err(HandError::Refused { why, .. }) => assert_eq!(why, format!("process {} has the hand", std::process::id())),
         other => panic!("{:?}", other.err()),
