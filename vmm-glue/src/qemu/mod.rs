@@ -20,6 +20,8 @@
 //! ```
 
 pub mod arriving;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 pub mod host;
 pub mod inject;
 pub mod inspect;

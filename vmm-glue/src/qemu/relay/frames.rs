@@ -55,7 +55,7 @@ impl Frames {
     }
 
     /// Bytes as they came, for those who read elsewhere.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }

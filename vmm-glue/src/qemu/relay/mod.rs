@@ -31,6 +31,10 @@
 
 mod board;
 mod frames;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+#[cfg(test)]
+pub(crate) mod golden;
 mod hand;
 mod messages;
 mod world;
