@@ -65,7 +65,7 @@ enum Command {
     /// Run a guest and move it to a waiting `belay receive`, tethered
     Send(Box<send::SendArgs>),
     /// Wait for a guest, pull its memory, send checkpoints back
-    Receive(receive::ReceiveArgs),
+    Receive(Box<receive::ReceiveArgs>),
     /// List the migrations that run on this host
     List(operate::ListArgs),
     /// Say how a migration stands: state, pages left, checkpoint age, output delay, last error and what led to it
@@ -120,7 +120,7 @@ pub fn main() -> ExitCode {
     let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(*args),
-        Command::Receive(args) => receive::run(args),
+        Command::Receive(args) => receive::run(*args),
         Command::List(args) => operate::list(&args),
         Command::Status(args) => operate::status(&args),
         Command::Release(args) => operate::order(&args, Ask::Release),

@@ -274,6 +274,9 @@ fn p4_a_conversation_with_a_guest_survives_its_destination_and_no_answer_is_take
         &run_dir,
         "--release",
         "never",
+        // Long enough that a destination which is struck has always said something that is not committed.
+        "--period",
+        "100ms",
         "qemu",
         "--relay",
         &hand_here,

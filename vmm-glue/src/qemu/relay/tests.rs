@@ -87,13 +87,15 @@ impl End {
     }
 }
 
+type Changes = Vec<(Gate, String)>;
+
 /// A relay that runs in a thread, and its world.
 struct Place {
     directory: tempfile::TempDir,
     worlds: UnixListener,
     stop: Option<OwnedFd>,
     relay: Option<JoinHandle<RelayCounts>>,
-    changes: Arc<(Mutex<Vec<(Gate, String)>>, Condvar)>,
+    changes: Arc<(Mutex<Changes>, Condvar)>,
 }
 
 impl Place {
