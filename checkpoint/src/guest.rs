@@ -59,6 +59,11 @@ pub trait Guest: Send {
     /// The tracker of this VMM's choice or the operator's (see [`TrackerKind`]).
     fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError>;
 
+    /// Whether the guest stops emitting by itself while its [`PacketSink`] has no room. One that does not is stopped by the tether.
+    fn parks_itself(&self) -> bool {
+        true
+    }
+
     /// Pages that user-space devices wrote since the last call, where the tracker does not see them. Only while paused.
     fn device_writes(&mut self, into: &mut DirtySet) -> Result<(), GuestError>;
 }

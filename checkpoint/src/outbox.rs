@@ -316,6 +316,11 @@ impl Outbox {
         self.shared.wait(deadline, |state| !state.sending && !state.may_send())
     }
 
+    /// Whether the guest may emit more.
+    pub fn has_room(&self) -> bool {
+        self.shared.lock().has_room(self.shared.bounds)
+    }
+
     /// Waits for room; whether there was any by `deadline`.
     pub fn wait_for_room(&self, deadline: Deadline) -> bool {
         let bounds = self.shared.bounds;

@@ -24,6 +24,7 @@ mod privileges;
 mod qemu;
 mod quantity;
 mod receive;
+mod relay;
 mod report;
 mod send;
 mod signals;
@@ -64,7 +65,7 @@ enum Command {
     /// Run a guest and move it to a waiting `belay receive`, tethered
     Send(Box<send::SendArgs>),
     /// Wait for a guest, pull its memory, send checkpoints back
-    Receive(receive::ReceiveArgs),
+    Receive(Box<receive::ReceiveArgs>),
     /// List the migrations that run on this host
     List(operate::ListArgs),
     /// Say how a migration stands: state, pages left, checkpoint age, output delay, last error and what led to it
@@ -87,6 +88,8 @@ enum Command {
     Man(manual::ManArgs),
     /// Watch a guest's output from outside and judge it
     Observe(observe::ObserveArgs),
+    /// Stand between a QEMU guest's network card and the world
+    Relay(relay::RelayArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
     Judge(judge::JudgeArgs),
     /// Break seeded migrations in known places and judge what becomes of each
@@ -117,7 +120,7 @@ pub fn main() -> ExitCode {
     let exit = match command {
         Command::Demo(args) => demo::run(args),
         Command::Send(args) => send::run(*args),
-        Command::Receive(args) => receive::run(args),
+        Command::Receive(args) => receive::run(*args),
         Command::List(args) => operate::list(&args),
         Command::Status(args) => operate::status(&args),
         Command::Release(args) => operate::order(&args, Ask::Release),
@@ -129,6 +132,7 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => manual::completions(&args),
         Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
+        Command::Relay(args) => relay::run(args),
         Command::Judge(args) => judge::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),

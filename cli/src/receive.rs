@@ -199,7 +199,9 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
         };
         return match destination::run(&config, &listener, &mut host, observer, words) {
-            Ok(Ended { outcome: Outcome::Owner, .. }) => qemu::receive::owned(&mut host, observer),
+            Ok(Ended { outcome: Outcome::Owner, output, .. }) => {
+                qemu::receive::owned(&mut host, output.as_deref(), observer)
+            }
             other => not_owned(args, other, observer),
         };
     }

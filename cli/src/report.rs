@@ -144,6 +144,7 @@ pub fn sentence(kind: &Kind) -> Option<String> {
         Kind::State { why, .. } => why.clone(),
         Kind::Operable { name, socket } => format!("`belay status {name}` tells how it stands ({socket})"),
         Kind::Metrics { address } => format!("metrics at http://{address}/metrics"),
+        Kind::Relay { gate, why } => format!("{why}; the gate is {gate}"),
         Kind::Listening { address } => format!("listening on {address}"),
         Kind::GuestStarted { driven_by, spec, .. } => {
             let vcpus = counted(u64::from(spec.vcpus), "vCPU", "vCPUs");

@@ -4,7 +4,7 @@
 mod qemu_guest;
 mod running;
 
-use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, status};
+use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -29,33 +29,6 @@ fn send(place: &Place, to: &str, qemu: &Qemu, more: &[&str]) -> Process {
     words.extend(more);
     words.extend(["qemu", "--qmp", &socket]);
     place.belay(&words)
-}
-
-/// A folder for RAM files and consoles. A QEMU that belay has left to itself would outlive a test that failed: whatever names the folder on its
-/// command line ends with it.
-struct SharedMemory(tempfile::TempDir);
-
-fn shared_memory() -> SharedMemory {
-    SharedMemory(tempfile::Builder::new().prefix("qemu-test-").tempdir_in("/dev/shm").expect("tmpfs"))
-}
-
-impl SharedMemory {
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        let name = self.path().display().to_string();
-        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-        for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
-            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            if String::from_utf8_lossy(&line).contains(&name) {
-                kill(pid, libc::SIGKILL);
-            }
-        }
-    }
 }
 
 /// Ends the QEMU that belay has left to itself.

@@ -28,6 +28,11 @@ pub fn apart(data: &[u8]) {
     }
 }
 
+/// Frames of a QEMU's network, what its relay is told and tells, and the device state of a QEMU guest.
+pub fn qemu(data: &[u8]) {
+    crate::qemu::fuzzing::qemu(bounded(data));
+}
+
 /// What a dead page server left for the next.
 pub fn will(data: &[u8]) {
     crate::migrate::destination::will::fuzz(bounded(data));

@@ -100,7 +100,7 @@ fn a_standby_changes_nothing_of_the_memory_it_waits_over_and_takes_the_guest_bac
         qemu.stand();
         let before = image(&qemu.path("ram"));
         let found = Found::at(&qemu.path("qmp"), None).unwrap();
-        let mut guest = LeavingGuest::prepare(found, Some(&qemu.plan())).unwrap();
+        let mut guest = LeavingGuest::prepare(found, Some(&qemu.plan()), None).unwrap();
         assert_eq!(guest.memory().len(), 1);
         assert!(image(&qemu.path("ram")) == before, "{kind}: the standby has written guest memory");
         // It leaves, and is caught from the state it left with: into the other QEMU, which then runs.
@@ -128,13 +128,13 @@ fn a_standby_that_is_not_like_the_running_qemu_is_refused_by_what_differs() {
     qmp.execute("device_add", device, soon()).unwrap();
     drop(qmp);
     let found = Found::at(&qemu.path("qmp"), None).unwrap();
-    let error = LeavingGuest::prepare(found, Some(&qemu.plan())).err().expect("refused");
+    let error = LeavingGuest::prepare(found, Some(&qemu.plan()), None).err().expect("refused");
     assert!(matches!(&error, LeavingError::Unlike(why) if why.contains("virtio-rng-pci")), "{error}");
     let other = ["-machine", "q35", "-m", "64M", "-display", "none", "-nodefaults"];
     let command = std::iter::once(QEMU).chain(other).map(Into::into).collect();
     let found = Found::at(&qemu.path("qmp"), None).unwrap();
     let plan = StandbyPlan { command: Some(command), ..qemu.plan() };
-    let error = LeavingGuest::prepare(found, Some(&plan)).err().expect("refused");
+    let error = LeavingGuest::prepare(found, Some(&plan), None).err().expect("refused");
     assert!(matches!(&error, LeavingError::Unlike(why) if why.contains("RAM")), "{error}");
     // Nothing of either is left.
     assert!(!qemu.path("standby").exists());

@@ -24,6 +24,8 @@ use taking::{Slots, TetherLoop};
 
 /// How long until a guest that would not stop is asked again, and how often a watched overflow is looked at.
 const LOOK: Duration = Duration::from_millis(1);
+/// How often it is looked whether a guest that does not park by itself has filled the outbox: a link of 100 Gb/s brings 60 MB in that time.
+const FLOOD_LOOK: Duration = Duration::from_millis(5);
 /// Epochs that can be on their way at once: one a slot, one being taken, one whose commit has not been looked at.
 const OUTSTANDING: usize = 4;
 /// Pages that the smallest reservation must have room for.

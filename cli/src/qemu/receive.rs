@@ -4,6 +4,8 @@ use super::{directory, leash};
 use crate::exit::Exit;
 use crate::holder;
 use crate::report;
+use belay_checkpoint::outbox::Outbox;
+use belay_transport::Deadline;
 use belay_vmm_glue::guard::{GuardCommand, GuardError};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::qemu::host::{QemuHost, Taker};
@@ -11,6 +13,10 @@ use belay_vmm_glue::qemu::launch::Launch;
 use clap::Args;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// For what the guest had sent to leave, once it may.
+const DRAINED: Duration = Duration::from_secs(5);
 
 /// Which QEMU takes the guest.
 #[derive(Debug, Clone, Args)]
@@ -28,6 +34,9 @@ pub struct QemuReceive {
     /// Its process, if the socket was handed down by another (libvirt)
     #[arg(long, value_name = "PID", requires = "qmp")]
     pid: Option<u32>,
+    /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
+    #[arg(long, value_name = "PATH")]
+    relay: Option<PathBuf>,
     /// The QEMU to start when a guest comes: program and arguments
     #[arg(last = true, value_name = "QEMU", required_unless_present = "qmp")]
     command: Vec<OsString>,
@@ -44,11 +53,20 @@ pub fn host(qemu: &QemuReceive, state_dir: &Path) -> Result<QemuHost, GuardError
             Taker::Start(Launch { program, arguments, working_directory: None, directory, leash: leash()? })
         }
     };
-    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, holder::nowhere))
+    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, qemu.relay.clone()))
 }
 
 /// The guest is this host's own: its QEMU goes on, and belay has nothing more to do.
-pub fn owned(host: &mut QemuHost, observer: &Observer) -> Exit {
+pub fn owned(host: &mut QemuHost, output: Option<&Outbox>, observer: &Observer) -> Exit {
+    let drained = || {
+        if let Some(output) = output {
+            output.wait_sent(Deadline::after(DRAINED));
+        }
+    };
+    if let Err(error) = host.let_go_of_network(drained) {
+        let advice = "The guest runs here. Its relay is shut until another belay has taken it in hand and let go of it: start it again.";
+        report::failed(observer, &error, advice);
+    }
     match host.leave() {
         Some((pid, monitor)) => {
             let monitor = monitor.map(|monitor| monitor.display().to_string());

@@ -9,10 +9,10 @@ use crate::send::{SendArgs, SessionRefused, not_begun, release_policy, session, 
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::Outbox;
-use belay_transport::PageSize;
+use belay_transport::{Deadline, PageSize};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::Words;
-use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
+use belay_vmm_glue::migrate::protocol::{PROTOCOL_VERSION, explain};
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
 use belay_vmm_glue::migrate::source::keep::Keep;
@@ -20,14 +20,21 @@ use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig};
 use belay_vmm_glue::migrate::status::Board;
 use belay_vmm_glue::qemu::inspect::Inspection;
 use belay_vmm_glue::qemu::judge::{Against, objections};
-use belay_vmm_glue::qemu::leaving::{Found, LeavingError, LeavingGuest, StandbyPlan};
+use belay_vmm_glue::qemu::leaving::{Found, LeavingError, LeavingGuest, Relayed, StandbyPlan};
 use belay_vmm_glue::qemu::qmp::QmpError;
+use belay_vmm_glue::qemu::relay;
 use belay_vmm_glue::qemu::spec::QemuSpec;
+use belay_vmm_glue::qemu::wire::Wire;
 use clap::Args;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// For what the guest had sent to leave, once it may.
+const DRAINED: Duration = Duration::from_secs(5);
+/// For a relay to say who is connected.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Which QEMU, and what it is caught into.
 #[derive(Debug, Clone, Args)]
@@ -46,6 +53,9 @@ pub struct QemuSend {
     /// Its process, if the socket was handed down by another (libvirt)
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
+    /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
+    #[arg(long, value_name = "PATH")]
+    relay: Option<PathBuf>,
     /// The standby's program and arguments, over the same RAM and without `-incoming` [default: as the running one was started, consoles
     /// and logs with .standby at the end of their names]
     #[arg(last = true, value_name = "STANDBY")]
@@ -127,7 +137,14 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     };
     let told = told(&found.guest);
     observer.note(None, told);
-    if !may_leave(&found.guest, tether.is_some(), observer) {
+    let relay = match qemu.relay.as_deref().map(|relay| relay_of(relay, &found.guest)).transpose() {
+        Ok(relay) => relay,
+        Err((why, advice)) => {
+            report::failed_text(observer, &why, advice);
+            return Exit::Missing;
+        }
+    };
+    if !may_leave(&found.guest, tether.is_some(), relay.is_some(), observer) {
         return Exit::Missing;
     }
     let spec = QemuSpec::of(&found.guest);
@@ -146,11 +163,19 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     if let Err(why) = proposal.check() {
         return usage(&why, "Nothing was started; `belay help send` names the limits.");
     }
-    let output = match Outbox::open(holder::OUTBOX_BOUNDS, holder::nowhere()) {
-        Ok(output) => output,
+    let wire = Wire::new();
+    let output = match Outbox::open(holder::OUTBOX_BOUNDS, wire.emitter()) {
+        Ok(output) => Arc::new(output),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
     };
-    let guest = match prepare(args, qemu, found, proposal.tether.is_some(), observer) {
+    let network = relay.map(|path| {
+        let (sink, drained) = (output.sink(), Arc::clone(&output));
+        let drained = Box::new(move || {
+            drained.wait_sent(Deadline::after(DRAINED));
+        });
+        (Relayed { path, sink, drained }, wire.clone())
+    });
+    let guest = match prepare(args, qemu, found, (proposal.tether.is_some(), network), observer) {
         Ok(guest) => guest,
         Err(error) => return fail(&error, advice(&error), Exit::Missing),
     };
@@ -173,6 +198,32 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     see_through(&config, (keep, guest), &output, &console.words, observer)
 }
 
+/// The relay at `path`, if it is this guest's.
+fn relay_of(path: &Path, guest: &Inspection) -> Result<PathBuf, (String, &'static str)> {
+    let there = relay::look(path, Deadline::after(LOOK));
+    let there = there.map_err(|error| {
+        (explain(&error), "Nothing was touched. --relay is what `belay relay --hand` was given; it must run.")
+    })?;
+    match there {
+        Some(pid) if pid == guest.pid => Ok(path.to_owned()),
+        Some(pid) => {
+            let why = format!(
+                "process {pid} is connected to the relay at {}, and the guest is {}'s",
+                path.display(),
+                guest.pid
+            );
+            Err((why, "Nothing was touched. Name the relay of this guest."))
+        }
+        None => {
+            let why = format!("no QEMU is connected to the relay at {}", path.display());
+            Err((
+                why,
+                "Nothing was touched. Start QEMU with -netdev stream,server=off,addr.type=unix,addr.path=… of `belay relay --guest`.",
+            ))
+        }
+    }
+}
+
 fn told(guest: &Inspection) -> Kind {
     Kind::QemuFound {
         pid: guest.pid,
@@ -184,13 +235,13 @@ fn told(guest: &Inspection) -> Kind {
 }
 
 /// Whether nothing stands against it; what does is told, all of it.
-fn may_leave(guest: &Inspection, tethered: bool, observer: &Observer) -> bool {
+fn may_leave(guest: &Inspection, tethered: bool, relayed: bool, observer: &Observer) -> bool {
     let mut free = true;
     let mut refuse = |what: String, advice: &str| {
         report::failed_text(observer, &what, advice);
         free = false;
     };
-    for objection in objections(guest, Ok(())) {
+    for objection in objections(guest, Ok(()), relayed) {
         let what = format!("{}: {}", objection.what, objection.why);
         match objection.against {
             Against::Moving if objection.change.is_empty() => refuse(what, "It cannot be moved. Nothing was touched."),
@@ -217,7 +268,7 @@ fn prepare(
     args: &SendArgs,
     qemu: &QemuSend,
     found: Found,
-    tethered: bool,
+    (tethered, network): (bool, Option<(Relayed, Wire)>),
     observer: &Observer,
 ) -> Result<LeavingGuest, LeavingError> {
     let run_dir = args.console.run_dir.clone().unwrap_or_else(holder::default_run_dir);
@@ -228,7 +279,7 @@ fn prepare(
     let command = (!qemu.standby.is_empty()).then(|| qemu.standby.clone());
     let plan = StandbyPlan { command, directory: directory(&run_dir, "standby"), leash };
     let begun = Instant::now();
-    let guest = LeavingGuest::prepare(found, tethered.then_some(&plan))?;
+    let guest = LeavingGuest::prepare(found, tethered.then_some(&plan), network)?;
     if let Some((process, monitor)) = guest.standby() {
         let pid = process.number();
         let monitor = monitor.display().to_string();
@@ -272,6 +323,10 @@ fn see_through(
         }
         Ok(Outcome::Caught { .. }) => {
             keeping::close(keep, observer);
+            if let Err(error) = guest.let_go_of_network() {
+                let advice = "The guest runs here. Its relay is shut: start it again.";
+                report::failed(observer, &error, advice);
+            }
             leave(guest, observer);
             holder::cpu_time(observer);
             return Exit::Caught;

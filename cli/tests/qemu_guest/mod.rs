@@ -4,7 +4,7 @@
 //! holds one program. `BELAY_TEST_QEMU` names another QEMU.
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use super::running::{BOUND, Place};
+use super::running::{BOUND, Place, kill};
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::qmp::Qmp;
 use serde_json::json;
@@ -44,6 +44,8 @@ const BOOTED: Duration = Duration::from_secs(240);
 pub struct Linux {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
+    /// The lab's own with the program as its init: it has the kernel's modules. `None` where the kernel is not the lab's.
+    pub with_modules: Option<PathBuf>,
 }
 
 impl Linux {
@@ -74,11 +76,22 @@ impl Linux {
         if !built.status.success() {
             return Err(format!("the guest's program cannot be built: {}", String::from_utf8_lossy(&built.stderr)));
         }
-        let archive = fs::read(&program).and_then(|program| fs::write(&made, archive(&program)));
-        archive.map_err(|error| format!("the initramfs cannot be made: {error}"))?;
-        let initramfs = folder.join("qemu-guest.cpio");
-        fs::rename(&made, &initramfs).and_then(|()| fs::remove_file(&program)).map_err(|error| error.to_string())?;
-        Ok(Self { kernel, initramfs })
+        let written = |name: &str, bytes: &[u8]| {
+            let done = folder.join(name);
+            fs::write(&made, bytes).and_then(|()| fs::rename(&made, &done)).map(|()| done)
+        };
+        let failed = |error: std::io::Error| format!("the initramfs cannot be made: {error}");
+        let archive = fs::read(&program).map(|program| archive(&program)).map_err(failed)?;
+        let initramfs = written("qemu-guest.cpio", &archive).map_err(failed)?;
+        // Archives behind each other are unpacked one over the other (kernel documentation, early-userspace/buffer-format).
+        let with_modules = fs::read(kernel.with_file_name("initramfs")).ok().map(|mut lab| {
+            lab.resize(lab.len().next_multiple_of(4), 0);
+            lab.extend(&archive);
+            written("qemu-guest-with-modules.cpio", &lab)
+        });
+        let with_modules = with_modules.transpose().map_err(failed)?;
+        fs::remove_file(&program).map_err(failed)?;
+        Ok(Self { kernel, initramfs, with_modules })
     }
 }
 
@@ -128,11 +141,13 @@ pub struct Machine {
     pub linux: Option<Linux>,
     /// MiB of the guest's working set.
     pub set: usize,
+    /// Address of its network card, which is connected to NAME.net in the folder. Needs the lab's initramfs.
+    pub address: Option<&'static str>,
 }
 
 impl Machine {
     pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
-        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16 }
+        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None }
     }
 
     /// Arguments of a QEMU whose RAM files and console lie in `folder`, called by `name`.
@@ -160,8 +175,18 @@ impl Machine {
         add("-serial", format!("file:{}", folder.join(format!("{name}-console")).display()));
         if let Some(linux) = &self.linux {
             add("-kernel", linux.kernel.display().to_string());
-            add("-initrd", linux.initramfs.display().to_string());
-            add("-append", format!("{BOOT} parts={} mib={}", self.vcpus, self.set));
+            let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
+            let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some());
+            add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
+            add("-append", format!("{BOOT} parts={} mib={}{address}", self.vcpus, self.set));
+        }
+        if self.address.is_some() {
+            let socket = folder.join(format!("{name}.net"));
+            let netdev = format!("stream,id=n0,server=off,addr.type=unix,addr.path={}", socket.display());
+            words.extend(
+                ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:be:1a:77,romfile="]
+                    .map(str::to_owned),
+            );
         }
         words.extend(self.more.iter().cloned());
         words
@@ -216,6 +241,34 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A folder for RAM files and consoles. A QEMU that belay has left to itself would outlive a test that failed: whatever names the folder on its
+/// command line ends with it.
+pub struct SharedMemory(tempfile::TempDir);
+
+/// A new one.
+pub fn shared_memory() -> SharedMemory {
+    SharedMemory(tempfile::Builder::new().prefix("qemu-test-").tempdir_in("/dev/shm").expect("tmpfs"))
+}
+
+impl SharedMemory {
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        let name = self.path().display().to_string();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        for pid in processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&name) {
+                kill(pid, libc::SIGKILL);
+            }
+        }
     }
 }
 

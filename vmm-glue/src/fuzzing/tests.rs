@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{apart, control, guard, observer, will};
+use super::{apart, control, guard, observer, qemu, will};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -39,7 +39,17 @@ fn the_corpus_of_will_breaks_no_promise() {
     check(&at("will"), &crate::migrate::destination::will::seeds(), will);
 }
 
+#[test]
+fn the_corpus_of_qemu_breaks_no_promise() {
+    check(&at("qemu"), &crate::qemu::fuzzing::seeds(), qemu);
+}
+
 proptest! {
+    #[test]
+    fn no_bytes_of_a_qemu_or_its_relay_break_a_promise(input in changed(corpus(&at("qemu")))) {
+        qemu(&input);
+    }
+
     #[test]
     fn no_will_breaks_a_promise(input in changed(corpus(&at("will")))) {
         will(&input);

@@ -41,6 +41,8 @@ pub enum Kind {
     Metrics { address: String },
     /// The destination listens.
     Listening { address: String },
+    /// A network relay's gate, and what has just happened there.
+    Relay { gate: String, why: String },
     /// The guest runs, before any migration.
     GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.

@@ -2,6 +2,7 @@
 
 use super::machine::Machine;
 use super::state::{State, begin_devices};
+use super::wire::Wire;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, RamBlock, TrackerKind};
 use belay_transport::Deadline;
@@ -10,13 +11,14 @@ use belay_transport::Deadline;
 pub struct ArrivingGuest {
     machine: Machine,
     blocks: Vec<RamBlock>,
+    wire: Wire,
     paused: bool,
 }
 
 impl ArrivingGuest {
     /// Around a QEMU that waits for a guest, over these blocks.
-    pub fn new(machine: Machine, blocks: Vec<RamBlock>) -> Self {
-        Self { machine, blocks, paused: true }
+    pub fn new(machine: Machine, blocks: Vec<RamBlock>, wire: Wire) -> Self {
+        Self { machine, blocks, wire, paused: true }
     }
 }
 
@@ -25,6 +27,7 @@ impl Guest for ArrivingGuest {
         if !self.paused {
             self.machine.stop(deadline)?;
             self.paused = true;
+            self.wire.settle()?;
         }
         Ok(())
     }
@@ -33,19 +36,23 @@ impl Guest for ArrivingGuest {
         if self.paused {
             self.machine.go_on()?;
             self.paused = false;
+            self.wire.go()?;
         }
         Ok(())
     }
 
     fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
-        begin_devices(out);
+        begin_devices(out, self.wire.next_output());
         self.machine.save_devices(out)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
         match State::read(state)? {
-            State::Stream(stream) => self.machine.stream_in(&[stream]),
-            State::Devices(_) => {
+            (State::Stream(stream), next_output) => {
+                self.wire.count_from(next_output);
+                self.machine.stream_in(&[stream])
+            }
+            (State::Devices(_), _) => {
                 Err(GuestError::BadState("a checkpoint, where a guest's first state is due".to_owned()))
             }
         }
@@ -62,6 +69,11 @@ impl Guest for ArrivingGuest {
 
     fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
         Err(GuestError::NoTracker { kind, reason: "QEMU's own dirty log is not ours to read; use uffd-wp".to_owned() })
+    }
+
+    fn parks_itself(&self) -> bool {
+        // QEMU's devices know nothing of the outbox.
+        false
     }
 
     fn device_writes(&mut self, _into: &mut DirtySet) -> Result<(), GuestError> {

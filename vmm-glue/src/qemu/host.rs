@@ -10,7 +10,9 @@ use super::machine::Machine;
 use super::memory::{block, expect_untouched, file_of, in_order};
 use super::process::Process;
 use super::qmp::Qmp;
+use super::relay::{Hand, HandError};
 use super::spec::QemuSpec;
+use super::wire::Wire;
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
@@ -30,6 +32,8 @@ use std::time::Duration;
 const BOUND: Duration = Duration::from_secs(30);
 /// For its main thread to make userfaultfds.
 const INJECTION: Duration = Duration::from_secs(5);
+/// For a relay to be taken in hand, or let go of.
+const HAND: Duration = Duration::from_secs(5);
 
 /// Which QEMU takes the guest.
 #[derive(Debug, Clone)]
@@ -51,7 +55,9 @@ pub struct QemuHost {
     taker: Taker,
     guard: GuardCommand,
     leash: GuardCommand,
-    output: fn() -> Box<dyn Emitter>,
+    /// Where the guest's relay is taken in hand.
+    relay: Option<PathBuf>,
+    wire: Wire,
     /// Waiting, and looked at.
     waiting: Option<(Machine, Inspection)>,
     held: Option<(u32, Held)>,
@@ -62,10 +68,10 @@ fn failed(doing: &'static str) -> impl FnOnce(Box<dyn std::error::Error + Send +
 }
 
 impl QemuHost {
-    /// A host whose guard and leashes are started by these commands. A guest without a network has nothing to say: `output` takes what it
-    /// does not.
-    pub fn new(taker: Taker, guard: GuardCommand, leash: GuardCommand, output: fn() -> Box<dyn Emitter>) -> Self {
-        Self { taker, guard, leash, output, waiting: None, held: None }
+    /// A host whose guard and leashes are started by these commands, and whose guest's network goes through the relay that is taken in hand
+    /// at `relay`, if it has any.
+    pub fn new(taker: Taker, guard: GuardCommand, leash: GuardCommand, relay: Option<PathBuf>) -> Self {
+        Self { taker, guard, leash, relay, wire: Wire::new(), waiting: None, held: None }
     }
 
     /// The guest is this host's own: its QEMU goes on whatever becomes of belay. Its process, and its monitor
@@ -84,6 +90,11 @@ impl QemuHost {
             }
         };
         Some((pid, monitor))
+    }
+
+    /// The guest is this host's own: its network needs nobody any more. `drained` waits until all that it had sent has left.
+    pub fn let_go_of_network(&self, drained: impl FnOnce()) -> Result<(), HandError> {
+        self.wire.let_go(Deadline::after(HAND), drained)
     }
 
     fn start(&mut self) -> Result<Machine, GuestError> {
@@ -129,7 +140,9 @@ impl Host for QemuHost {
         // What a guest would be in that runs in there.
         guest.status = "running".to_owned();
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(())).into_iter().find(|objection| against(objection.against)) {
+        if let Some(objection) =
+            objections(&guest, Ok(()), self.relay.is_some()).into_iter().find(|objection| against(objection.against))
+        {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
         }
@@ -148,7 +161,7 @@ impl Host for QemuHost {
         ram: &[Ram],
         shards: u16,
         tracker: Option<TrackerKind>,
-        _sink: Arc<dyn PacketSink>,
+        sink: Arc<dyn PacketSink>,
         _life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
         let none = || GuestError::Unsupported("no QEMU was started for this guest".to_owned());
@@ -164,7 +177,20 @@ impl Host for QemuHost {
         }
         machine.prepare_stream()?;
         let pid = guest.pid;
-        let guest = Box::new(ArrivingGuest::new(machine, blocks));
+        if let Some(relay) = &self.relay {
+            let hand = Hand::attach(relay, sink, 0, Deadline::after(HAND));
+            let hand = hand.map_err(|error| failed("take the guest's relay in hand")(error.into()))?;
+            if hand.guest() != Some(pid) {
+                let there = hand.guest().map_or("nobody".to_owned(), |there| format!("process {there}"));
+                let why =
+                    format!("{there} is connected to the relay at {}, and QEMU here is process {pid}", relay.display());
+                // Nobody's guest was held by it.
+                let _ = hand.let_go(Deadline::after(HAND), || {});
+                return Err(GuestError::Unsupported(why));
+            }
+            self.wire.take(hand);
+        }
+        let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone()));
         Ok(Built { guest, shards, pid, gives_sign: false, keeper: None })
     }
 
@@ -173,7 +199,7 @@ impl Host for QemuHost {
     }
 
     fn output(&mut self, _address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
-        Ok((self.output)())
+        Ok(self.wire.emitter())
     }
 
     fn vmm_is_apart(&self) -> bool {

@@ -43,7 +43,8 @@ pub struct Objection {
 
 /// Everything that stands against moving or tethering this guest, worst first. `tracker`: why this host cannot learn which pages
 /// another process's threads write (asynchronous write protection, Linux 6.7), if it cannot.
-pub fn objections(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Objection> {
+/// `relayed`: the guest's one socket netdev goes through a [relay](super::relay), which holds its packets.
+pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool) -> Vec<Objection> {
     let mut found = Vec::new();
     versions(guest, &mut found);
     ram(&guest.ram, &mut found);
@@ -52,9 +53,10 @@ pub fn objections(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Objectio
     for disk in &guest.disks {
         found.extend(objection_to_disk(disk));
     }
-    for net in &guest.nets {
-        found.push(objection_to_net(net));
-    }
+    let is_relayed = |net: &Net| relayed && net.kind == "stream";
+    let held = guest.nets.iter().position(is_relayed);
+    let others = guest.nets.iter().enumerate().filter(|(index, _)| Some(*index) != held);
+    found.extend(others.map(|(_, net)| objection_to_net(net)));
     for memory in &guest.other {
         found.extend(objection_to_memory(memory));
     }
@@ -161,7 +163,12 @@ fn objection_to_net(net: &Net) -> Objection {
         return against(Against::Moving, &what, why, "use a tap or a socket netdev");
     }
     let why = format!("{}: its packets are not held until the checkpoint that covers them has committed", net.kind);
-    against(Against::Tethering, &what, why, "take the network out (device_del, netdev_del)")
+    against(
+        Against::Tethering,
+        &what,
+        why,
+        "connect it to a `belay relay` (-netdev stream, one of them), or take it out (device_del, netdev_del)",
+    )
 }
 
 /// Firmware and ROMs are the same on both hosts and travel once; anything else would be as old as the switch after a catch.
@@ -217,14 +224,14 @@ mod tests {
     fn odd(change: impl FnOnce(&mut Inspection)) -> Objection {
         let mut guest = good();
         change(&mut guest);
-        let mut found = objections(&guest, Ok(()));
+        let mut found = objections(&guest, Ok(()), false);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.remove(0)
     }
 
     #[test]
     fn a_guest_that_is_prepared_meets_no_objection() {
-        assert_eq!(objections(&good(), Ok(())), []);
+        assert_eq!(objections(&good(), Ok(()), false), []);
     }
 
     #[test]
@@ -277,7 +284,7 @@ mod tests {
         let tap = odd(|guest| guest.nets.push(Net { name: "n0".into(), kind: "tap".into() }));
         assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
-        let found = objections(&good(), Err("no WP_ASYNC"));
+        let found = objections(&good(), Err("no WP_ASYNC"), false);
         assert!(
             found.len() == 1 && found[0].against == Against::Tethering && found[0].why.contains("no WP_ASYNC"),
             "{found:?}"
@@ -289,7 +296,7 @@ mod tests {
         let mut guest = good();
         guest.disks[0].read_only = false;
         guest.capabilities.clear();
-        let order: Vec<_> = objections(&guest, Ok(())).into_iter().map(|objection| objection.against).collect();
+        let order: Vec<_> = objections(&guest, Ok(()), false).into_iter().map(|objection| objection.against).collect();
         assert_eq!(order, [Against::Moving, Against::Tethering]);
     }
 }

@@ -13,14 +13,17 @@ use super::machine::{Machine, failed};
 use super::memory::{block, file_of, in_order, path_of};
 use super::process::{Process, ProcessError};
 use super::qmp::{Qmp, QmpError};
+use super::relay::Hand;
 use super::spec::QemuSpec;
 use super::standby::{self, StandbyError};
 use super::state::{State, begin_stream, behind_the_prefix, first_header, prefix_bytes};
+use super::wire::Wire;
 use crate::guard::GuardCommand;
 use belay_checkpoint::dirty::DirtySet;
-use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, RamBlock, TrackerKind};
+use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_transport::{Deadline, RegionId};
 use std::ffi::OsString;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +65,16 @@ impl Found {
     }
 }
 
+/// The relay through which the guest's network goes.
+pub struct Relayed {
+    /// Where it is taken in hand.
+    pub path: PathBuf,
+    /// Where the guest's frames go then.
+    pub sink: Arc<dyn PacketSink>,
+    /// Waits until all that came there has left.
+    pub drained: Box<dyn Fn() + Send>,
+}
+
 /// How the standby is started.
 #[derive(Debug, Clone)]
 pub struct StandbyPlan {
@@ -84,6 +97,8 @@ pub struct LeavingGuest {
     machine: Machine,
     blocks: Vec<RamBlock>,
     standby: Option<Standby>,
+    relayed: Option<Relayed>,
+    wire: Wire,
     paused: bool,
     /// What stood before the devices when it left.
     prefix: Option<Vec<u8>>,
@@ -94,7 +109,12 @@ pub struct LeavingGuest {
 impl LeavingGuest {
     /// Takes hold of the guest's memory, and starts the standby if there is to be one. The guest runs on, but for a stop of about a millisecond
     /// in which it is seen how its devices begin.
-    pub fn prepare(found: Found, plan: Option<&StandbyPlan>) -> Result<Self, LeavingError> {
+    pub fn prepare(
+        found: Found,
+        plan: Option<&StandbyPlan>,
+        network: Option<(Relayed, Wire)>,
+    ) -> Result<Self, LeavingError> {
+        let (relayed, wire) = network.map_or_else(Default::default, |(relayed, wire)| (Some(relayed), wire));
         let Found { mut machine, guest } = found;
         let mut blocks = Vec::new();
         for (index, ram) in in_order(&guest.ram).into_iter().enumerate() {
@@ -106,7 +126,7 @@ impl LeavingGuest {
             Some(plan) => Some(Standby::start(plan, &mut machine, &guest)?),
             None => None,
         };
-        Ok(Self { machine, blocks, standby, paused: false, prefix: None, caught: false })
+        Ok(Self { machine, blocks, standby, relayed, wire, paused: false, prefix: None, caught: false })
     }
 
     /// The process that runs the guest, or has.
@@ -117,6 +137,16 @@ impl LeavingGuest {
     /// The standby's process and monitor.
     pub fn standby(&self) -> Option<(&Process, PathBuf)> {
         self.standby.as_ref().map(|standby| (&standby.machine.process, standby.launched.monitor()))
+    }
+
+    fn let_go_of(&self, relayed: &Relayed) -> Result<(), GuestError> {
+        let done = self.wire.let_go(Deadline::after(BOUND), &relayed.drained);
+        done.map_err(|error| failed("let go of the guest's relay")(io::Error::other(error)))
+    }
+
+    /// The guest is this host's own again: its network needs nobody any more.
+    pub fn let_go_of_network(&self) -> Result<(), GuestError> {
+        self.relayed.as_ref().map_or(Ok(()), |relayed| self.let_go_of(relayed))
     }
 
     /// After a catch: the standby is the guest's QEMU, and goes on whatever becomes of belay. Its process and monitor; `None` where nothing was
@@ -212,8 +242,15 @@ fn expect_alike(running: &Inspection, standby: &Inspection) -> Result<(), Leavin
 impl Guest for LeavingGuest {
     fn pause(&mut self, deadline: Deadline) -> Result<(), GuestError> {
         if !self.paused {
+            // Not before it must be: a belay that dies with the relay in hand leaves it shut, and until here the guest is at home.
+            if let Some(relayed) = self.relayed.as_ref().filter(|_| !self.wire.is_held()) {
+                let hand = Hand::attach(&relayed.path, Arc::clone(&relayed.sink), self.wire.next_output(), deadline);
+                self.wire
+                    .take(hand.map_err(|error| failed("take the guest's relay in hand")(io::Error::other(error)))?);
+            }
             self.machine.stop_to_leave(deadline)?;
             self.paused = true;
+            self.wire.settle()?;
         }
         Ok(())
     }
@@ -235,11 +272,15 @@ impl Guest for LeavingGuest {
             }
         }
         self.paused = false;
+        self.wire.go()?;
+        if let Some(relayed) = self.relayed.as_ref().filter(|_| !self.caught) {
+            self.let_go_of(relayed)?;
+        }
         Ok(())
     }
 
     fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
-        begin_stream(out);
+        begin_stream(out, self.wire.next_output());
         let at = out.len();
         self.machine.stream_out(out)?;
         let stream = &out[at..];
@@ -252,13 +293,15 @@ impl Guest for LeavingGuest {
     fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
         let none = || GuestError::Unsupported("no standby was started to load a guest into".to_owned());
         let standby = self.standby.as_mut().ok_or_else(none)?;
-        match State::read(state)? {
+        let (state, next_output) = State::read(state)?;
+        match state {
             State::Stream(stream) => standby.machine.stream_in(&[stream])?,
             State::Devices(devices) => {
                 let prefix = self.prefix.as_ref().ok_or_else(none)?;
                 standby.machine.stream_in(&[prefix, behind_the_prefix(devices)])?;
             }
         }
+        self.wire.count_from(next_output);
         self.caught = true;
         Ok(())
     }

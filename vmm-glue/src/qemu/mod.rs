@@ -15,9 +15,13 @@
 //!   leaving  a guest at its source: until it left, and after it was caught
 //!   arriving a guest at its destination
 //!   host     a destination that takes QEMU guests
+//!   wire     its network, as its pauses need it
+//!   relay    what a guest sends, held until its checkpoint has committed
 //! ```
 
 pub mod arriving;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 pub mod host;
 pub mod inject;
 pub mod inspect;
@@ -29,6 +33,8 @@ pub mod machine;
 mod memory;
 pub mod process;
 pub mod qmp;
+pub mod relay;
 pub mod spec;
 mod standby;
 mod state;
+pub mod wire;

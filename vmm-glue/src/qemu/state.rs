@@ -10,7 +10,8 @@
 //! from one machine in one process, whose devices are written in one order, so the first device's header is where the prefix ends: its
 //! section number, name, instance and version (qemu docs/devel/migration/main.rst).
 //!
-//! On the wire: `BQS` and a version, then which of the two, then QEMU's own bytes.
+//! On the wire: `BQS` and a version, then which of the two, then the number that the guest's next frame will have (8 bytes, little-endian; its
+//! network relay counts, and QEMU does not), then QEMU's own bytes.
 
 use belay_checkpoint::guest::GuestError;
 
@@ -38,28 +39,35 @@ fn bad(why: impl Into<String>) -> GuestError {
 }
 
 /// Appends what stands before a stream.
-pub fn begin_stream(out: &mut Vec<u8>) {
-    out.extend_from_slice(&HEAD);
-    out.push(STREAM);
+pub fn begin_stream(out: &mut Vec<u8>, next_output: u64) {
+    begin(out, STREAM, next_output);
 }
 
 /// Appends what stands before devices.
-pub fn begin_devices(out: &mut Vec<u8>) {
+pub fn begin_devices(out: &mut Vec<u8>, next_output: u64) {
+    begin(out, DEVICES, next_output);
+}
+
+fn begin(out: &mut Vec<u8>, kind: u8, next_output: u64) {
     out.extend_from_slice(&HEAD);
-    out.push(DEVICES);
+    out.push(kind);
+    out.extend_from_slice(&next_output.to_le_bytes());
 }
 
 impl<'a> State<'a> {
-    /// Reads one.
-    pub fn read(bytes: &'a [u8]) -> Result<Self, GuestError> {
+    /// Reads one, and the number of the guest's next frame.
+    pub fn read(bytes: &'a [u8]) -> Result<(Self, u64), GuestError> {
         let rest = bytes.strip_prefix(&HEAD).ok_or_else(|| bad("it is not of a QEMU guest, or of another version"))?;
-        let (kind, body) = rest.split_first().ok_or_else(|| bad("it ends before it says what it is"))?;
+        let short = || bad("it ends before it says what it is");
+        let (kind, rest) = rest.split_first().ok_or_else(short)?;
+        let (next_output, body) = rest.split_first_chunk().ok_or_else(short)?;
+        let next_output = u64::from_le_bytes(*next_output);
         if !body.starts_with(&QEVM) {
             return Err(bad("it is no stream of QEMU's, of version 3"));
         }
         match *kind {
-            STREAM => Ok(Self::Stream(body)),
-            DEVICES => Ok(Self::Devices(body)),
+            STREAM => Ok((Self::Stream(body), next_output)),
+            DEVICES => Ok((Self::Devices(body), next_output)),
             other => Err(bad(format!("it is of kind {other}"))),
         }
     }
@@ -151,14 +159,14 @@ mod tests {
     fn a_state_says_which_it_is_and_what_is_none_is_refused() {
         let (stream, devices, _) = streams(&[]);
         let mut bytes = Vec::new();
-        begin_stream(&mut bytes);
+        begin_stream(&mut bytes, 0x0102);
         bytes.extend(&stream);
-        assert_eq!(State::read(&bytes).unwrap(), State::Stream(&stream));
-        assert_eq!(bytes[..5], *b"BQS\x01\x01", "as it is on the wire");
+        assert_eq!(State::read(&bytes).unwrap(), (State::Stream(&stream), 0x0102));
+        assert_eq!(bytes[..13], *b"BQS\x01\x01\x02\x01\0\0\0\0\0\0", "as it is on the wire");
         let mut bytes = Vec::new();
-        begin_devices(&mut bytes);
+        begin_devices(&mut bytes, 7);
         bytes.extend(&devices);
-        assert_eq!(State::read(&bytes).unwrap(), State::Devices(&devices));
+        assert_eq!(State::read(&bytes).unwrap(), (State::Devices(&devices), 7));
         assert_eq!(bytes[4], 2, "as it is in a record");
         bytes[4] = 3;
         assert!(State::read(&bytes).is_err());

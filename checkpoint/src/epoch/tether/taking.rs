@@ -1,7 +1,7 @@
 //! The tether thread: decides when, stops the guest, and puts the epoch together.
 
 use super::shared::Shared;
-use super::{LOOK, TetherConfig};
+use super::{FLOOD_LOOK, LOOK, TetherConfig};
 use crate::dirty::Harvested;
 use crate::epoch::ship::{Part, Taken};
 use crate::epoch::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, harvest};
@@ -107,7 +107,7 @@ impl TetherLoop {
         let again = (self.tries > 0).then(|| Deadline::after(LOOK));
         loop {
             let dirty = self.tracker.dirty_so_far();
-            let decision = match self.is_near_limit(dirty) {
+            let decision = match self.is_near_limit(dirty) || self.is_flooded() {
                 true => Decision::CloseNow,
                 false => self.policy.next(self.closed_at.elapsed(), dirty, &self.facts),
             };
@@ -119,8 +119,7 @@ impl TetherLoop {
                 (Some(again), _) => again.left(),
                 (None, Decision::CloseNow) => Duration::ZERO,
                 (None, Decision::WaitAtMost(_)) if state.wanted > state.taken => Duration::ZERO,
-                (None, Decision::WaitAtMost(wait)) if self.page_limit.is_some() => wait.min(LOOK),
-                (None, Decision::WaitAtMost(wait)) => wait,
+                (None, Decision::WaitAtMost(wait)) => self.look().map_or(wait, |look| wait.min(look)),
             };
             if wait.is_zero() {
                 return true;
@@ -135,6 +134,20 @@ impl TetherLoop {
         matches!((self.page_limit, dirty), (Some(limit), Some(dirty)) if dirty >= limit)
     }
 
+    /// Whether a guest that does not park by itself has emitted as much as may be held (P7).
+    fn is_flooded(&self) -> bool {
+        !self.guest.parks_itself() && !self.outbox.has_room()
+    }
+
+    /// How often something must be looked at while the guest runs.
+    fn look(&self) -> Option<Duration> {
+        match (self.page_limit, self.guest.parks_itself()) {
+            (Some(_), _) => Some(LOOK),
+            (None, false) => Some(FLOOD_LOOK),
+            (None, true) => None,
+        }
+    }
+
     /// Gets a free slot before the guest is stopped, unless the reservation is nearly full: then the guest is stopped first.
     fn wait_for_slot(&mut self) -> Result<Option<Slot>, TetherError> {
         if let Some(slot) = self.spare.take() {
@@ -142,7 +155,7 @@ impl TetherLoop {
         }
         let deadline = Deadline::after(self.config.commit_bound);
         loop {
-            let look = if self.page_limit.is_some() { LOOK } else { self.config.commit_bound };
+            let look = self.look().unwrap_or(self.config.commit_bound);
             match self.slots.free.recv_timeout(look.min(deadline.left())) {
                 Ok(slot) => return Ok(Some(slot)),
                 Err(RecvTimeoutError::Disconnected) => return self.shipping_has_ended(),
@@ -153,7 +166,7 @@ impl TetherLoop {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             let dirty = self.tracker.dirty_so_far();
-            if !self.paused && self.is_near_limit(dirty) {
+            if !self.paused && (self.is_near_limit(dirty) || self.is_flooded()) {
                 // It goes on with the epoch that is taken next, or stays stopped if that fails.
                 let began = Instant::now();
                 self.paused = self.guest.pause(Deadline::after(self.config.stop_bound)).is_ok();

@@ -1,0 +1,305 @@
+//! A tethered QEMU guest with a network: what it said and was not committed nobody has heard, what was heard it has said, and who was in
+//! conversation with it goes on.
+
+mod qemu_guest;
+mod running;
+
+use qemu_guest::{Linux, Machine, Qemu, no_qemu, qemu};
+use running::{BOUND, Place, Process, kill};
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::{SocketAddrV4, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const GUEST: [u8; 4] = [10, 77, 0, 2];
+const CLIENT: [u8; 4] = [10, 77, 0, 1];
+/// Requests that wait for their answers.
+const IN_FLIGHT: usize = 16;
+
+/// As the guest has it (`qemu_guest/guest.rs`).
+fn mixed(sequence: u64, page: u64, word: u64) -> u64 {
+    let x = sequence.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ page.wrapping_mul(0xc2b2_ae3d_27d4_eb4f) ^ word << 32;
+    (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+/// A network of this test's own, in a namespace that ends with its threads: every frame goes to everybody else who is connected.
+struct Network {
+    socket: std::path::PathBuf,
+    answered: Arc<AtomicU64>,
+    over: Arc<AtomicBool>,
+    client: Option<JoinHandle<Result<(), String>>>,
+}
+
+/// Asks the interface `name` for something (netdevice(7)).
+fn ask(request: libc::c_ulong, name: &str, value: &[u8], fd: i32) {
+    let mut packet = [0_u8; 40];
+    packet[..name.len()].copy_from_slice(name.as_bytes());
+    packet[16..16 + value.len()].copy_from_slice(value);
+    // SAFETY: the descriptor is open, and these requests read a struct ifreq, 40 bytes, which lives through the call.
+    let done = unsafe { libc::ioctl(fd, request, packet.as_ptr()) };
+    assert_eq!(done, 0, "{request:#x}: {}", std::io::Error::last_os_error());
+}
+
+/// A network device of this thread's namespace, up and with the address.
+fn tap() -> std::fs::File {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::File::options();
+    let device =
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun").expect("a tap device");
+    // TUNSETIFF with IFF_TAP and IFF_NO_PI.
+    ask(0x4004_54ca, "world0", &0x1002_u16.to_le_bytes(), device.as_raw_fd());
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("a socket");
+    let address = |octets: [u8; 4]| [&[2, 0, 0, 0][..], &octets].concat();
+    ask(libc::SIOCSIFADDR, "world0", &address(CLIENT), socket.as_raw_fd());
+    ask(libc::SIOCSIFNETMASK, "world0", &address([255, 255, 255, 0]), socket.as_raw_fd());
+    ask(libc::SIOCSIFFLAGS, "world0", &(libc::IFF_UP as u16).to_le_bytes(), socket.as_raw_fd());
+    device
+}
+
+/// Takes whole frames out of `bytes`.
+fn frames(bytes: &mut Vec<u8>) -> Vec<Vec<u8>> {
+    let mut found = Vec::new();
+    while let Some((length, rest)) = bytes.split_first_chunk::<4>() {
+        let length = u32::from_be_bytes(*length) as usize;
+        if rest.len() < length {
+            break;
+        }
+        found.push(rest[..length].to_vec());
+        bytes.drain(..4 + length);
+    }
+    found
+}
+
+/// Passes frames on until it is over.
+fn switch(listener: &UnixListener, mut device: std::fs::File, over: &AtomicBool) {
+    listener.set_nonblocking(true).expect("a listener");
+    let mut ports: Vec<(UnixStream, Vec<u8>)> = Vec::new();
+    let mut buffer = vec![0; 1 << 16];
+    while !over.load(Ordering::Acquire) {
+        let mut quiet = true;
+        if let Ok((port, _)) = listener.accept() {
+            port.set_read_timeout(Some(Duration::from_micros(100))).expect("a port");
+            ports.push((port, Vec::new()));
+        }
+        // From whom: 0 is the device.
+        let mut come: Vec<(usize, Vec<u8>)> = Vec::new();
+        while let Ok(length) = device.read(&mut buffer) {
+            come.push((0, buffer[..length].to_vec()));
+        }
+        for (index, (port, bytes)) in ports.iter_mut().enumerate() {
+            if let Ok(length) = port.read(&mut buffer) {
+                bytes.extend(&buffer[..length]);
+                come.extend(frames(bytes).into_iter().map(|frame| (index + 1, frame)));
+            }
+        }
+        for (from, frame) in come {
+            quiet = false;
+            if from != 0 {
+                let _ = device.write(&frame);
+            }
+            let framed = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
+            for (_, (port, _)) in ports.iter_mut().enumerate().filter(|(index, _)| index + 1 != from) {
+                let _ = port.write_all(&framed);
+            }
+        }
+        if quiet {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+/// One conversation over one connection, until it is over: every answer continues the chain of all before it.
+fn converse(answered: &AtomicU64, over: &AtomicBool) -> Result<(), String> {
+    let guest = SocketAddrV4::new(GUEST.into(), 7).into();
+    let end = Instant::now() + BOUND;
+    let mut stream = loop {
+        match TcpStream::connect_timeout(&guest, Duration::from_secs(1)) {
+            Ok(stream) => break stream,
+            Err(error) if Instant::now() > end => return Err(format!("no connection: {error}")),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let told = |error: std::io::Error| format!("after {} answers: {error}", answered.load(Ordering::Acquire));
+    stream.set_nodelay(true).map_err(told)?;
+    stream.set_read_timeout(Some(BOUND)).map_err(told)?;
+    let (mut next, mut chain) = (0_u64, 0_u64);
+    let mut waiting = VecDeque::new();
+    while !over.load(Ordering::Acquire) {
+        while waiting.len() < IN_FLIGHT {
+            next += 1;
+            stream.write_all(&next.to_le_bytes()).map_err(told)?;
+            waiting.push_back(next);
+        }
+        let mut answer = [0; 16];
+        stream.read_exact(&mut answer).map_err(told)?;
+        let (count, is) = answer.split_at(8);
+        let [count, is] = [count, is].map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
+        let due = answered.load(Ordering::Acquire) + 1;
+        chain = mixed(chain ^ waiting.pop_front().expect("one waits"), due, 1);
+        if (count, is) != (due, chain) {
+            return Err(format!("answer {due} is {count} with {is:#x}; it must have {chain:#x}"));
+        }
+        answered.store(due, Ordering::Release);
+    }
+    Ok(())
+}
+
+impl Network {
+    fn new(folder: &Path) -> Result<Self, String> {
+        let socket = folder.join("world");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let (answered, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (told, hear) = mpsc::channel();
+        let (counter, ended) = (Arc::clone(&answered), Arc::clone(&over));
+        let client = std::thread::spawn(move || {
+            // SAFETY: the network namespace is this thread's own, and nothing in this process counts on the one it leaves.
+            let unshared = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
+            if let Err(error) = unshared {
+                let _ = told.send(Err(format!("no network namespace: {error}")));
+                return Ok(());
+            }
+            let device = tap();
+            let passing = {
+                let ended = Arc::clone(&ended);
+                std::thread::spawn(move || switch(&listener, device, &ended))
+            };
+            let _ = told.send(Ok(()));
+            let spoken = converse(&counter, &ended);
+            ended.store(true, Ordering::Release);
+            passing.join().expect("the switch");
+            spoken
+        });
+        hear.recv().expect("told")?;
+        Ok(Self { socket, answered, over, client: Some(client) })
+    }
+
+    fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Acquire)
+    }
+
+    /// Waits until so many have been answered.
+    fn wait_for(&mut self, count: u64) {
+        let end = Instant::now() + BOUND;
+        while self.answered() < count {
+            if self.client.as_ref().is_none_or(JoinHandle::is_finished) {
+                panic!("the conversation is over: {:?}", self.client.take().map(JoinHandle::join));
+            }
+            assert!(Instant::now() < end, "{} of {count} answers", self.answered());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn end(mut self) {
+        self.over.store(true, Ordering::Release);
+        self.client
+            .take()
+            .expect("not ended yet")
+            .join()
+            .expect("the client")
+            .expect("a conversation without a contradiction");
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+    }
+}
+
+/// A relay of `name`'s guest, between NAME.net and the world.
+fn relay(place: &Place, folder: &Path, name: &str, network: &Network) -> (Process, String) {
+    let path = |suffix: &str| folder.join(format!("{name}.{suffix}")).display().to_string();
+    let (guest, hand, world) = (path("net"), path("hand"), format!("unix:{}", network.socket.display()));
+    let mut relay = place.belay(&["relay", "--json", "--guest", &guest, "--hand", &hand, "--world", &world]);
+    relay.wait_for_event("listening");
+    (relay, hand)
+}
+
+#[test]
+fn p4_a_conversation_with_a_guest_survives_its_destination_and_no_answer_is_taken_back() {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here().filter(|linux| linux.with_modules.is_some()) else {
+        return eprintln!("skipped: no modules of a network card: the kernel is not the lab's");
+    };
+    if !Path::new("/dev/net/tun").exists() {
+        return eprintln!("skipped: this kernel has no /dev/net/tun");
+    }
+    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    let mut network = match Network::new(folder.path()) {
+        Ok(network) => network,
+        Err(why) => return eprintln!("skipped: {why}"),
+    };
+    let machine = Machine { blocks: vec![192], address: Some("10.77.0.2"), ..Machine::of("q35", Some(linux)) };
+    let (here, hand_here) = relay(&place, folder.path(), "here", &network);
+    let (there, hand_there) = relay(&place, folder.path(), "there", &network);
+    let mut source = Qemu::start(&place, folder.path(), &machine, "here");
+    source.console.wait_until_booted();
+    network.wait_for(200);
+    let state_dir = place.text("there");
+    let program = qemu();
+    let arguments = machine.arguments(folder.path(), "there");
+    let mut words = vec![
+        "receive",
+        "--json",
+        "--listen",
+        "127.0.0.1:0",
+        "--state-dir",
+        &state_dir,
+        "qemu",
+        "--relay",
+        &hand_there,
+        "--",
+        &program,
+    ];
+    words.extend(arguments.iter().map(String::as_str));
+    let mut destination = place.belay(&words);
+    let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
+    let (kept, run_dir, socket) = (place.text("here"), place.text("run"), source.socket.display().to_string());
+    let mut sender = place.belay(&[
+        "send",
+        "--json",
+        "--to",
+        &to,
+        "--state-dir",
+        &kept,
+        "--run-dir",
+        &run_dir,
+        "--release",
+        "never",
+        // Long enough that a destination which is struck has always said something that is not committed.
+        "--period",
+        "100ms",
+        "qemu",
+        "--relay",
+        &hand_here,
+        "--qmp",
+        &socket,
+    ]);
+    destination.wait_for_event("all-landed");
+    let (before, begun) = (network.answered(), Instant::now());
+    network.wait_for(before + 300);
+    println!("{:.0} answers a second under the tether", 300.0 / begun.elapsed().as_secs_f64());
+    let qemu = destination.seen.iter().find(|event| event["event"] == "vmm-started").expect("told")["pid"].as_i64();
+    let (struck, begun) = (network.answered(), Instant::now());
+    kill(qemu.expect("a pid") as i32, libc::SIGKILL);
+    sender.wait_for_event("caught");
+    network.wait_for(struck + 2 * IN_FLIGHT as u64);
+    println!("{} ms from the kill until the conversation went on", begun.elapsed().as_millis());
+    network.wait_for(struck + 300);
+    assert_eq!(sender.end(), 10, "{}", sender.story());
+    assert_eq!(destination.end(), 13, "{}", destination.story());
+    source.wait();
+    // Nobody has the relay in hand any more, and it goes on.
+    network.wait_for(struck + 600);
+    network.end();
+    drop((here, there));
+    drop(sender);
+}
