@@ -244,7 +244,11 @@ mod tests {
         };
         assert!(profile.samples > 50, "{profile:?}");
         assert!(copying_share(std::slice::from_ref(&profile)) < 0.02, "{profile:?}");
+        // What was inlined into it may be named for itself, and then half of the samples are that one's.
         let first = &profile.functions[0];
-        assert!(first.name.contains("turns_and_turns") && first.samples * 2 > profile.samples, "{profile:?}");
+        let of_the_same: u64 =
+            profile.functions.iter().filter(|other| other.of == first.of).map(|other| other.samples).sum();
+        let named = profile.functions.iter().any(|function| function.name.contains("turns_and_turns"));
+        assert!(named && of_the_same * 2 > profile.samples, "{profile:?}");
     }
 }

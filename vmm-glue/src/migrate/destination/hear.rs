@@ -223,11 +223,13 @@ impl Destination<'_> {
         if self.reported_at.elapsed() >= every && self.resumed_at.is_some() {
             self.reported_at = Instant::now();
             let facts = self.output.facts();
+            // What is here, and not what is left of the rest: frames that go back from in flight to absent are for a moment counted in neither.
+            let here = progress.landed + progress.discarded;
             self.observer.note(
                 Some(&self.last),
                 Kind::Pull {
-                    landed_frames: progress.frames - progress.absent - progress.in_flight,
-                    absent_frames: progress.absent + progress.in_flight,
+                    landed_frames: here,
+                    absent_frames: progress.frames.saturating_sub(here),
                     faults: progress.faults,
                     bytes: progress.bytes_pulled,
                     held_packets: facts.held_packets as u64,
