@@ -71,6 +71,8 @@ pub struct World {
     pub stubborn: u32,
     /// How long a step takes at least.
     step_time: Duration,
+    /// Makes no step while its sink has no room.
+    pub parks: bool,
 }
 
 #[derive(Clone)]
@@ -99,16 +101,17 @@ impl Model {
             pauses: 0,
             stubborn: 0,
             step_time,
+            parks: true,
         };
         let model = Self { world: Arc::new(Mutex::new(world)), memory, pages, quit: Arc::default() };
         let vcpu = model.clone();
         let thread = std::thread::spawn(move || {
             while !vcpu.quit.load(Ordering::Acquire) {
-                let (running, time) = {
+                let (running, time, parks) = {
                     let world = vcpu.world();
-                    (world.running, world.step_time)
+                    (world.running, world.step_time, world.parks)
                 };
-                if running && sink.has_room() {
+                if running && (!parks || sink.has_room()) {
                     vcpu.step(sink.as_ref());
                     std::thread::sleep(time);
                 } else {
@@ -191,6 +194,9 @@ impl Guest for Model {
     }
     fn set_incarnation(&mut self, _: u64) -> Result<(), GuestError> {
         Ok(())
+    }
+    fn parks_itself(&self) -> bool {
+        self.world().parks
     }
     fn memory(&self) -> &[RamBlock] {
         &self.memory

@@ -260,6 +260,22 @@ fn p7_a_guest_that_never_stops_ends_the_tether_by_name_and_keeps_running() {
 }
 
 #[test]
+fn p7_a_guest_that_does_not_park_by_itself_is_stopped_when_the_outbox_is_full() {
+    // No epoch for a minute by the policy: what leaves, leaves because the outbox had no room.
+    let (period, step_time) = (Duration::from_secs(60), Duration::from_micros(20));
+    let rig = Setting { period, step_time, ..Setting::default() }.start();
+    rig.model.world().parks = false;
+    // A guest's kind does not change while it runs, and the tether has begun to wait for one that parks.
+    rig.tether.checkpoint_now(soon()).expect("committed");
+    let end = soon();
+    while rig.outbox.facts().sent_packets < 2_000 {
+        assert!(!end.expired(), "{:?}", rig.outbox.facts());
+        std::thread::yield_now();
+    }
+    rig.catch_and_check();
+}
+
+#[test]
 fn p7_a_source_that_takes_nothing_in_ends_the_tether_by_name_with_the_guest_stopped() {
     let mut setting = Setting::default();
     // Long enough for the first commit of a busy machine.

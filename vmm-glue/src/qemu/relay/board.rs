@@ -158,11 +158,6 @@ impl Relay {
         })
     }
 
-    /// Whether what the guest sends may leave.
-    pub fn gate(&self) -> Gate {
-        self.gate
-    }
-
     /// What it has done.
     pub fn counts(&self) -> RelayCounts {
         self.counts

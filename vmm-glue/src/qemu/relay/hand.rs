@@ -198,11 +198,6 @@ impl Hand {
         Box::new(Way(Arc::clone(&self.shared)))
     }
 
-    /// Why the relay can be used no more, if so.
-    pub fn ended(&self) -> Option<String> {
-        self.shared.lock().ended.clone()
-    }
-
     /// Opens the relay for good. `last` lets out what the guest had sent until then, through an emitter of before; what it sends meanwhile waits.
     pub fn let_go(self, deadline: Deadline, last: impl FnOnce()) -> Result<(), HandError> {
         self.say(FromHand::LetGo)?;
