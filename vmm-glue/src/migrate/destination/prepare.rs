@@ -318,7 +318,7 @@ impl<'a> Destination<'a> {
         let (happened, happenings) = bounded(64);
         let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
         let opened = open_lanes(&mut *initiator, &proposal, &ram, joined, (&placement, &happened), (observer, &last))?;
-        let Opened { landing, lane_pairs, tethering } = opened;
+        let Opened { landing, lane_pairs, mut tethering } = opened;
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
         let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
         let ledger = Ledger::new()?;
@@ -337,6 +337,9 @@ impl<'a> Destination<'a> {
         }
         if built.pid != std::process::id() {
             observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
+        }
+        if let Some(tethering) = &mut tethering {
+            tethering.track_ahead(built.guest.as_ref(), built.pid)?;
         }
         let regions = built.guest.memory().iter().map(|block| block.vmm_address).collect::<Vec<_>>();
         let ram = ram
