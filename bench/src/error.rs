@@ -45,6 +45,10 @@ pub enum BenchError {
     Stale { page: usize, epoch: belay_checkpoint::guest::Epoch },
     #[error("page {page} reads as {found}, the source has {expected}")]
     Wrong { page: usize, found: u64, expected: u64 },
+    #[error("moving the guest by {way} failed (QEMU at the source said: {}; at the destination: {})", .said[0], .said[1])]
+    NotMoved { way: &'static str, said: [String; 2], source: Box<BenchError> },
+    #[error("the guest found page {page} of its working set not as it had left it")]
+    GuestFoundWrong { page: u64 },
     #[error("this host has no RDMA device to use (`belay check` says what it has)")]
     Device(#[from] belay_transport::fabric::verbs::inventory::Trouble),
     #[error("page {page} that was written reads as {found:#x} at the server, {expected:#x} was written")]

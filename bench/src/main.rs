@@ -6,6 +6,7 @@ mod envelope;
 mod error;
 mod fault;
 mod floor;
+mod migrate;
 mod profile;
 mod pull;
 mod quantity;
@@ -37,6 +38,7 @@ enum Command {
     Pull(Options),
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
+    Migrate(Box<migrate::MigrateArgs>),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
 }
@@ -98,6 +100,9 @@ fn main() -> ExitCode {
         Command::Checkpoint(options) => {
             let (fabric, device) = (options.fabric.into(), options.device.clone());
             checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
+        }
+        Command::Migrate(args) => {
+            migrate::run(&args).and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report)))
         }
         Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
             (Some(report), Some(path)) => save(path, &report),

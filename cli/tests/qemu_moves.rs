@@ -4,8 +4,10 @@
 mod qemu_guest;
 mod running;
 
+use belay_transport::Deadline;
 use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
+use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -73,6 +75,11 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
     let left = destination.events("qemu-left").next().expect("the guest's QEMU is told").clone();
     let mut qmp = monitor(Path::new(left["monitor"].as_str().expect("its monitor")));
     assert_eq!(status(&mut qmp), "running");
+    // Whoever moves it next finds this QEMU as it was started: left on, the capability would leave the guest's RAM out.
+    let capabilities = qmp.execute("query-migrate-capabilities", json!({}), Deadline::after(BOUND)).expect("an answer");
+    let all = capabilities.as_array().expect("a list");
+    let on: Vec<_> = all.iter().filter(|one| one["state"] == true).map(|one| &one["capability"]).collect();
+    assert!(on.is_empty(), "left on: {on:?}");
     end_left(&destination);
     place.expect_nothing_left();
 }

@@ -34,7 +34,7 @@ pub struct Machine {
     pub process: Process,
     /// Where it saves device state, once it was asked to.
     saved: Option<Saved>,
-    /// What it was told of migrations, and must forget if its guest stays: an operator's own would leave RAM out.
+    /// What it was told of migrations, and must forget when its guest stays or has come: an operator's own would leave RAM out.
     prepared: Option<Prepared>,
     /// Takes the stream of a migration that has stopped its guest and waits to be told to go on.
     leaving: Option<JoinHandle<io::Result<Vec<u8>>>>,
@@ -202,8 +202,7 @@ impl Machine {
             loaded?;
             given.map_err(failed("write a stream to QEMU"))
         })?;
-        self.prepared = None;
-        Ok(())
+        self.forget_the_switch()
     }
 
     /// Tells it all that can be told before a stream is wanted, so that a guest need not stand for it: RAM is left out, events are wanted, the
@@ -255,7 +254,7 @@ impl Machine {
         Err(QmpOr::Guest(GuestError::BadState(format!("{doing} came to {came_to}: {why}"))))
     }
 
-    /// Has it forget what it was told for a switch that was taken back.
+    /// Has it forget what it was told for a switch that was taken back, or that is over: the next to migrate its guest is perhaps not belay.
     pub fn forget_the_switch(&mut self) -> Result<(), GuestError> {
         self.stay()?;
         let Some(Prepared { bandwidth, ours }) = self.prepared.take() else { return Ok(()) };

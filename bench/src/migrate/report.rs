@@ -1,0 +1,177 @@
+//! What is said in the end: medians of all rounds, and what belay has of the best and of post-copy.
+
+use super::Way;
+use super::machine::Machine;
+use crate::table::median;
+use serde::Serialize;
+use std::time::Duration;
+
+/// One move.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    pub total: Duration,
+    pub blackout: Option<Duration>,
+    pub stall: Duration,
+    pub lost: Duration,
+    pub fault_p50: Option<Duration>,
+    pub faults: u64,
+    pub bytes: Option<u64>,
+    pub hosts: [Duration; 2],
+}
+
+/// All moves by one way: medians, and the least and most of the total and the stall.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub way: String,
+    pub moves: usize,
+    pub total_ms: f64,
+    pub total_ms_least_most: [f64; 2],
+    pub blackout_ms: Option<f64>,
+    pub stall_ms: f64,
+    pub stall_ms_least_most: [f64; 2],
+    pub lost_ms: f64,
+    pub fault_p50_us: Option<f64>,
+    pub waits: f64,
+    pub transferred_mib: Option<f64>,
+    pub host_a_cpu_ms: f64,
+    pub host_b_cpu_ms: f64,
+}
+
+/// See the module.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub qemu: String,
+    pub machine: String,
+    pub accel: String,
+    pub memory_bytes: u64,
+    pub working_set_bytes: u64,
+    pub pages_per_s: u64,
+    pub vcpus: u16,
+    pub rounds: u32,
+    pub rows: Vec<Row>,
+    #[serde(skip)]
+    samples: Vec<(Way, Sample)>,
+}
+
+impl Report {
+    pub fn new(machine: &Machine, qemu: &str, rounds: u32) -> Self {
+        Self {
+            qemu: qemu.to_owned(),
+            machine: machine.kind.clone(),
+            accel: machine.accel.clone(),
+            memory_bytes: machine.memory,
+            working_set_bytes: machine.working_set,
+            pages_per_s: machine.rate,
+            vcpus: machine.vcpus,
+            rounds,
+            rows: Vec::new(),
+            samples: Vec::new(),
+        }
+    }
+
+    pub fn add(&mut self, way: Way, sample: Sample) {
+        self.samples.push((way, sample));
+        let mut ways: Vec<Way> = Vec::new();
+        self.samples.iter().for_each(|(way, _)| {
+            if !ways.contains(way) {
+                ways.push(*way);
+            }
+        });
+        self.rows = ways.into_iter().map(|way| row(way, &self.samples)).collect();
+    }
+
+    /// As a table.
+    pub fn print(&self) {
+        println!(
+            "QEMU {}, {} ({}), {} MiB, {} vCPU, working set {} MiB written at {} pages/s; medians of {}",
+            self.qemu,
+            self.machine,
+            self.accel,
+            self.memory_bytes >> 20,
+            self.vcpus,
+            self.working_set_bytes >> 20,
+            self.pages_per_s,
+            self.rounds
+        );
+        println!(
+            " {:<22} {:>10} {:>13} {:>10} {:>9} {:>14} {:>7} {:>10} {:>11} {:>11}",
+            "",
+            "total[ms]",
+            "blackout[ms]",
+            "stall[ms]",
+            "lost[ms]",
+            "fault p50[us]",
+            "waits",
+            "sent[MiB]",
+            "host a[ms]",
+            "host b[ms]"
+        );
+        let or_none =
+            |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
+        for row in &self.rows {
+            println!(
+                " {:<22} {:>10.0} {:>13} {:>10.1} {:>9.0} {:>14} {:>7.0} {:>10} {:>11.0} {:>11.0}",
+                row.way,
+                row.total_ms,
+                or_none(row.blackout_ms, 1),
+                row.stall_ms,
+                row.lost_ms,
+                or_none(row.fault_p50_us, 0),
+                row.waits,
+                or_none(row.transferred_mib, 0),
+                row.host_a_cpu_ms,
+                row.host_b_cpu_ms
+            );
+        }
+        for line in self.compared() {
+            println!("{line}");
+        }
+    }
+
+    /// belay over TCP beside QEMU over TCP.
+    fn compared(&self) -> Vec<String> {
+        let row = |way: Way| self.rows.iter().find(|row| row.way == way.name());
+        let Some(ours) = row(Way::BelayTcp) else { return Vec::new() };
+        let own = [Way::Precopy, Way::Multifd, Way::Postcopy, Way::PostcopyPreempt].into_iter().filter_map(row);
+        let best = own.min_by(|one, other| one.total_ms.total_cmp(&other.total_ms));
+        let total = best
+            .map(|best| format!("total: {:.2} of the best of QEMU's ({})", ours.total_ms / best.total_ms, best.way));
+        let postcopy = row(Way::Postcopy).map(|postcopy| {
+            let fault = ours
+                .fault_p50_us
+                .zip(postcopy.fault_p50_us)
+                .map(|(ours, theirs)| format!(", fault p50 {:.2}", ours / theirs));
+            format!("of QEMU's post-copy: stall {:.2}{}", ours.stall_ms / postcopy.stall_ms, fault.unwrap_or_default())
+        });
+        total.into_iter().chain(postcopy).collect()
+    }
+}
+
+fn row(way: Way, samples: &[(Way, Sample)]) -> Row {
+    let of_way: Vec<&Sample> = samples.iter().filter(|(of, _)| *of == way).map(|(_, sample)| sample).collect();
+    let all =
+        |value: &dyn Fn(&Sample) -> Option<f64>| of_way.iter().filter_map(|sample| value(sample)).collect::<Vec<f64>>();
+    let middle = |value: &dyn Fn(&Sample) -> Option<f64>| median(&all(value));
+    let if_any =
+        |value: &dyn Fn(&Sample) -> Option<f64>| Some(all(value)).filter(|all| !all.is_empty()).map(|all| median(&all));
+    let least_most = |value: &dyn Fn(&Sample) -> Option<f64>| {
+        let all = all(value);
+        [all.iter().copied().fold(f64::INFINITY, f64::min), all.iter().copied().fold(0.0, f64::max)]
+    };
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    Row {
+        way: way.name().to_owned(),
+        moves: of_way.len(),
+        total_ms: middle(&|sample| Some(ms(sample.total))),
+        total_ms_least_most: least_most(&|sample| Some(ms(sample.total))),
+        blackout_ms: if_any(&|sample| sample.blackout.map(ms)),
+        stall_ms: middle(&|sample| Some(ms(sample.stall))),
+        stall_ms_least_most: least_most(&|sample| Some(ms(sample.stall))),
+        lost_ms: middle(&|sample| Some(ms(sample.lost))),
+        fault_p50_us: if_any(&|sample| sample.fault_p50.map(|time| ms(time) * 1e3)),
+        waits: middle(&|sample| Some(sample.faults as f64)),
+        transferred_mib: if_any(&|sample| sample.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))),
+        host_a_cpu_ms: middle(&|sample| Some(ms(sample.hosts[0]))),
+        host_b_cpu_ms: middle(&|sample| Some(ms(sample.hosts[1]))),
+    }
+}
