@@ -41,10 +41,14 @@ fn order(at: &mut Qmp, command: &str, arguments: Value) -> Result<Value, BenchEr
     at.execute(command, arguments, Deadline::after(ANSWER)).map_err(qmp)
 }
 
-fn prepare(at: &mut Qmp, own: Own) -> Result<(), BenchError> {
-    let one = |name: &&str| json!({ "capability": name, "state": true });
+fn set_capabilities(at: &mut Qmp, own: Own, on: bool) -> Result<(), BenchError> {
+    let one = |name: &&str| json!({ "capability": name, "state": on });
     let capabilities: Vec<Value> = own.capabilities().iter().chain(&["events"]).map(one).collect();
-    order(at, "migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+    order(at, "migrate-set-capabilities", json!({ "capabilities": capabilities })).map(drop)
+}
+
+fn prepare(at: &mut Qmp, own: Own) -> Result<(), BenchError> {
+    set_capabilities(at, own, true)?;
     order(at, "migrate-set-parameters", json!({ "max-bandwidth": UNBOUNDED })).map(drop)
 }
 
@@ -85,6 +89,8 @@ pub fn migrate(own: Own, source: &mut Vm, destination: &mut Vm) -> Result<Moved,
     if ended.data.get("status").and_then(Value::as_str) != Some("completed") {
         return Err(BenchError::Refused { why: format!("QEMU's migration did not complete: {told}") });
     }
+    // It is the next one's source, which has a way of its own.
+    set_capabilities(&mut there, own, false)?;
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
     Ok(Moved {
         total,

@@ -7,7 +7,7 @@ use serde::Serialize;
 use std::time::Duration;
 
 /// One move.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Sample {
     pub total: Duration,
     pub blackout: Option<Duration>,
@@ -17,6 +17,8 @@ pub struct Sample {
     pub faults: u64,
     pub bytes: Option<u64>,
     pub hosts: [Duration; 2],
+    /// Why the guest was of no use afterwards.
+    pub lost_guest: Option<String>,
 }
 
 /// All moves by one way: medians, and the least and most of the total and the stall.
@@ -24,6 +26,7 @@ pub struct Sample {
 pub struct Row {
     pub way: String,
     pub moves: usize,
+    pub lost_guests: Vec<String>,
     pub total_ms: f64,
     pub total_ms_least_most: [f64; 2],
     pub blackout_ms: Option<f64>,
@@ -123,6 +126,15 @@ impl Report {
                 row.host_b_cpu_ms
             );
         }
+        for row in self.rows.iter().filter(|row| !row.lost_guests.is_empty()) {
+            println!(
+                "{}: {} of {} guests lost: {}",
+                row.way,
+                row.lost_guests.len(),
+                row.moves,
+                row.lost_guests.join("; ")
+            );
+        }
         for line in self.compared() {
             println!("{line}");
         }
@@ -159,15 +171,18 @@ fn row(way: Way, samples: &[(Way, Sample)]) -> Row {
         [all.iter().copied().fold(f64::INFINITY, f64::min), all.iter().copied().fold(0.0, f64::max)]
     };
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    let unless_lost = |sample: &Sample, time| sample.lost_guest.is_none().then(|| ms(time));
+    let stall = |sample: &Sample| unless_lost(sample, sample.stall);
     Row {
         way: way.name().to_owned(),
         moves: of_way.len(),
+        lost_guests: of_way.iter().filter_map(|sample| sample.lost_guest.clone()).collect(),
         total_ms: middle(&|sample| Some(ms(sample.total))),
         total_ms_least_most: least_most(&|sample| Some(ms(sample.total))),
         blackout_ms: if_any(&|sample| sample.blackout.map(ms)),
-        stall_ms: middle(&|sample| Some(ms(sample.stall))),
-        stall_ms_least_most: least_most(&|sample| Some(ms(sample.stall))),
-        lost_ms: middle(&|sample| Some(ms(sample.lost))),
+        stall_ms: middle(&stall),
+        stall_ms_least_most: least_most(&stall),
+        lost_ms: middle(&|sample| unless_lost(sample, sample.lost)),
         fault_p50_us: if_any(&|sample| sample.fault_p50.map(|time| ms(time) * 1e3)),
         waits: middle(&|sample| Some(sample.faults as f64)),
         transferred_mib: if_any(&|sample| sample.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20))),

@@ -143,6 +143,14 @@ impl RamFile {
         occupancy::data_extents(&self.fd, self.len as u64)
     }
 
+    /// As [`RamFile::occupancy`], where that has answered `before`. It costs by what was a hole then, where nothing was given up since
+    /// and nothing is reserved: a full file of 1 GiB takes 20 ms to be looked at, and no time to be looked at again. What was given up
+    /// and reserved again may be told as data; it reads as zeros.
+    pub fn occupancy_since(&self, before: &[Extent]) -> Result<Vec<Extent>, RegionError> {
+        let grown = occupancy::grown_extents(&self.fd, before, self.len as u64, self.allocated_bytes()?)?;
+        grown.map_or_else(|| self.occupancy(), Ok)
+    }
+
     /// Allocates (and zeroes, where they were holes) all frames through a mapping of its own. `progress` is told the bytes
     /// done so far, from several threads. A full file system or pool is an error, never a signal.
     pub fn preallocate(&self, threads: usize, progress: &(dyn Fn(u64) + Sync)) -> Result<(), RegionError> {
@@ -173,10 +181,14 @@ impl RamFile {
 
     /// Whether its file system holds every page of it, so that nobody who touches one needs room (or finds none, which is SIGBUS).
     pub fn is_whole(&self) -> Result<bool, RegionError> {
+        Ok(self.allocated_bytes()? >= self.len as u64)
+    }
+
+    fn allocated_bytes(&self) -> Result<u64, RegionError> {
         /// What st_blocks counts in, whatever the file system (inode(7)).
         const BLOCK: u64 = 512;
         let stat = fstat(&self.fd).map_err(RegionError::io("asking how much of guest RAM is allocated"))?;
-        Ok(stat.st_blocks as u64 * BLOCK >= self.len as u64)
+        Ok(stat.st_blocks as u64 * BLOCK)
     }
 
     /// Gives the frames of a range back (FALLOC_FL_PUNCH_HOLE): every mapping then finds a hole there.

@@ -45,6 +45,33 @@ pub(super) fn data_extents(file: impl AsFd, len: u64) -> Result<Vec<Extent>, Reg
     Ok(extents)
 }
 
+/// As [`data_extents`], where that was asked `before`: only what was a hole then is looked at, which takes no time where little was.
+/// `allocated` is how many bytes the file has. `None` where that is not what was found: something was given up since, or is
+/// reserved and holds no data, and all of it has to be looked at.
+pub(super) fn grown_extents(
+    file: impl AsFd,
+    before: &[Extent],
+    len: u64,
+    allocated: u64,
+) -> Result<Option<Vec<Extent>>, RegionError> {
+    let mut extents: Vec<Extent> = Vec::with_capacity(before.len());
+    let mut add = |extent: Extent| match extents.last_mut() {
+        Some(last) if last.offset + last.len == extent.offset => last.len += extent.len,
+        _ => extents.push(extent),
+    };
+    let (mut at, mut bytes) = (0, 0);
+    let end = Extent { offset: len, len: 0 };
+    for extent in before.iter().chain([&end]) {
+        let grown = if extent.offset > at { data_extents_in(&file, at..extent.offset)? } else { Vec::new() };
+        for extent in grown.into_iter().chain((extent.len > 0).then_some(*extent)) {
+            bytes += extent.len;
+            add(extent);
+        }
+        at = extent.offset + extent.len;
+    }
+    Ok((bytes == allocated).then_some(extents))
+}
+
 fn reopened(file: impl AsFd) -> Option<OwnedFd> {
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
@@ -84,6 +111,7 @@ mod tests {
     use super::*;
     use crate::PageSize;
     use crate::region::RamFile;
+    use proptest::prelude::*;
 
     #[test]
     fn several_threads_find_what_one_finds() {
@@ -102,5 +130,57 @@ mod tests {
         let whole = data_extents_in(&file, 0..len as u64).unwrap();
         assert_eq!(data_extents(&file, len as u64).unwrap(), whole);
         assert!(whole.len() > 100);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn what_is_found_since_an_earlier_look_lacks_nothing_that_a_whole_look_finds_and_more_only_where_zeros_are(
+            early in prop::collection::vec(0..64_usize, 0..40),
+            late in prop::collection::vec((0..64_usize, 0..4_u8), 0..40),
+        ) {
+            let file = RamFile::memfd("grown", 64 << 12, PageSize::Small).unwrap();
+            let mapping = file.map().unwrap();
+            early.iter().for_each(|page| mapping.write(page << 12, &[1]));
+            let before = file.occupancy().unwrap();
+            for (page, what) in late {
+                let extent = Extent { offset: (page as u64) << 12, len: 4096 };
+                match what {
+                    0 => file.punch(extent).unwrap(),
+                    1 => file.reserve(extent).unwrap(),
+                    _ => mapping.write(page << 12, &[2]),
+                }
+            }
+            let pages = |extents: Vec<Extent>| {
+                prop_assert!(extents.windows(2).all(|pair| pair[0].offset + pair[0].len < pair[1].offset));
+                let pages = extents.iter().flat_map(|extent| extent.offset >> 12..(extent.offset + extent.len) >> 12);
+                Ok(pages.collect::<Vec<u64>>())
+            };
+            let since = pages(file.occupancy_since(&before).unwrap())?;
+            let whole = pages(file.occupancy().unwrap())?;
+            prop_assert!(whole.iter().all(|page| since.contains(page)), "{:?} lacks some of {:?}", since, whole);
+            for page in since.into_iter().filter(|page| !whole.contains(page)) {
+                let mut bytes = [1; 4096];
+                mapping.read((page as usize) << 12, &mut bytes);
+                prop_assert_eq!(bytes, [0; 4096]);
+            }
+        }
+    }
+
+    #[test]
+    fn what_only_grew_is_found_without_another_look_at_the_rest() {
+        let file = RamFile::memfd("grown", 64 << 12, PageSize::Small).unwrap();
+        let mapping = file.map().unwrap();
+        (8..40).for_each(|page| mapping.write(page << 12, &[1]));
+        let before = file.occupancy().unwrap();
+        [0, 7, 40, 41, 63].iter().for_each(|page| mapping.write(page << 12, &[1]));
+        let (len, page) = (64 << 12, 4096);
+        let grown = grown_extents(&file, &before, len, 37 * page).unwrap().expect("nothing was given up");
+        let extent = |first: u64, pages: u64| Extent { offset: first * page, len: pages * page };
+        assert_eq!(grown, [extent(0, 1), extent(7, 35), extent(63, 1)]);
+        // Given up where it was data: only the number of bytes tells.
+        file.punch(extent(20, 1)).unwrap();
+        assert_eq!(grown_extents(&file, &before, len, 36 * page).unwrap(), None);
     }
 }

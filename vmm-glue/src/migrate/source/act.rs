@@ -155,9 +155,10 @@ impl Source<'_> {
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();
         let live = self.live.as_mut().ok_or(SessionError::Broken)?;
-        for (block, &(_, key)) in self.guest.memory().iter().zip(&live.ram) {
+        for (index, (block, &(_, key))) in self.guest.memory().iter().zip(&live.ram).enumerate() {
             // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
-            let extents = block.file.occupancy()?;
+            let before = live.occupied.get(index).map_or(&[][..], Vec::as_slice);
+            let extents = block.file.occupancy_since(before)?;
             live.owner.extend_read(key, &extents)?;
             let classes = RegionClasses::from_occupancy(block.id, block.file.len() as u64, block.page_size, &extents);
             peer_frames += classes.frames(PageClass::Peer);

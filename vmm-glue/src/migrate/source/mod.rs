@@ -30,7 +30,7 @@ use belay_checkpoint::ownership::source::{Action, Event, State, restart, step};
 use belay_checkpoint::ring::{RingError, RingReader, SpoolError};
 use belay_transport::fabric::{FabricError, Owner, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
-use belay_transport::region::{Mapping, RegionError};
+use belay_transport::region::{Extent, Mapping, RegionError};
 use belay_transport::session::{Address, Control, LaneDialer, SessionConfig, SessionError, SourceSession};
 use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -155,6 +155,8 @@ struct Live {
     registrations: Registrations,
     placement: Placement,
     ram: Vec<(RegionId, ReadKey)>,
+    /// What of each region held data when that was last asked.
+    occupied: Vec<Vec<Extent>>,
     ring: Arc<Mapping>,
     owner_region: Arc<Mapping>,
     nonce: u64,

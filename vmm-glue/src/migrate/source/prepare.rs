@@ -87,7 +87,9 @@ pub(super) fn prepare(
     // What the guest has populated or given up meanwhile, while it still runs: the same at the switch then finds little to do.
     let again = Instant::now();
     for (block, &(_, key)) in guest.memory().iter().zip(&live.ram) {
-        live.owner.extend_read(key, &block.file.occupancy()?)?;
+        let extents = block.file.occupancy()?;
+        live.owner.extend_read(key, &extents)?;
+        live.occupied.push(extents);
     }
     if let Some(registered) = live.registrations.take(again.elapsed()) {
         observer.note(Some(&prepared), registered);
@@ -160,6 +162,7 @@ impl Exported {
             registrations,
             placement,
             ram,
+            occupied: Vec::new(),
             ring,
             owner_region,
             nonce,
