@@ -64,6 +64,9 @@ struct Shared {
     /// Woken to stop.
     parked: Condvar,
     stop: AtomicBool,
+    held: AtomicBool,
+    /// Taken while a segment is.
+    turn: Mutex<()>,
     granting: AtomicBool,
     counter: AtomicU64,
     changed_at_ns: AtomicU64,
@@ -112,6 +115,8 @@ impl Folder {
             changed: Condvar::new(),
             parked: Condvar::new(),
             stop: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            turn: Mutex::new(()),
             granting: AtomicBool::new(config.granting),
             counter: AtomicU64::new(counter),
             changed_at_ns: AtomicU64::new(now),
@@ -139,6 +144,12 @@ impl Folder {
     /// Stops granting leases (or grants them again). Heartbeats are still listened to.
     pub fn set_granting(&self, granting: bool) {
         self.shared.granting.store(granting, Ordering::Release);
+    }
+
+    /// Stops taking anything out of the ring (or goes on). When this returns nothing is being folded; heartbeats are still answered.
+    pub fn hold(&self, held: bool) {
+        self.shared.held.store(held, Ordering::Release);
+        drop(self.shared.turn.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until `epoch` is folded, folding has failed or `deadline` has passed; where folding stands then.
@@ -196,7 +207,7 @@ impl Work {
         let mut failed = false;
         while !self.shared.stop.load(Ordering::Acquire) {
             listen(&self.ring, &self.owner, &self.shared, self.config.lease);
-            match if failed { Ok(false) } else { self.step() } {
+            match if failed { Ok(false) } else { self.turn() } {
                 Ok(true) => {}
                 Ok(false) => self.park(),
                 Err(error) => {
@@ -209,6 +220,12 @@ impl Work {
             }
         }
         (self.reader, self.state)
+    }
+
+    fn turn(&mut self) -> Result<bool, FoldError> {
+        let shared = Arc::clone(&self.shared);
+        let _turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.held.load(Ordering::Acquire) { Ok(false) } else { self.step() }
     }
 
     /// Takes one segment, and folds if it completes a record; whether there was one.
@@ -232,6 +249,7 @@ impl Work {
             reached("fold-done");
             self.reader.clear();
             self.owner.set_folded(self.state.epoch());
+            self.owner.set_applied(self.state.epoch());
             let mut status = self.shared.status();
             status.folded = self.state.epoch();
             status.folded_pages = self.state.folded_pages();
