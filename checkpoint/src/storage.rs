@@ -40,6 +40,9 @@ pub trait Storage: fmt::Debug + Send + Sync {
     /// and then.
     fn apply(&self, writes: &[u8], between: &mut dyn FnMut()) -> Result<(), GuestError>;
 
+    /// Source, before the destination is shut out: whether the images can be written, so that a catch will not fail by them.
+    fn check(&self) -> Result<(), GuestError>;
+
     /// Source, before a release is written down: nothing here writes the images any more.
     fn give_up(&self) -> Result<(), GuestError>;
 

@@ -45,7 +45,9 @@ fn machine(linux: Linux) -> Machine {
 fn receive(place: &Place, folder: &Path, machine: &Machine) -> (Process, String) {
     let (state_dir, hand, program) = (place.text("there"), folder.join("there.hand").display().to_string(), qemu());
     let arguments = machine.arguments(folder, "there");
+    let run_dir = place.text("run");
     let mut words = vec!["receive", "--json", "--listen", "127.0.0.1:0", "--state-dir", &state_dir];
+    words.extend(["--run-dir", &run_dir, "--name", "there"]);
     words.extend(["qemu", "--disk", &hand, "--", &program]);
     words.extend(arguments.iter().map(String::as_str));
     let mut destination = place.belay(&words);
@@ -63,14 +65,14 @@ fn send(place: &Place, folder: &Path, to: &str, socket: &Path, more: &[&str]) ->
 }
 
 /// Moves a guest, lets `strike` hit its destination, and sees the guest check its disk at home.
-fn survives(strike: impl Fn(&mut Process)) {
+fn survives(strike: impl Fn(&mut Process, &mut Process)) {
     if no_qemu() {
         return;
     }
     let Some(linux) = Linux::here() else { return };
     let (place, folder) = (Place::new(), qemu_guest::shared_memory());
     let machine = machine(linux);
-    let shared = Shared::new(&place, folder.path());
+    let mut shared = Shared::new(&place, folder.path());
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
     source.console.wait_until_booted();
     source.console.wait_for_disk(1);
@@ -84,7 +86,7 @@ fn survives(strike: impl Fn(&mut Process)) {
     let mut second = relay(&place, folder.path(), &shared.image, "second", &[]);
     assert_eq!(second.end(), 1, "{}", second.story());
     assert!(second.story().contains("somebody else writes"), "{}", second.story());
-    strike(&mut destination);
+    strike(&mut destination, &mut shared.there);
     sender.wait_for_event("caught");
     Console(folder.path().join("here-console.standby")).wait_for_disk(3);
     assert_eq!(sender.end(), 10, "{}", sender.story());
@@ -101,17 +103,17 @@ fn qemu_of(destination: &Process) -> i32 {
 
 #[test]
 fn p3_every_sector_is_of_its_generation_after_the_destinations_qemu_was_killed() {
-    survives(|destination| kill(qemu_of(destination), libc::SIGKILL));
+    survives(|destination, _| kill(qemu_of(destination), libc::SIGKILL));
 }
 
 #[test]
 fn p3_every_sector_is_of_its_generation_after_the_destinations_belay_was_killed() {
-    survives(|destination| destination.signal(libc::SIGKILL));
+    survives(|destination, _| destination.signal(libc::SIGKILL));
 }
 
 #[test]
 fn p3_every_sector_is_of_its_generation_after_both_were_killed() {
-    survives(|destination| {
+    survives(|destination, _| {
         let qemu = qemu_of(destination);
         destination.signal(libc::SIGKILL);
         kill(qemu, libc::SIGKILL);
@@ -153,6 +155,45 @@ fn moves(more: &[&str]) {
     console.wait_for_disk(4);
     let image = fs::read(&shared.image).expect("the image");
     assert!(image[..SECTORS * 512].iter().filter(|&&byte| byte != 0).count() > SECTORS * 256, "it is in the image");
+}
+
+#[test]
+fn p9_a_source_whose_disk_relay_is_killed_says_so_and_leaves_the_guest_where_it_is_whole() {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here() else { return };
+    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    let machine = machine(linux);
+    let mut shared = Shared::new(&place, folder.path());
+    let source = Qemu::start(&place, folder.path(), &machine, "here");
+    source.console.wait_until_booted();
+    source.console.wait_for_disk(1);
+    let (mut destination, to) = receive(&place, folder.path(), &machine);
+    let mut sender = send(&place, folder.path(), &to, &source.socket, &["--release", "never", "--period", "100ms"]);
+    destination.wait_for_event("all-landed");
+    let console = Console(folder.path().join("there-console"));
+    console.wait_for_disk(2);
+    shared.here.crash();
+    let told = sender.wait_for_event("failed");
+    assert!(told["what"].as_str().is_some_and(|what| what.contains("disk relay")), "{told}");
+    // The source takes nothing back that it could not have whole.
+    sender.signal(libc::SIGINT);
+    sender.wait_for_state("cannot-revoke");
+    sender.crash();
+    destination.wait_for_state("fenced");
+    let rounds = console.disk_rounds();
+    let mut promoted =
+        place.belay(&["promote", "there", "--i-know-the-source-is-gone", "--run-dir", &place.text("run")]);
+    assert_eq!(promoted.end(), 0, "{}", promoted.story());
+    assert_eq!(destination.end(), 0, "{}", destination.story());
+    shared.there.wait_for("the image is its host's", |event| event["event"] == "relay" && event["gate"] == "open");
+    console.wait_for_disk(rounds + 2);
+}
+
+#[test]
+fn p3_a_destination_whose_disk_relay_is_killed_gives_the_guest_back_at_its_last_commit() {
+    survives(|_, there| there.crash());
 }
 
 #[test]

@@ -13,6 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Until a disk's image that could not be written is tried again.
+const DISK_AGAIN: Duration = Duration::from_millis(200);
+
 /// How the folder behaves.
 #[derive(Debug, Clone, Copy)]
 pub struct FoldConfig {
@@ -55,6 +58,8 @@ pub struct FoldStatus {
     pub consumed: u64,
     /// Why it stopped by itself, if it did.
     pub failed: Option<FoldError>,
+    /// Why a disk's image cannot be written at the moment: the epoch waits, and is tried again and again.
+    pub stuck: Option<FoldError>,
 }
 
 #[derive(Debug)]
@@ -109,6 +114,7 @@ impl Folder {
             folded_pages: state.folded_pages(),
             consumed: reader.consumed(),
             failed: None,
+            stuck: None,
         };
         let shared = Arc::new(Shared {
             status: Mutex::new(status),
@@ -122,7 +128,7 @@ impl Folder {
             changed_at_ns: AtomicU64::new(now),
             looked_at_ns: AtomicU64::new(now),
         });
-        let work = Work { config, ring, owner, reader, state, shared: shared.clone() };
+        let work = Work { config, ring, owner, reader, state, shared: shared.clone(), again: None };
         let thread = std::thread::Builder::new().name("belay-fold".into()).spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -200,6 +206,8 @@ struct Work {
     reader: RingReader,
     state: FoldState,
     shared: Arc<Shared>,
+    /// When an image that could not be written is tried again.
+    again: Option<Instant>,
 }
 
 impl Work {
@@ -210,6 +218,11 @@ impl Work {
             match if failed { Ok(false) } else { self.turn() } {
                 Ok(true) => {}
                 Ok(false) => self.park(),
+                Err(error @ FoldError::Disk { .. }) => {
+                    // Storage fills up and is given room again. Its record is complete, and the next step brings it again.
+                    self.again = Some(Instant::now() + DISK_AGAIN);
+                    self.shared.status().stuck = Some(error);
+                }
                 Err(error) => {
                     // Heartbeats are still answered: who runs the guest is decided above, from what this status says.
                     failed = true;
@@ -225,7 +238,8 @@ impl Work {
     fn turn(&mut self) -> Result<bool, FoldError> {
         let shared = Arc::clone(&self.shared);
         let _turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if shared.held.load(Ordering::Acquire) { Ok(false) } else { self.step() }
+        let waits = self.again.is_some_and(|again| Instant::now() < again);
+        if waits || shared.held.load(Ordering::Acquire) { Ok(false) } else { self.step() }
     }
 
     /// Takes one segment, and folds if it completes a record; whether there was one.
@@ -252,6 +266,7 @@ impl Work {
             self.owner.set_applied(self.state.epoch());
             let mut status = self.shared.status();
             status.folded = self.state.epoch();
+            status.stuck = None;
             status.folded_pages = self.state.folded_pages();
             self.shared.changed.notify_all();
         }

@@ -341,6 +341,10 @@ impl Storage for Disks {
         Ok(())
     }
 
+    fn check(&self) -> Result<(), crate::guest::GuestError> {
+        Ok(())
+    }
+
     fn give_up(&self) -> Result<(), crate::guest::GuestError> {
         Ok(())
     }

@@ -311,13 +311,18 @@ impl Console {
         whole.lines().filter_map(number).collect()
     }
 
+    /// How often it has found all its disk as it must be. Fails if it once was not.
+    pub fn disk_rounds(&self) -> usize {
+        self.ticks();
+        let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
+        text.lines().filter(|line| line.starts_with("disk ")).count()
+    }
+
     /// Waits until it has found all its disk as it must be, so often. Fails if it is not.
     pub fn wait_for_disk(&self, rounds: usize) {
         let end = Instant::now() + BOOTED;
         loop {
-            self.ticks();
-            let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
-            let seen = text.lines().filter(|line| line.starts_with("disk ")).count();
+            let seen = self.disk_rounds();
             if seen >= rounds {
                 return;
             }

@@ -123,6 +123,11 @@ impl Storage for Disks {
         hand.apply(writes, Deadline::after(APPLY), between).map_err(failed)
     }
 
+    fn check(&self) -> Result<(), GuestError> {
+        let flush = |hand: &Hand| log::encode(&hand.known.name, hand.known.disk_bytes, &[log::Entry::Flush]);
+        self.each(|hand| hand.apply(&flush(hand), Deadline::after(STORAGE), &mut || ()))
+    }
+
     fn give_up(&self) -> Result<(), GuestError> {
         self.each(|hand| hand.give_up(Deadline::after(STORAGE)))
     }

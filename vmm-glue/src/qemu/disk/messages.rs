@@ -171,17 +171,17 @@ impl<'a> FromRelay<'a> {
     pub(super) fn encode(&self) -> Vec<u8> {
         match *self {
             Self::Attached { version, disk_bytes, name, socket, guests } => {
-                let mut bytes = [&[b'a'], &version.to_be_bytes()[..], &disk_bytes.to_be_bytes()].concat();
+                let mut bytes = [&b"a"[..], &version.to_be_bytes()[..], &disk_bytes.to_be_bytes()].concat();
                 text(&mut bytes, name);
                 text(&mut bytes, socket);
                 bytes.extend_from_slice(guests);
                 bytes
             }
-            Self::Refused(why) => [&[b'x'], why.as_bytes()].concat(),
-            Self::Chunk(log) => [&[b'c'], log].concat(),
+            Self::Refused(why) => [&b"x"[..], why.as_bytes()].concat(),
+            Self::Chunk(log) => [&b"c"[..], log].concat(),
             Self::Settled { flushed } => vec![b's', u8::from(flushed)],
             Self::Done => vec![b'd'],
-            Self::Failed(why) => [&[b'f'], why.as_bytes()].concat(),
+            Self::Failed(why) => [&b"f"[..], why.as_bytes()].concat(),
         }
     }
 
