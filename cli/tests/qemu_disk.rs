@@ -7,6 +7,7 @@ use qemu_guest::{Console, Linux, Machine, Qemu, no_qemu, qemu};
 use running::{Place, Process, kill};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 const SECTORS: usize = 256;
 
@@ -86,8 +87,10 @@ fn survives(strike: impl Fn(&mut Process, &mut Process)) {
     let mut second = relay(&place, folder.path(), &shared.image, "second", &[]);
     assert_eq!(second.end(), 1, "{}", second.story());
     assert!(second.story().contains("somebody else writes"), "{}", second.story());
+    let begun = Instant::now();
     strike(&mut destination, &mut shared.there);
     sender.wait_for_event("caught");
+    println!("{} ms from the strike until the guest was caught", begun.elapsed().as_millis());
     Console(folder.path().join("here-console.standby")).wait_for_disk(3);
     assert_eq!(sender.end(), 10, "{}", sender.story());
     source.wait();
