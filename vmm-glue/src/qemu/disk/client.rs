@@ -2,6 +2,7 @@
 
 use super::log::MOST_WRITE_BYTES;
 use super::nbd::{Command, Failure, NbdError, REQUEST_BYTES, Request, reply, shake_hands};
+use super::overlay::Overlay;
 use super::server::{Core, Mode, Shared, told_to_guest};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{Read, Write};
@@ -86,7 +87,7 @@ fn read(shared: &Shared, stream: &UnixStream, request: &Request) -> Result<Vec<u
         }
         // What lies over the image first: what is not there now has been in the image before now.
         Mode::Covered(covered) => covered.overlay.read(request.offset, &mut bytes),
-        Mode::Waiting => vec![request.offset..request.offset + bytes.len() as u64],
+        Mode::Waiting => Overlay::default().read(request.offset, &mut bytes),
     };
     drop(core);
     for hole in holes {

@@ -274,7 +274,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn become_(&self, core: &mut Core, mode: Mode, why: &str) {
+    fn turn_into(&self, core: &mut Core, mode: Mode, why: &str) {
         core.mode = mode;
         (self.told)(core.place(), why);
         self.changed.notify_all();
@@ -306,7 +306,7 @@ impl Shared {
             }
         }
         core.writer = Some(guest);
-        self.become_(core, Mode::Covered(Covered::default()), "a guest is expected");
+        self.turn_into(core, Mode::Covered(Covered::default()), "a guest is expected");
         Ok(())
     }
 
@@ -319,12 +319,12 @@ impl Shared {
                     core.mode = Mode::Open(image);
                     return Err(format!("cannot flush the image: {error}"));
                 }
-                self.become_(core, Mode::Away(image), "the guest leaves");
+                self.turn_into(core, Mode::Away(image), "the guest leaves");
             }
             // It was given up for a release that did not come about.
             Mode::Waiting => {
                 let image = self.writer().map_err(|error| error.to_string())?;
-                self.become_(core, Mode::Away(image), "the image is this host's again");
+                self.turn_into(core, Mode::Away(image), "the image is this host's again");
             }
             Mode::Covered(covered) => {
                 core.mode = Mode::Covered(covered);
@@ -359,7 +359,7 @@ impl Shared {
         match std::mem::replace(&mut core.mode, Mode::Waiting) {
             Mode::Open(image) | Mode::Away(image) => {
                 core.writer = Some(guest);
-                self.become_(core, Mode::Open(image), "the guest runs here");
+                self.turn_into(core, Mode::Open(image), "the guest runs here");
                 Ok(())
             }
             other => {
@@ -375,7 +375,7 @@ impl Shared {
             Mode::Waiting => {}
             Mode::Away(image) => {
                 image.sync().map_err(|error| format!("cannot flush the image: {error}"))?;
-                self.become_(core, Mode::Waiting, "the guest is another host's");
+                self.turn_into(core, Mode::Waiting, "the guest is another host's");
             }
             Mode::Open(_) | Mode::Covered(_) => return Err("the guest has not left".to_owned()),
         }
@@ -407,7 +407,7 @@ impl Shared {
         });
         match image.apply(parts) {
             Ok(()) => {
-                self.become_(core, Mode::Open(image), "the guest is this host's own, and so is the image");
+                self.turn_into(core, Mode::Open(image), "the guest is this host's own, and so is the image");
                 Ok(())
             }
             Err(error) => {
@@ -421,7 +421,7 @@ impl Shared {
     /// Nobody needs what a guest wrote that is not to be this host's.
     pub(super) fn let_go(&self, core: &mut Core) {
         if matches!(&core.mode, Mode::Covered(covered) if covered.own.is_none()) {
-            self.become_(core, Mode::Waiting, "the guest is not this host's");
+            self.turn_into(core, Mode::Waiting, "the guest is not this host's");
         }
     }
 

@@ -30,8 +30,10 @@ struct Running {
     hand: PathBuf,
     stop: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
-    places: Arc<(Mutex<Vec<(Place, String)>>, Condvar)>,
+    places: Arc<Places>,
 }
+
+type Places = (Mutex<Vec<(Place, String)>>, Condvar);
 
 impl Running {
     fn start(folder: &Path, name: &str, incoming: bool) -> Self {
@@ -40,7 +42,7 @@ impl Running {
 
     fn try_start(folder: &Path, name: &str, incoming: bool) -> Result<Self, crate::qemu::relay::RelayError> {
         let (guest, hand) = (folder.join(format!("{name}.nbd")), folder.join(format!("{name}.hand")));
-        let places: Arc<(Mutex<Vec<_>>, Condvar)> = Arc::default();
+        let places: Arc<Places> = Arc::default();
         let heard = Arc::clone(&places);
         let told: Told = Box::new(move |place, why| {
             heard.0.lock().unwrap().push((place, why.to_owned()));
