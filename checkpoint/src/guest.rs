@@ -1,6 +1,7 @@
 //! What a VMM must give so that its guest can be moved, tethered and caught.
 
 use crate::dirty::DirtySet;
+use crate::storage::Storage;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize, RegionId};
 use serde::{Deserialize, Serialize};
@@ -62,6 +63,11 @@ pub trait Guest: Send {
     /// Whether the guest stops emitting by itself while its [`PacketSink`] has no room. One that does not is stopped by the tether.
     fn parks_itself(&self) -> bool {
         true
+    }
+
+    /// Its writable disks, where their images are kept apart from what it writes ([`crate::storage`]).
+    fn storage(&self) -> Option<Arc<dyn Storage>> {
+        None
     }
 
     /// Pages that user-space devices wrote since the last call, where the tracker does not see them. Only while paused.

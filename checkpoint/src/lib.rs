@@ -19,6 +19,7 @@ pub mod policy;
 pub mod record;
 pub mod ring;
 pub mod staging;
+pub mod storage;
 #[cfg(test)]
 mod testing;
 pub mod tracker;

@@ -3,6 +3,7 @@
 //! Rules of this room:
 //! * Under `commit` a packet leaves only when the epoch it was emitted in has committed (P4). Under `lease` it leaves at once, but the
 //!   lease is asked at **every** emission.
+//! * Where the guest flushed a disk, what it emitted in that epoch and later leaves once the source has made its disk writes durable.
 //! * Packets leave in the order of their sequence numbers, each until the emitter has taken it: a failed emission is tried again,
 //!   whole, for ever. Nothing is dropped and nothing overtakes.
 //! * What is held is bounded (P7): at the bound [`PacketSink::has_room`] says no and vCPUs park; they hear of new room.
@@ -127,14 +128,26 @@ struct State {
     delays: Histogram<u64>,
     held_bytes: u64,
     cleared: usize,
-    /// Epochs closed and not committed, with their number of packets.
-    closed: VecDeque<(Epoch, usize)>,
+    /// Epochs whose output may not leave yet.
+    closed: VecDeque<Closed>,
+    /// Newest epochs that have committed, and whose disk writes the source has made durable.
+    committed: Epoch,
+    applied: Epoch,
     /// The emitting thread is inside [`Emitter::send`] with a copy of `held`'s first packet.
     sending: bool,
     released_up_to: Option<u64>,
     facts_sent: u64,
     failures: u64,
     last_failure: Option<String>,
+}
+
+/// An epoch that was closed.
+#[derive(Debug, Clone, Copy)]
+struct Closed {
+    epoch: Epoch,
+    packets: usize,
+    /// The newest epoch up to here in which the guest flushed a disk: what follows shows that it did.
+    flushed: Epoch,
 }
 
 type RoomCallback = Box<dyn Fn() + Send + Sync>;
@@ -182,6 +195,8 @@ impl Outbox {
             held_bytes: 0,
             cleared: 0,
             closed: VecDeque::new(),
+            committed: Epoch(0),
+            applied: Epoch(0),
             sending: false,
             released_up_to: None,
             facts_sent: 0,
@@ -216,31 +231,38 @@ impl Outbox {
     }
 
     /// Closes the open epoch under the name `epoch` and returns the output that its record must carry: under `commit` all that was
-    /// emitted in it, otherwise all that has not left yet. Guest paused.
-    pub fn close_epoch(&self, epoch: Epoch) -> Vec<Packet> {
+    /// emitted in it, otherwise all that has not left yet. `flushed`: the guest flushed a disk in it, so its output also waits for
+    /// [`Outbox::applied`]. Guest paused.
+    pub fn close_epoch(&self, epoch: Epoch, flushed: bool) -> Vec<Packet> {
         let mut state = self.shared.lock();
         if !matches!(state.gate, Gate::Commit) {
             return state.held.iter().cloned().collect();
         }
-        if let Some(&(last, _)) = state.closed.back() {
+        let last = state.closed.back().copied();
+        if let Some(Closed { epoch: last, .. }) = last {
             assert!(last < epoch, "{epoch} is closed after {last}");
         }
         let first = state.first_open();
         let packets: Vec<Packet> = state.held.range(first..).cloned().collect();
-        state.closed.push_back((epoch, packets.len()));
+        let flushed = if flushed { epoch } else { last.map_or(Epoch(0), |last| last.flushed) };
+        state.closed.push_back(Closed { epoch, packets: packets.len(), flushed });
         packets
     }
 
     /// `epoch` and all before it have committed: their output may leave.
     pub fn committed(&self, epoch: Epoch) {
         let mut state = self.shared.lock();
-        while let Some(&(closed, packets)) = state.closed.front() {
-            if closed > epoch {
-                break;
-            }
-            state.closed.pop_front();
-            state.cleared += packets;
-        }
+        state.committed = state.committed.max(epoch);
+        state.clear();
+        drop(state);
+        self.shared.work.notify_all();
+    }
+
+    /// What the guest did to its disks up to `epoch` is durable in their images.
+    pub fn applied(&self, epoch: Epoch) {
+        let mut state = self.shared.lock();
+        state.applied = state.applied.max(epoch);
+        state.clear();
         drop(state);
         self.shared.work.notify_all();
     }
@@ -249,7 +271,8 @@ impl Outbox {
     /// closed later never committed: it is part of the open epoch again, whose record then carries it.
     pub fn reopen_epochs(&self, committed: Epoch) {
         self.committed(committed);
-        self.shared.lock().closed.clear();
+        // What has committed may still wait for its disk writes.
+        self.shared.lock().closed.retain(|closed| closed.epoch <= committed);
     }
 
     /// Another session brings another lease. Without effect unless output leaves by lease.
@@ -387,8 +410,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl State {
     /// Index of the first packet of the open epoch. The one that is being sent is never overtaken, whatever the gate.
     fn first_open(&self) -> usize {
-        let closed: usize = self.closed.iter().map(|&(_, packets)| packets).sum();
+        let closed: usize = self.closed.iter().map(|closed| closed.packets).sum();
         (self.cleared + closed).max(usize::from(self.sending))
+    }
+
+    /// Clears what may leave by now.
+    fn clear(&mut self) {
+        while let Some(closed) = self.closed.front().copied() {
+            if closed.epoch > self.committed || closed.flushed > self.applied {
+                break;
+            }
+            self.closed.pop_front();
+            self.cleared += closed.packets;
+        }
     }
 
     fn has_room(&self, bounds: Bounds) -> bool {

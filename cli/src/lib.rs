@@ -5,6 +5,7 @@
 mod check;
 mod demo;
 mod descriptors;
+mod disk;
 mod exit;
 mod fabric;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -90,6 +91,8 @@ enum Command {
     Observe(observe::ObserveArgs),
     /// Stand between a QEMU guest's network card and the world
     Relay(relay::RelayArgs),
+    /// Stand between a QEMU guest's writable disk and its image
+    Disk(disk::DiskArgs),
     /// Judge a run of two hosts by what each wrote down and what an observer saw
     Judge(judge::JudgeArgs),
     /// Break seeded migrations in known places and judge what becomes of each
@@ -133,6 +136,7 @@ pub fn main() -> ExitCode {
         Command::Man(args) => manual::man(&args),
         Command::Observe(args) => observe::run(args),
         Command::Relay(args) => relay::run(args),
+        Command::Disk(args) => disk::run(args),
         Command::Judge(args) => judge::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::Vmm(args) => vmm::run(args),

@@ -44,7 +44,7 @@ pub fn run(args: RelayArgs) -> Exit {
                     "A tap device needs CAP_NET_ADMIN, or one that was made for this user: `ip tuntap add NAME mode tap user USER`."
                 }
                 RelayError::Served { .. } => "End that one first, or choose another path.",
-                RelayError::Listen { .. } | RelayError::Io { .. } => "Nothing was changed.",
+                RelayError::Listen { .. } | RelayError::Image(_) | RelayError::Io { .. } => "Nothing was changed.",
             };
             report::failed(&observer, &error, advice);
             return report::ended(&observer, Exit::Failed);

@@ -5,6 +5,7 @@
 //! time the way there and back took is on the safe side. CLOCK_BOOTTIME of this host only; clocks are never compared.
 
 use crate::fold::boottime_ns;
+use crate::guest::Epoch;
 use crate::outbox::LeaseClock;
 use crate::ring::{HEARTBEAT_OFFSET, Mailbox, OwnerWords, PULSE_OFFSET, fetch_words, make_room};
 use belay_transport::Deadline;
@@ -69,11 +70,14 @@ impl LeaseClock for LeaseEnd {
     }
 }
 
-#[derive(Debug)]
+type Listener = Box<dyn Fn(Epoch) + Send>;
+
 struct Shared {
     state: Mutex<(bool, HeartbeatStatus)>,
     changed: Condvar,
     lease: Arc<LeaseEnd>,
+    /// Who hears of disk writes that are durable, and what was told last.
+    applied: Mutex<Option<(Listener, Option<Epoch>)>>,
 }
 
 impl Shared {
@@ -83,7 +87,6 @@ impl Shared {
 }
 
 /// The running heartbeat. Stops when dropped.
-#[derive(Debug)]
 pub struct Heartbeat {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -98,8 +101,12 @@ impl Heartbeat {
         config: HeartbeatConfig,
     ) -> std::io::Result<Self> {
         let status = HeartbeatStatus { counter: 0, granted: 0, words: None, failed: None };
-        let shared =
-            Arc::new(Shared { state: Mutex::new((false, status)), changed: Condvar::new(), lease: Arc::default() });
+        let shared = Arc::new(Shared {
+            state: Mutex::new((false, status)),
+            changed: Condvar::new(),
+            lease: Arc::default(),
+            applied: Mutex::new(None),
+        });
         let mut beating = Beating {
             lane,
             keys,
@@ -123,6 +130,12 @@ impl Heartbeat {
     /// When the lease ends, in ns of CLOCK_BOOTTIME; 0 before the first grant.
     pub fn lease_ends_at_ns(&self) -> u64 {
         self.shared.lease.0.load(Ordering::Acquire)
+    }
+
+    /// Has `hear` called with the newest epoch whose disk writes the source has made durable, whenever that is another one; on the
+    /// heartbeat's thread, which it must not hold up.
+    pub fn on_applied(&self, hear: impl Fn(Epoch) + Send + 'static) {
+        *self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner) = Some((Box::new(hear), None));
     }
 
     /// How it stands.
@@ -197,6 +210,13 @@ impl Beating {
                 return Err(HeartbeatError::GrantFromTheFuture { granted, counter });
             }
             self.renew(granted, lease);
+        }
+        if let (Some(now), Some((hear, told))) =
+            (words.applied, &mut *self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner))
+            && *told != Some(now)
+        {
+            hear(now);
+            *told = Some(now);
         }
         let mut state = self.shared.lock();
         state.1.counter = counter;

@@ -138,6 +138,7 @@ impl Tether {
             sizes,
             device_state: Vec::new(),
             output: Vec::new(),
+            disk_writes: Vec::new(),
             facts: EpochFacts::default(),
             closed_at: Instant::now(),
             tries: 0,

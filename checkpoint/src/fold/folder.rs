@@ -13,6 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Until a disk's image that could not be written is tried again.
+const DISK_AGAIN: Duration = Duration::from_millis(200);
+
 /// How the folder behaves.
 #[derive(Debug, Clone, Copy)]
 pub struct FoldConfig {
@@ -55,6 +58,8 @@ pub struct FoldStatus {
     pub consumed: u64,
     /// Why it stopped by itself, if it did.
     pub failed: Option<FoldError>,
+    /// Why a disk's image cannot be written at the moment: the epoch waits, and is tried again and again.
+    pub stuck: Option<FoldError>,
 }
 
 #[derive(Debug)]
@@ -64,6 +69,9 @@ struct Shared {
     /// Woken to stop.
     parked: Condvar,
     stop: AtomicBool,
+    held: AtomicBool,
+    /// Taken while a segment is.
+    turn: Mutex<()>,
     granting: AtomicBool,
     counter: AtomicU64,
     changed_at_ns: AtomicU64,
@@ -106,18 +114,21 @@ impl Folder {
             folded_pages: state.folded_pages(),
             consumed: reader.consumed(),
             failed: None,
+            stuck: None,
         };
         let shared = Arc::new(Shared {
             status: Mutex::new(status),
             changed: Condvar::new(),
             parked: Condvar::new(),
             stop: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            turn: Mutex::new(()),
             granting: AtomicBool::new(config.granting),
             counter: AtomicU64::new(counter),
             changed_at_ns: AtomicU64::new(now),
             looked_at_ns: AtomicU64::new(now),
         });
-        let work = Work { config, ring, owner, reader, state, shared: shared.clone() };
+        let work = Work { config, ring, owner, reader, state, shared: shared.clone(), again: None };
         let thread = std::thread::Builder::new().name("belay-fold".into()).spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -139,6 +150,12 @@ impl Folder {
     /// Stops granting leases (or grants them again). Heartbeats are still listened to.
     pub fn set_granting(&self, granting: bool) {
         self.shared.granting.store(granting, Ordering::Release);
+    }
+
+    /// Stops taking anything out of the ring (or goes on). When this returns nothing is being folded; heartbeats are still answered.
+    pub fn hold(&self, held: bool) {
+        self.shared.held.store(held, Ordering::Release);
+        drop(self.shared.turn.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until `epoch` is folded, folding has failed or `deadline` has passed; where folding stands then.
@@ -189,6 +206,8 @@ struct Work {
     reader: RingReader,
     state: FoldState,
     shared: Arc<Shared>,
+    /// When an image that could not be written is tried again.
+    again: Option<Instant>,
 }
 
 impl Work {
@@ -196,9 +215,14 @@ impl Work {
         let mut failed = false;
         while !self.shared.stop.load(Ordering::Acquire) {
             listen(&self.ring, &self.owner, &self.shared, self.config.lease);
-            match if failed { Ok(false) } else { self.step() } {
+            match if failed { Ok(false) } else { self.turn() } {
                 Ok(true) => {}
                 Ok(false) => self.park(),
+                Err(error @ FoldError::Disk { .. }) => {
+                    // Storage fills up and is given room again. Its record is complete, and the next step brings it again.
+                    self.again = Some(Instant::now() + DISK_AGAIN);
+                    self.shared.status().stuck = Some(error);
+                }
                 Err(error) => {
                     // Heartbeats are still answered: who runs the guest is decided above, from what this status says.
                     failed = true;
@@ -209,6 +233,13 @@ impl Work {
             }
         }
         (self.reader, self.state)
+    }
+
+    fn turn(&mut self) -> Result<bool, FoldError> {
+        let shared = Arc::clone(&self.shared);
+        let _turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = self.again.is_some_and(|again| Instant::now() < again);
+        if waits || shared.held.load(Ordering::Acquire) { Ok(false) } else { self.step() }
     }
 
     /// Takes one segment, and folds if it completes a record; whether there was one.
@@ -232,8 +263,10 @@ impl Work {
             reached("fold-done");
             self.reader.clear();
             self.owner.set_folded(self.state.epoch());
+            self.owner.set_applied(self.state.epoch());
             let mut status = self.shared.status();
             status.folded = self.state.epoch();
+            status.stuck = None;
             status.folded_pages = self.state.folded_pages();
             self.shared.changed.notify_all();
         }

@@ -4,6 +4,7 @@
 //! * A record is checked whole before the first byte of it is written anywhere ([`crate::record::parse`]), and memory for
 //!   every page it fills is allocated before the first byte as well: missing memory is an error and not a SIGBUS, and
 //!   guest RAM is never left with part of an epoch.
+//! * What a record does to disks is in their images, durably, before its pages are in RAM ([`crate::storage`]).
 //! * Records are folded in the order in which they committed. Folding one twice gives the same bytes.
 //! * Device state and output that may have to be sent again move forward with the epoch, in the same step.
 //! * Where memory is kept ([`crate::journal`]) folding is redo: RAM is written, then the state that comes of it is kept, then the record
@@ -23,8 +24,9 @@ pub use target::FoldTarget;
 use crate::guest::{Epoch, Packet};
 use crate::journal::{Cell, Damaged, KeptState};
 use crate::outbox::{Resend, ResendError};
-use crate::record::{Limits, RecordError, parse};
+use crate::record::{Limits, RecordError, RecordView, parse};
 use crate::ring::{RingError, RingReader};
+use crate::storage::Storage;
 use belay_transport::region::RegionError;
 use std::io;
 use std::sync::Arc;
@@ -60,6 +62,8 @@ pub enum FoldError {
         #[source]
         source: Arc<RegionError>,
     },
+    #[error("what the guest did to its disk {disk} in {epoch} cannot be done to the image: {why}")]
+    Disk { epoch: Epoch, disk: u16, why: String },
     #[error(transparent)]
     Damaged(#[from] Damaged),
     #[error("the ring was read up to {read}, RAM shows {folded}: what was kept contradicts itself")]
@@ -78,12 +82,30 @@ pub struct FoldState {
     pages: u64,
     /// Where device state and output are kept beside RAM.
     kept: Option<Cell>,
+    /// The guest's writable disks.
+    storage: Option<Arc<dyn Storage>>,
 }
 
 impl FoldState {
     /// The state at the switch: RAM as it is, `device_state` as it was sent to the destination.
     pub fn new(target: FoldTarget, limits: Limits, device_state: Vec<u8>) -> Self {
-        Self { target, limits, epoch: Epoch(0), device_state, resend: Resend::new(), pages: 0, kept: None }
+        Self {
+            target,
+            limits,
+            epoch: Epoch(0),
+            device_state,
+            resend: Resend::new(),
+            pages: 0,
+            kept: None,
+            storage: None,
+        }
+    }
+
+    /// What is folded is done to these disks too.
+    pub fn with_storage(mut self, storage: Option<Arc<dyn Storage>>) -> Self {
+        self.limits.disks = storage.as_ref().map_or(0, |storage| storage.disks());
+        self.storage = storage;
+        self
     }
 
     /// As [`FoldState::new`], with all but RAM kept in `state`: from here on another process can go on with it.
@@ -107,7 +129,7 @@ impl FoldState {
         let Some(value) = value else { return Ok(None) };
         let damaged = || Damaged { what: "the newest epoch's device state and output", offset: 0 };
         let (epoch, pages, device_state, resend) = image::decode(&value).ok_or_else(damaged)?;
-        Ok(Some(Self { target, limits, epoch, device_state, resend, pages, kept: Some(cell) }))
+        Ok(Some(Self { target, limits, epoch, device_state, resend, pages, kept: Some(cell), storage: None }))
     }
 
     /// Brings a reader that an earlier process left to where RAM is: a record that is folded already is given up. One that is complete and
@@ -164,6 +186,7 @@ impl FoldState {
                 Some(image)
             }
         };
+        self.apply(&record, &mut between)?;
         // From here on nothing can fail.
         self.target.apply(&record, &mut between);
         if let (Some(cell), Some(image)) = (&mut self.kept, image) {
@@ -174,6 +197,19 @@ impl FoldState {
         self.epoch = next;
         self.pages += pages;
         Ok(pages)
+    }
+
+    /// Before RAM: an image that cannot be written leaves RAM as it was. What was done of it is done again with the epoch, which has committed.
+    fn apply(&self, record: &RecordView<'_>, between: &mut impl FnMut()) -> Result<(), FoldError> {
+        for (disk, writes) in record.disk_writes.iter().enumerate().filter(|(_, writes)| !writes.is_empty()) {
+            let storage = self.storage.as_ref().expect("the limits have as many disks as there are");
+            storage.apply(writes, between).map_err(|error| {
+                let causes = std::iter::successors(std::error::Error::source(&error), |error| error.source());
+                let why = causes.fold(error.to_string(), |told, cause| format!("{told}: {cause}"));
+                FoldError::Disk { epoch: record.epoch, disk: disk as u16, why }
+            })?;
+        }
+        Ok(())
     }
 
     fn into_parts(self) -> (Epoch, Vec<u8>, Result<Vec<Packet>, ResendError>, u64) {

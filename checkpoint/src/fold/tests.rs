@@ -309,3 +309,98 @@ fn a_revoked_ring_of_another_size_is_an_error() {
     let error = catch.finish(&[0; 10][..]).unwrap_err();
     assert!(matches!(error, CatchError::Unreadable { source: FoldError::Ring(_), .. }), "{error}");
 }
+
+/// Two disks that note what is done to them, and fail when told to.
+#[derive(Debug, Default)]
+struct Disks {
+    done: std::sync::Mutex<Vec<Vec<u8>>>,
+    full: std::sync::atomic::AtomicBool,
+}
+
+impl Storage for Disks {
+    fn disks(&self) -> u16 {
+        2
+    }
+
+    fn close_epoch(&self, _: Epoch) -> Result<Vec<crate::storage::DiskWrites>, crate::guest::GuestError> {
+        unreachable!("nothing is written at a source")
+    }
+
+    fn applied(&self, _: Epoch) {}
+
+    fn own(&self, _: belay_transport::Deadline) -> Result<(), crate::guest::GuestError> {
+        unreachable!("a source never owns what came back to it")
+    }
+
+    fn apply(&self, writes: &[u8], _: &mut dyn FnMut()) -> Result<(), crate::guest::GuestError> {
+        if self.full.load(std::sync::atomic::Ordering::SeqCst) {
+            let source = io::Error::from(io::ErrorKind::StorageFull);
+            return Err(crate::guest::GuestError::Io { doing: "write the image".to_owned(), source });
+        }
+        self.done.lock().unwrap().push(writes.to_vec());
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), crate::guest::GuestError> {
+        Ok(())
+    }
+
+    fn give_up(&self) -> Result<(), crate::guest::GuestError> {
+        Ok(())
+    }
+
+    fn keep(&self) -> Result<(), crate::guest::GuestError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_an_epoch_did_to_disks_is_in_the_images_before_it_is_in_ram_and_before_the_destination_hears_of_it() {
+    let disks = Arc::new(Disks::default());
+    let memory = ram(&[4]);
+    let state = || {
+        let limits = Limits::for_regions([(RegionId(0), 4)]);
+        FoldState::new(FoldTarget::new(&memory).unwrap(), limits, Vec::new()).with_storage(Some(disks.clone()))
+    };
+    let record = |epoch: u64, disk: u16| {
+        let write = |image: Image, bytes: &[u8]| image.section(kind::DISK_WRITES, CRITICAL, disk, 0, 0, bytes);
+        let image = write(write(Image::new(epoch, 0, 1), &[epoch as u8; 3]), b"more");
+        image.runs(kind::PAGE_INDEX, 0, &[(0, 1)]).data(0, &[epoch as u8]).end()
+    };
+    let page = |memory: &[RamBlock]| {
+        let mut bytes = [0; 1];
+        memory[0].alias.read(0, &mut bytes);
+        bytes[0]
+    };
+    let mut folding = state();
+    folding.fold(&record(1, 1), || ()).unwrap();
+    assert_eq!((disks.done.lock().unwrap().as_slice(), page(&memory)), (&[b"\x01\x01\x01more".to_vec()][..], 1));
+    disks.full.store(true, std::sync::atomic::Ordering::SeqCst);
+    let full = folding.fold(&record(2, 0), || ()).unwrap_err();
+    assert!(
+        matches!(&full, FoldError::Disk { epoch: Epoch(2), disk: 0, why } if why.contains("no storage space")),
+        "{full}"
+    );
+    assert_eq!((folding.epoch(), page(&memory)), (Epoch(1), 1), "RAM and disk stay together");
+    disks.full.store(false, std::sync::atomic::Ordering::SeqCst);
+    folding.fold(&record(2, 0), || ()).unwrap();
+    assert_eq!((disks.done.lock().unwrap().len(), page(&memory)), (2, 2));
+    let stranger = folding.fold(&record(3, 2), || ()).unwrap_err();
+    assert!(matches!(stranger, FoldError::Refused { source: RecordError::UnknownDevice { id: 2 }, .. }), "{stranger}");
+}
+
+#[test]
+fn a_folder_that_is_held_takes_nothing_until_it_may_go_on() {
+    let (memory, mut wire) = (ram(&[4]), Wire::new(RING));
+    let folder = folder(&wire, &memory);
+    folder.hold(true);
+    let mut sender = Sender::new(&mut wire, 64 << 10);
+    let content = Content { device_state: b"s".to_vec(), ..Content::default() };
+    sender.send(Epoch(1), &memory, &content).unwrap();
+    let before = folder.heard().looked_at_ns;
+    // It has looked around since the record was there, and has not touched it.
+    wait_until(|| (folder.heard().looked_at_ns > before).then_some(()));
+    assert_eq!((folder.status().consumed, folder.status().folded), (0, Epoch(0)));
+    folder.hold(false);
+    assert_eq!(folder.wait_folded(Epoch(1), soon()).folded, Epoch(1));
+}

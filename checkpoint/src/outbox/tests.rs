@@ -60,10 +60,10 @@ fn p4_nothing_leaves_before_its_epoch_has_committed() {
     let world = World::default();
     let (outbox, sink) = commit_outbox(&world);
     (0..3).for_each(|n| sink.emit(packet(n)));
-    let first = outbox.close_epoch(Epoch(1));
+    let first = outbox.close_epoch(Epoch(1), false);
     assert_eq!(first, (0..3).map(packet).collect::<Vec<_>>());
     (3..5).for_each(|n| sink.emit(packet(n)));
-    let second = outbox.close_epoch(Epoch(2));
+    let second = outbox.close_epoch(Epoch(2), false);
     assert_eq!(second, (3..5).map(packet).collect::<Vec<_>>());
     sink.emit(packet(5));
 
@@ -87,7 +87,7 @@ fn p4_a_later_commit_covers_the_epochs_before_it_in_order() {
     let (outbox, sink) = commit_outbox(&world);
     for epoch in 1..=3 {
         (0..2).for_each(|n| sink.emit(packet(epoch * 2 + n)));
-        outbox.close_epoch(Epoch(epoch));
+        outbox.close_epoch(Epoch(epoch), false);
     }
     outbox.committed(Epoch(2));
     assert!(outbox.wait_sent(soon()));
@@ -102,7 +102,7 @@ fn packets_that_arrive_out_of_order_leave_in_order() {
     let world = World::default();
     let (outbox, sink) = commit_outbox(&world);
     [1, 0, 3, 2].into_iter().for_each(|n| sink.emit(packet(n)));
-    outbox.close_epoch(Epoch(1));
+    outbox.close_epoch(Epoch(1), false);
     sink.emit(packet(4));
     outbox.committed(Epoch(1));
     assert!(outbox.wait_sent(soon()));
@@ -114,7 +114,7 @@ fn p5_a_shut_gate_lets_nothing_out_even_if_it_commits() {
     let world = World::default();
     let (outbox, sink) = commit_outbox(&world);
     sink.emit(packet(0));
-    outbox.close_epoch(Epoch(1));
+    outbox.close_epoch(Epoch(1), false);
     outbox.shut();
     assert!(outbox.wait_quiet(soon()));
     outbox.committed(Epoch(1));
@@ -131,7 +131,7 @@ fn an_owner_lets_out_everything_that_was_held() {
     let world = World::default();
     let (outbox, sink) = commit_outbox(&world);
     sink.emit(packet(0));
-    outbox.close_epoch(Epoch(1));
+    outbox.close_epoch(Epoch(1), false);
     sink.emit(packet(1));
     outbox.shut();
     outbox.open_for_good();
@@ -153,7 +153,7 @@ fn p7_a_full_outbox_has_no_room_and_says_when_it_has_again() {
         }
         assert!(!sink.has_room());
         assert!(!outbox.wait_for_room(Deadline::after(Duration::from_millis(1))));
-        outbox.close_epoch(Epoch(1));
+        outbox.close_epoch(Epoch(1), false);
         outbox.committed(Epoch(1));
         assert!(outbox.wait_for_room(soon()));
         told.recv_timeout(SOON).expect("woken");
@@ -174,7 +174,7 @@ fn a_world_that_is_away_for_a_while_gets_everything_in_order() {
         world.broken.store(true, Ordering::SeqCst);
         let (outbox, sink) = commit_outbox(&world);
         (0..4).for_each(|n| sink.emit(packet(n)));
-        outbox.close_epoch(Epoch(1));
+        outbox.close_epoch(Epoch(1), false);
         outbox.committed(Epoch(1));
         assert!(outbox.shared.wait(soon(), |state| state.failures >= 3), "tried again and again");
         assert_eq!(outbox.released_up_to(), None);
@@ -197,7 +197,7 @@ fn under_lease_output_leaves_at_once_while_the_lease_is_good_and_waits_otherwise
     sink.emit(packet(0));
     assert!(outbox.wait_sent(soon()));
     assert_eq!(world.sequences(), [0; 0]);
-    assert_eq!(outbox.close_epoch(Epoch(1)), [packet(0)], "the record carries what has not left");
+    assert_eq!(outbox.close_epoch(Epoch(1), false), [packet(0)], "the record carries what has not left");
     lease.0.store(true, Ordering::SeqCst);
     assert!(outbox.shared.wait(soon(), |state| state.held.is_empty()));
     let asked = lease.1.load(Ordering::SeqCst);
@@ -215,7 +215,7 @@ fn whoever_waits_for_output_to_leave_is_told_when_it_may_not_any_more() {
     world.broken.store(true, Ordering::SeqCst);
     let (outbox, sink) = commit_outbox(&world);
     sink.emit(packet(0));
-    outbox.close_epoch(Epoch(1));
+    outbox.close_epoch(Epoch(1), false);
     outbox.committed(Epoch(1));
     assert!(outbox.shared.wait(soon(), |state| state.failures > 0));
     let begun = Instant::now();
@@ -302,7 +302,7 @@ proptest! {
                 Move::Close => {
                     epoch += 1;
                     let released_up_to = outbox.released_up_to();
-                    records.push_back(Record { packets: outbox.close_epoch(Epoch(epoch)), released_up_to, next_sequence: next });
+                    records.push_back(Record { packets: outbox.close_epoch(Epoch(epoch), false), released_up_to, next_sequence: next });
                 }
                 Move::Commit => committed.extend(records.pop_front()),
                 Move::HearCommit if heard < committed.len() as u64 => {
@@ -352,9 +352,9 @@ fn p4_another_session_lets_out_what_the_source_has_and_holds_the_rest_for_its_fi
     let world = World::default();
     let (outbox, sink) = commit_outbox(&world);
     (0..2).for_each(|n| sink.emit(packet(n)));
-    outbox.close_epoch(Epoch(1));
+    outbox.close_epoch(Epoch(1), false);
     sink.emit(packet(2));
-    outbox.close_epoch(Epoch(2));
+    outbox.close_epoch(Epoch(2), false);
     sink.emit(packet(3));
     outbox.shut();
     // Neither commit was reported, and the source has the first.
@@ -362,7 +362,7 @@ fn p4_another_session_lets_out_what_the_source_has_and_holds_the_rest_for_its_fi
     outbox.reopen();
     assert!(outbox.wait_sent(soon()));
     assert_eq!(world.sequences(), [0, 1]);
-    assert_eq!(outbox.close_epoch(Epoch(2)), [packet(2), packet(3)]);
+    assert_eq!(outbox.close_epoch(Epoch(2), false), [packet(2), packet(3)]);
     outbox.committed(Epoch(2));
     assert!(outbox.wait_sent(soon()));
     assert_eq!(world.sequences(), [0, 1, 2, 3]);
@@ -385,4 +385,32 @@ fn p2_another_sessions_lease_takes_the_place_of_the_one_that_ran_out() {
         std::thread::yield_now();
     }
     assert_eq!(world.sequences(), [0]);
+}
+
+#[test]
+fn p4_output_after_a_guest_flushed_leaves_once_its_disk_writes_are_durable() {
+    let world = World::default();
+    let (outbox, sink) = commit_outbox(&world);
+    for (epoch, flushed) in [(1, false), (2, true), (3, false)] {
+        sink.emit(packet(epoch));
+        outbox.close_epoch(Epoch(epoch), flushed);
+    }
+    outbox.committed(Epoch(3));
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [1], "what came before the flush does not wait for it, and what came after does");
+    outbox.applied(Epoch(1));
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [1]);
+    // Another session begins meanwhile: what has committed is still waited for, and is in no record again.
+    outbox.reopen_epochs(Epoch(3));
+    sink.emit(packet(4));
+    assert_eq!(outbox.close_epoch(Epoch(4), false), [packet(4)]);
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [1]);
+    outbox.applied(Epoch(2));
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [1, 2, 3]);
+    outbox.committed(Epoch(4));
+    assert!(outbox.wait_sent(soon()));
+    assert_eq!(world.sequences(), [1, 2, 3, 4]);
 }

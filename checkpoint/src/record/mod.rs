@@ -53,7 +53,7 @@ pub mod kind {
     pub const HELD_OUTPUT: u16 = 6;
     /// The highest packet sequence known to have left for the world when the epoch was closed: a u64.
     pub const RELEASED_UP_TO: u16 = 7;
-    /// Reserved: writes to disks that move with their guest.
+    /// What the guest did to a writable disk, a stream; `id` is the disk, its encoding that of whoever keeps the disk ([`crate::storage`]).
     pub const DISK_WRITES: u16 = 8;
     /// Fills a ring up to its end. Belongs to no record.
     pub const PAD: u16 = 0xfffe;
@@ -221,6 +221,8 @@ pub struct Limits {
     pub device_state_bytes: usize,
     /// Most bytes of held output in one record, and in all records whose output is not released yet.
     pub output_bytes: usize,
+    /// The guest's writable disks.
+    pub disks: u16,
 }
 
 impl Limits {
@@ -228,6 +230,8 @@ impl Limits {
     pub const DEVICE_STATE_BYTES: usize = 64 << 20;
     /// Default bound for held output.
     pub const OUTPUT_BYTES: usize = 64 << 20;
+    /// Bound for what one record does to one disk.
+    pub const DISK_BYTES: usize = 128 << 20;
 
     /// Default limits for a guest of these regions.
     pub fn for_regions(regions: impl IntoIterator<Item = (RegionId, u64)>) -> Self {
@@ -235,6 +239,7 @@ impl Limits {
             regions: regions.into_iter().collect(),
             device_state_bytes: Self::DEVICE_STATE_BYTES,
             output_bytes: Self::OUTPUT_BYTES,
+            disks: 0,
         }
     }
 

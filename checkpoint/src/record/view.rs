@@ -21,6 +21,8 @@ pub struct RecordView<'a> {
     pub outputs: Vec<Packet>,
     /// Highest packet sequence that had left for the world by then, if any had.
     pub released_up_to: Option<u64>,
+    /// What the guest did to each of its disks; empty where it did nothing.
+    pub disk_writes: Vec<Vec<u8>>,
 }
 
 /// Bytes of consecutive pages.
@@ -109,6 +111,7 @@ impl<'a, 'l> Parser<'a, 'l> {
             device_state: Vec::new(),
             outputs: Vec::new(),
             released_up_to: None,
+            disk_writes: vec![Vec::new(); usize::from(limits.disks)],
         };
         Self {
             limits,
@@ -145,6 +148,10 @@ impl<'a, 'l> Parser<'a, 'l> {
                 self.view.released_up_to = Some(exactly::<U64>(kind, at, body)?.get());
                 Ok(())
             }
+            kind::DISK_WRITES => match self.view.disk_writes.get_mut(usize::from(id)) {
+                Some(writes) => append("disk writes", writes, body, Limits::DISK_BYTES),
+                None => Err(RecordError::UnknownDevice { id }),
+            },
             _ if section.flags.get() & CRITICAL != 0 => Err(RecordError::UnknownCritical { kind, at }),
             _ => Ok(()),
         }

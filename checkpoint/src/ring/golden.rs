@@ -89,6 +89,7 @@ fn the_owners_words_are_where_they_were_when_the_version_came_out() {
             owner_epoch: 0,
             consumed: Some(0x0101_0101),
             folded: Some(Epoch(0x0202_0202)),
+            applied: Some(Epoch(0x0303_0303)),
             granted: Some(0x0404_0404),
             lease: Some(Duration::from_secs(1)),
             refused: true,

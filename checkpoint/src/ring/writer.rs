@@ -1,6 +1,6 @@
 //! The destination's writer: seals staged segments and ships them through a checkpoint lane, never past what the source has taken.
 
-use super::{CONSUMED, FOLDED, GRANTED, LEASE_NS, OWNER_WORDS_BYTES, REFUSED, RingShape, RingTooSmall};
+use super::{APPLIED, CONSUMED, FOLDED, GRANTED, LEASE_NS, OWNER_WORDS_BYTES, REFUSED, RingShape, RingTooSmall};
 use crate::guest::Epoch;
 use crate::record::{
     ALIGN, CRITICAL, FIRST, HEADER, MAGIC, SectionHeader, SegmentHeader, Trailer, VERSION, crc, kind, stride,
@@ -65,6 +65,7 @@ impl Mailbox {
             owner_epoch: self.mapping.load_u64(OWNER_EPOCH_OFFSET, Ordering::Acquire),
             consumed: word(CONSUMED),
             folded: word(FOLDED).map(Epoch),
+            applied: word(APPLIED).map(Epoch),
             granted: word(GRANTED),
             lease: word(LEASE_NS).map(Duration::from_nanos),
             refused: word(REFUSED).is_some_and(|value| value != 0),
@@ -79,6 +80,8 @@ pub struct OwnerWords {
     pub owner_epoch: u64,
     pub consumed: Option<u64>,
     pub folded: Option<Epoch>,
+    /// Disk writes of epochs up to this are in their images.
+    pub applied: Option<Epoch>,
     pub granted: Option<u64>,
     pub lease: Option<Duration>,
     pub refused: bool,

@@ -35,7 +35,7 @@ fn judge(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Finding> {
     let vcpus = counted(*vcpus as u64, "vCPU", "vCPUs");
     let detail = format!("process {pid}, {machine}, {vcpus}, {how}, {status}");
     let mut findings = vec![ok(format!("QEMU {version}"), detail)];
-    let found = objections(guest, tracker, false);
+    let found = objections(guest, tracker, false, &[]);
     for ram in &guest.ram {
         let name = format!("RAM {}", ram.id);
         if found.iter().all(|objection| objection.what != name) {

@@ -37,6 +37,9 @@ pub struct QemuReceive {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
+    /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
+    #[arg(long, value_name = "PATH")]
+    disk: Vec<PathBuf>,
     /// The QEMU to start when a guest comes: program and arguments
     #[arg(last = true, value_name = "QEMU", required_unless_present = "qmp")]
     command: Vec<OsString>,
@@ -53,11 +56,23 @@ pub fn host(qemu: &QemuReceive, state_dir: &Path) -> Result<QemuHost, GuardError
             Taker::Start(Launch { program, arguments, working_directory: None, directory, leash: leash()? })
         }
     };
-    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, qemu.relay.clone()))
+    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, qemu.relay.clone(), qemu.disk.clone()))
 }
 
 /// The guest is this host's own: its QEMU goes on, and belay has nothing more to do.
 pub fn owned(host: &mut QemuHost, output: Option<&Outbox>, observer: &Observer) -> Exit {
+    match host.own_disks() {
+        Ok(()) => {
+            if let Some(output) = output {
+                output.open_for_good();
+            }
+        }
+        Err(error) => {
+            let advice = "The guest runs here, and its disk relay holds what it writes until it can write the image, which it goes on trying: see who \
+                          has the image, and end no relay.";
+            report::failed(observer, &error, advice);
+        }
+    }
     let drained = || {
         if let Some(output) = output {
             output.wait_sent(Deadline::after(DRAINED));

@@ -8,7 +8,7 @@ use crate::options::GuestOptions;
 use crate::send::{SendArgs, SessionRefused, not_begun, release_policy, session, sizes, tether_settings};
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
-use belay_checkpoint::outbox::Outbox;
+use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_transport::{Deadline, PageSize};
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::Words;
@@ -18,6 +18,8 @@ use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
 use belay_vmm_glue::migrate::source::keep::Keep;
 use belay_vmm_glue::migrate::source::{self, Given, Outcome, SourceConfig};
 use belay_vmm_glue::migrate::status::Board;
+use belay_vmm_glue::qemu::disk;
+use belay_vmm_glue::qemu::disks::Disks;
 use belay_vmm_glue::qemu::inspect::Inspection;
 use belay_vmm_glue::qemu::judge::{Against, objections};
 use belay_vmm_glue::qemu::leaving::{Found, LeavingError, LeavingGuest, Relayed, StandbyPlan};
@@ -56,6 +58,9 @@ pub struct QemuSend {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
+    /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
+    #[arg(long, value_name = "PATH")]
+    disk: Vec<PathBuf>,
     /// The standby's program and arguments, over the same RAM and without `-incoming` [default: as the running one was started, consoles
     /// and logs with .standby at the end of their names]
     #[arg(last = true, value_name = "STANDBY")]
@@ -131,6 +136,10 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         Err(exit) => return exit,
     };
     let tether = tether_settings(&args.tether, TrackerKind::UffdWp);
+    if !qemu.disk.is_empty() && tether.as_ref().is_some_and(|tether| tether.output != OutputMode::Commit) {
+        let advice = "Leave --output out: what a guest shows must not be ahead of what its disk has.";
+        return usage("a writable disk needs --output commit", advice);
+    }
     let found = match Found::at(&qemu.qmp, qemu.pid) {
         Ok(found) => found,
         Err(error) => return fail(&error, advice(&error), Exit::Missing),
@@ -144,11 +153,19 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
             return Exit::Missing;
         }
     };
-    if !may_leave(&found.guest, tether.is_some(), relay.is_some(), observer) {
+    let disks = match taken_disks(&qemu.disk, &found.guest) {
+        Ok(disks) => disks,
+        Err(error) => {
+            let advice = "Nothing was touched. --disk is what `belay disk --hand` was given, of a relay whose --guest is this QEMU's -blockdev nbd.";
+            return fail(&error, advice, Exit::Missing);
+        }
+    };
+    if !may_leave(&found.guest, tether.is_some(), (relay.is_some(), &disks.1), observer) {
         return Exit::Missing;
     }
     let spec = QemuSpec::of(&found.guest);
-    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes());
+    let disk_bytes = qemu.disk.len() as u64 * disk::MOST_LOG_BYTES;
+    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes().saturating_add(disk_bytes));
     let proposal = Proposal {
         protocol: PROTOCOL_VERSION,
         vmm: VmmSpec::Qemu(spec),
@@ -175,7 +192,7 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         });
         (Relayed { path, sink, drained }, wire.clone())
     });
-    let guest = match prepare(args, qemu, found, (proposal.tether.is_some(), network), observer) {
+    let guest = match prepare(args, qemu, found, (proposal.tether.is_some(), network, disks.0), observer) {
         Ok(guest) => guest,
         Err(error) => return fail(&error, advice(&error), Exit::Missing),
     };
@@ -196,6 +213,14 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         catch_on_loss: args.catch_on_loss,
     };
     see_through(&config, (keep, guest), &output, &console.words, observer)
+}
+
+/// The guest's disk relays, in hand, and the sockets they serve.
+fn taken_disks(paths: &[PathBuf], guest: &Inspection) -> Result<(Disks, Vec<PathBuf>), disk::HandError> {
+    let disks = Disks::default();
+    disks.attach(paths, disk::Role::Leaving, guest.pid, Deadline::after(LOOK))?;
+    let served = paths.iter().map(|path| disk::look(path, Deadline::after(LOOK)).map(|known| known.socket));
+    Ok((disks, served.collect::<Result<_, _>>()?))
 }
 
 /// The relay at `path`, if it is this guest's.
@@ -235,13 +260,13 @@ fn told(guest: &Inspection) -> Kind {
 }
 
 /// Whether nothing stands against it; what does is told, all of it.
-fn may_leave(guest: &Inspection, tethered: bool, relayed: bool, observer: &Observer) -> bool {
+fn may_leave(guest: &Inspection, tethered: bool, (relayed, served): (bool, &[PathBuf]), observer: &Observer) -> bool {
     let mut free = true;
     let mut refuse = |what: String, advice: &str| {
         report::failed_text(observer, &what, advice);
         free = false;
     };
-    for objection in objections(guest, Ok(()), relayed) {
+    for objection in objections(guest, Ok(()), relayed, served) {
         let what = format!("{}: {}", objection.what, objection.why);
         match objection.against {
             Against::Moving if objection.change.is_empty() => refuse(what, "It cannot be moved. Nothing was touched."),
@@ -268,7 +293,7 @@ fn prepare(
     args: &SendArgs,
     qemu: &QemuSend,
     found: Found,
-    (tethered, network): (bool, Option<(Relayed, Wire)>),
+    (tethered, network, disks): (bool, Option<(Relayed, Wire)>, Disks),
     observer: &Observer,
 ) -> Result<LeavingGuest, LeavingError> {
     let run_dir = args.console.run_dir.clone().unwrap_or_else(holder::default_run_dir);
@@ -279,7 +304,7 @@ fn prepare(
     let command = (!qemu.standby.is_empty()).then(|| qemu.standby.clone());
     let plan = StandbyPlan { command, directory: directory(&run_dir, "standby"), leash };
     let begun = Instant::now();
-    let guest = LeavingGuest::prepare(found, tethered.then_some(&plan), network)?;
+    let guest = LeavingGuest::prepare(found, tethered.then_some(&plan), network)?.with_disks(disks);
     if let Some((process, monitor)) = guest.standby() {
         let pid = process.number();
         let monitor = monitor.display().to_string();
@@ -323,8 +348,8 @@ fn see_through(
         }
         Ok(Outcome::Caught { .. }) => {
             keeping::close(keep, observer);
-            if let Err(error) = guest.let_go_of_network() {
-                let advice = "The guest runs here. Its relay is shut: start it again.";
+            if let Err(error) = guest.let_go_of_relays() {
+                let advice = "The guest runs here. A network relay is shut: start it again. A disk relay goes on.";
                 report::failed(observer, &error, advice);
             }
             leave(guest, observer);

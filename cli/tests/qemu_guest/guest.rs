@@ -138,7 +138,127 @@ fn serve(address: [u8; 4]) {
     }
 }
 
+/// The first IDE disk, by its ports (ATA/ATAPI-6, PIO data-out and data-in): every access is to the disk itself, and needs no driver.
+struct Disk;
+
+impl Disk {
+    const DATA: u16 = 0x1f0;
+    const STATUS: u16 = 0x1f7;
+
+    /// Of the thread that calls this, and no other.
+    fn open() -> Self {
+        const IOPL: i64 = 172;
+        // SAFETY: iopl(2) takes a number.
+        if unsafe { syscall(IOPL, 3_i64) } != 0 {
+            say(&format!("WRONG no ports: {}", std::io::Error::last_os_error()));
+        }
+        // No interrupts: nobody here answers them.
+        Self::put(0x3f6, 2);
+        Self
+    }
+
+    fn put(port: u16, value: u8) {
+        // SAFETY: the port is one of the disk's, and iopl(2) has allowed it.
+        unsafe { std::arch::asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+    }
+
+    fn get(port: u16) -> u8 {
+        let value: u8;
+        // SAFETY: as above.
+        unsafe { std::arch::asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+        value
+    }
+
+    /// Waits until the disk is no longer busy, and with `data` until it wants some or has some.
+    fn wait(what: &str, data: bool) {
+        loop {
+            let status = Self::get(Self::STATUS);
+            // No disk says nothing at all.
+            if status == 0 || status & 0x80 == 0 && status & 0x21 != 0 {
+                say(&format!("WRONG disk: {what} ended with the status {status:#x}"));
+                std::thread::sleep(Duration::from_millis(100));
+            } else if status & 0x80 == 0 && (!data || status & 8 != 0) {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn command(&self, command: u8, sector: usize) {
+        Self::wait("before a command", false);
+        Self::put(0x1f6, 0xe0 | (sector >> 24) as u8 & 0xf);
+        for (port, value) in [(0x1f2, 1), (0x1f3, sector), (0x1f4, sector >> 8), (0x1f5, sector >> 16)] {
+            Self::put(port, value as u8);
+        }
+        Self::put(Self::STATUS, command);
+    }
+
+    fn read(&self, sector: usize) -> [u64; 64] {
+        self.command(0x20, sector);
+        Self::wait("a read", true);
+        let mut bytes = [0_u64; 64];
+        // SAFETY: 256 words go from the disk's port into 512 bytes of this function's own.
+        unsafe {
+            std::arch::asm!("cld", "rep insw", in("dx") Self::DATA, inout("rdi") bytes.as_mut_ptr() => _, inout("rcx") 256_u64 => _);
+        }
+        bytes
+    }
+
+    fn write(&self, sector: usize, bytes: &[u64; 64]) {
+        self.command(0x30, sector);
+        Self::wait("a write", true);
+        // SAFETY: 256 words go to the disk's port out of 512 bytes.
+        unsafe {
+            std::arch::asm!("cld", "rep outsw", in("dx") Self::DATA, inout("rsi") bytes.as_ptr() => _, inout("rcx") 256_u64 => _);
+        }
+        Self::wait("a write", false);
+    }
+
+    fn flush(&self) {
+        self.command(0xe7, 0);
+        Self::wait("a flush", false);
+    }
+}
+
+/// Writes sectors, each in generation after generation, and keeps in memory which generation each is of: a sector that is older than the table
+/// says, or newer, is found when it is next read, and all of them are read in turns. `disk N` says that all were, N times.
+fn keep_disk(sectors: usize) -> ! {
+    let disk = Disk::open();
+    let content = |generation: u64, sector: usize| -> [u64; 64] {
+        std::array::from_fn(|word| if generation == 0 { 0 } else { mixed(generation, sector as u64, word as u64) })
+    };
+    let mut generations = vec![0_u64; sectors];
+    let check = |generations: &[u64], sector: usize| {
+        let (is, must) = (disk.read(sector), content(generations[sector], sector));
+        while is != must {
+            let known = (0..generations[sector] + 1000).find(|&generation| content(generation, sector) == is);
+            say(&format!("WRONG sector {sector} is of generation {known:?}, and memory says {}", generations[sector]));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    for round in 1_u64.. {
+        for sector in 0..sectors {
+            check(&generations, sector);
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let other = (seed >> 33) as usize % sectors;
+            check(&generations, other);
+            disk.write(other, &content(generations[other] + 1, other));
+            generations[other] += 1;
+            if sector % 32 == 0 {
+                disk.flush();
+            }
+        }
+        say(&format!("disk {round}"));
+    }
+    unreachable!("rounds do not end")
+}
+
 fn main() {
+    let sectors = wanted("sectors", 0);
+    if sectors > 0 {
+        std::thread::spawn(move || keep_disk(sectors));
+    }
     if let Some(address) = std::env::var("address").ok().and_then(|text| text.parse::<std::net::Ipv4Addr>().ok()) {
         std::thread::spawn(move || serve(address.octets()));
     }

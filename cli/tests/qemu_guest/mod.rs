@@ -143,11 +143,13 @@ pub struct Machine {
     pub set: usize,
     /// Address of its network card, which is connected to NAME.net in the folder. Needs the lab's initramfs.
     pub address: Option<&'static str>,
+    /// Sectors of its disk, which NAME.nbd in the folder serves; 0 for none. Of the machine `pc` alone.
+    pub sectors: usize,
 }
 
 impl Machine {
     pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
-        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None }
+        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None, sectors: 0 }
     }
 
     /// Arguments of a QEMU whose RAM files and console lie in `folder`, called by `name`.
@@ -178,7 +180,7 @@ impl Machine {
             let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
             let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some());
             add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
-            add("-append", format!("{BOOT} parts={} mib={}{address}", self.vcpus, self.set));
+            add("-append", format!("{BOOT} parts={} mib={}{address} sectors={}", self.vcpus, self.set, self.sectors));
         }
         if self.address.is_some() {
             let socket = folder.join(format!("{name}.net"));
@@ -187,6 +189,11 @@ impl Machine {
                 ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:be:1a:77,romfile="]
                     .map(str::to_owned),
             );
+        }
+        if self.sectors > 0 {
+            let socket = folder.join(format!("{name}.nbd"));
+            let server = format!("nbd,node-name=d0,server.type=unix,server.path={},export=disk", socket.display());
+            words.extend(["-blockdev", &server, "-device", "ide-hd,drive=d0,bus=ide.0"].map(str::to_owned));
         }
         words.extend(self.more.iter().cloned());
         words
@@ -302,6 +309,26 @@ impl Console {
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         let number = |line: &str| line.trim_end().strip_prefix("tick ")?.split_once(' ')?.0.parse().ok();
         whole.lines().filter_map(number).collect()
+    }
+
+    /// How often it has found all its disk as it must be. Fails if it once was not.
+    pub fn disk_rounds(&self) -> usize {
+        self.ticks();
+        let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
+        text.lines().filter(|line| line.starts_with("disk ")).count()
+    }
+
+    /// Waits until it has found all its disk as it must be, so often. Fails if it is not.
+    pub fn wait_for_disk(&self, rounds: usize) {
+        let end = Instant::now() + BOOTED;
+        loop {
+            let seen = self.disk_rounds();
+            if seen >= rounds {
+                return;
+            }
+            assert!(Instant::now() < end, "{seen} rounds at {}, {rounds} were to come", self.0.display());
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Waits until it has booted, and has ticked a little.

@@ -206,6 +206,13 @@ impl Tethering {
         because: ObservationId,
     ) -> Result<(), TetheringError> {
         let Ready { writer, slots, tracker, arrivals } = self.ready.take().expect("started once");
+        if let Some(storage) = guest.storage() {
+            let outbox = Arc::clone(&outbox);
+            self.heartbeat.on_applied(move |epoch| {
+                storage.applied(epoch);
+                outbox.applied(epoch);
+            });
+        }
         let parts = TetherParts {
             guest,
             tracker: tracker.expect("armed before it is started"),

@@ -1,6 +1,8 @@
 //! A host that takes QEMU guests: it starts a QEMU, or finds one that was started, and has its page faults served from here.
 
 use super::arriving::ArrivingGuest;
+use super::disk;
+use super::disks::Disks;
 use super::inject::userfaultfds;
 use super::inspect::Inspection;
 use super::judge::{Against, objections};
@@ -20,6 +22,7 @@ use crate::migrate::destination::{Built, Host, Ram, shard_ranges};
 use crate::migrate::settings::VmmSpec;
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::Emitter;
+use belay_checkpoint::storage::Storage;
 use belay_transport::Deadline;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::{Faults, Features, RegisterModes, Uffd};
@@ -34,6 +37,8 @@ const BOUND: Duration = Duration::from_secs(30);
 const INJECTION: Duration = Duration::from_secs(5);
 /// For a relay to be taken in hand, or let go of.
 const HAND: Duration = Duration::from_secs(5);
+/// For what a guest wrote to reach its images, once they are this host's.
+const DISKS: Duration = Duration::from_secs(30);
 
 /// Which QEMU takes the guest.
 #[derive(Debug, Clone)]
@@ -58,6 +63,9 @@ pub struct QemuHost {
     /// Where the guest's relay is taken in hand.
     relay: Option<PathBuf>,
     wire: Wire,
+    /// Where the guest's disk relays are taken in hand.
+    disk_relays: Vec<PathBuf>,
+    disks: Disks,
     /// Waiting, and looked at.
     waiting: Option<(Machine, Inspection)>,
     held: Option<(u32, Held)>,
@@ -69,9 +77,16 @@ fn failed(doing: &'static str) -> impl FnOnce(Box<dyn std::error::Error + Send +
 
 impl QemuHost {
     /// A host whose guard and leashes are started by these commands, and whose guest's network goes through the relay that is taken in hand
-    /// at `relay`, if it has any.
-    pub fn new(taker: Taker, guard: GuardCommand, leash: GuardCommand, relay: Option<PathBuf>) -> Self {
-        Self { taker, guard, leash, relay, wire: Wire::new(), waiting: None, held: None }
+    /// at `relay`, if it has any, and its writable disks through those at `disk_relays`.
+    pub fn new(
+        taker: Taker,
+        guard: GuardCommand,
+        leash: GuardCommand,
+        relay: Option<PathBuf>,
+        disk_relays: Vec<PathBuf>,
+    ) -> Self {
+        let (wire, disks) = (Wire::new(), Disks::default());
+        Self { taker, guard, leash, relay, wire, disk_relays, disks, waiting: None, held: None }
     }
 
     /// The guest is this host's own: its QEMU goes on whatever becomes of belay. Its process, and its monitor
@@ -95,6 +110,12 @@ impl QemuHost {
     /// The guest is this host's own: its network needs nobody any more. `drained` waits until all that it had sent has left.
     pub fn let_go_of_network(&self, drained: impl FnOnce()) -> Result<(), HandError> {
         self.wire.let_go(Deadline::after(HAND), drained)
+    }
+
+    /// The guest is this host's own: so are its disks. What could not be done when it became that is tried again.
+    pub fn own_disks(&self) -> Result<(), GuestError> {
+        self.disks.own(Deadline::after(DISKS))?;
+        self.disks.let_go()
     }
 
     fn start(&mut self) -> Result<Machine, GuestError> {
@@ -139,9 +160,16 @@ impl Host for QemuHost {
         }
         // What a guest would be in that runs in there.
         guest.status = "running".to_owned();
+        let served: Result<Vec<_>, _> = self
+            .disk_relays
+            .iter()
+            .map(|path| disk::look(path, Deadline::after(HAND)).map(|known| known.socket))
+            .collect();
+        let served = served.map_err(|error| failed("look at the guest's disk relays")(error.into()))?;
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) =
-            objections(&guest, Ok(()), self.relay.is_some()).into_iter().find(|objection| against(objection.against))
+        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some(), &served)
+            .into_iter()
+            .find(|objection| against(objection.against))
         {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
@@ -190,7 +218,10 @@ impl Host for QemuHost {
             }
             self.wire.take(hand);
         }
-        let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone()));
+        let attached = self.disks.attach(&self.disk_relays, disk::Role::Arriving, pid, Deadline::after(HAND));
+        attached.map_err(|error| failed("take the guest's disk relays in hand")(error.into()))?;
+        let tethered = tracker.is_some();
+        let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone(), self.disks.clone(), tethered));
         Ok(Built { guest, shards, pid, gives_sign: false, keeper: None })
     }
 

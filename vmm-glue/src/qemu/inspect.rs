@@ -49,6 +49,8 @@ pub struct Disk {
     /// Block driver of the file below: file, nbd, nvme, …
     pub driver: String,
     pub read_only: bool,
+    /// Socket of the NBD server that has it, if that is how it is reached.
+    pub server: Option<PathBuf>,
 }
 
 /// A way out of the guest's network cards.
@@ -221,10 +223,17 @@ impl Asked<'_> {
                 _ => text("/inserted/drv").unwrap_or("unknown"),
             };
             let read_only = inserted.get("ro").and_then(Value::as_bool).unwrap_or(false);
-            found.push(Disk { name: name.to_owned(), driver: driver.to_owned(), read_only });
+            let server = server_of(file);
+            found.push(Disk { name: name.to_owned(), driver: driver.to_owned(), read_only, server });
         }
         Ok(found)
     }
+}
+
+/// The socket in what QEMU calls a disk that an NBD server has: `nbd+unix:///EXPORT?socket=PATH` (block/nbd.c, nbd_refresh_filename).
+fn server_of(file: &str) -> Option<PathBuf> {
+    let (_, socket) = file.strip_prefix("nbd+unix://")?.split_once("?socket=")?;
+    Some(socket.into())
 }
 
 /// The mapping of a backend's file: of that path, or in that directory with QEMU's name for the backend; all of it.

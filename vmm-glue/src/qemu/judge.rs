@@ -1,6 +1,7 @@
 //! What of a guest belay can move and tether, and what to change where it cannot. Decides by [`Inspection`] alone.
 
 use super::inspect::{Disk, Inspection, Net, OtherMemory, Ram};
+use std::path::PathBuf;
 
 /// What a migration of QEMU's own must be able to do for the switch: leave out RAM that is a shared file.
 const IGNORE_SHARED: &str = "x-ignore-shared";
@@ -44,14 +45,15 @@ pub struct Objection {
 /// Everything that stands against moving or tethering this guest, worst first. `tracker`: why this host cannot learn which pages
 /// another process's threads write (asynchronous write protection, Linux 6.7), if it cannot.
 /// `relayed`: the guest's one socket netdev goes through a [relay](super::relay), which holds its packets.
-pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool) -> Vec<Objection> {
+/// `served`: sockets of the [disk relays](super::disk) that keep the guest's writable disks.
+pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool, served: &[PathBuf]) -> Vec<Objection> {
     let mut found = Vec::new();
     versions(guest, &mut found);
     ram(&guest.ram, &mut found);
     guest_itself(guest, &mut found);
     devices(guest, &mut found);
     for disk in &guest.disks {
-        found.extend(objection_to_disk(disk));
+        found.extend(objection_to_disk(disk, served));
     }
     let is_relayed = |net: &Net| relayed && net.kind == "stream";
     let held = guest.nets.iter().position(is_relayed);
@@ -143,16 +145,25 @@ fn devices(guest: &Inspection, found: &mut Vec<Objection>) {
     }
 }
 
-fn objection_to_disk(disk: &Disk) -> Option<Objection> {
+fn objection_to_disk(disk: &Disk, served: &[PathBuf]) -> Option<Objection> {
     let what = format!("disk {}", disk.name);
     if disk.driver == "nvme" {
         let why = "nvme:// drives the controller from guest memory, by VFIO";
         return Some(against(Against::Moving, &what, why, "use the kernel's driver and its block device"));
     }
-    (!disk.read_only).then(|| {
+    let same = |server: &PathBuf, one: &PathBuf| {
+        server == one || matches!((server.canonicalize(), one.canonicalize()), (Ok(server), Ok(one)) if server == one)
+    };
+    let kept = disk.server.as_ref().is_some_and(|server| served.iter().any(|one| same(server, one)));
+    (!disk.read_only && !kept).then(|| {
         let why =
             "at a catch guest memory goes back to its last checkpoint, and what was written to this disk would not";
-        against(Against::Tethering, &what, why, "make it read-only")
+        against(
+            Against::Tethering,
+            &what,
+            why,
+            "connect it to a `belay disk` (-blockdev nbd) and name that with --disk, or make it read-only",
+        )
     })
 }
 
@@ -213,7 +224,7 @@ mod tests {
                 OtherMemory { name: "0000:00:02.0/virtio-net-pci.rom".into(), bytes: 1 << 18 },
             ],
             devices: vec![("virtio-net-pci".into(), "/machine/peripheral/net0".into())],
-            disks: vec![Disk { name: "d0".into(), driver: "raw".into(), read_only: true }],
+            disks: vec![Disk { name: "d0".into(), driver: "raw".into(), read_only: true, server: None }],
             nets: vec![],
             confidential: None,
             host_devices: vec!["/dev/kvm".into(), "/dev/net/tun".into()],
@@ -224,14 +235,14 @@ mod tests {
     fn odd(change: impl FnOnce(&mut Inspection)) -> Objection {
         let mut guest = good();
         change(&mut guest);
-        let mut found = objections(&guest, Ok(()), false);
+        let mut found = objections(&guest, Ok(()), false, &[]);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.remove(0)
     }
 
     #[test]
     fn a_guest_that_is_prepared_meets_no_objection() {
-        assert_eq!(objections(&good(), Ok(()), false), []);
+        assert_eq!(objections(&good(), Ok(()), false, &[]), []);
     }
 
     #[test]
@@ -256,7 +267,7 @@ mod tests {
     #[test]
     fn whatever_writes_guest_memory_beside_qemu_stands_against_moving_by_its_name() {
         let opened = |path: &str| {
-            let path = std::path::PathBuf::from(path);
+            let path = PathBuf::from(path);
             odd(move |guest| guest.host_devices.push(path))
         };
         for path in ["/dev/vfio/12", "/dev/vhost-net", "/dev/vhost-vsock", "/dev/vhost-scsi", "/dev/vhost-vdpa-0"] {
@@ -281,10 +292,22 @@ mod tests {
         assert_eq!(flash.against, Against::Tethering);
         let disk = odd(|guest| guest.disks[0].read_only = false);
         assert_eq!((disk.against, disk.what.as_str()), (Against::Tethering, "disk d0"));
+        let on_relay = |guest: &mut Inspection| {
+            guest.disks[0] = Disk {
+                read_only: false,
+                driver: "nbd".into(),
+                server: Some("/run/d".into()),
+                ..guest.disks[0].clone()
+            };
+        };
+        assert_eq!(odd(on_relay).what, "disk d0", "of a relay that was not named");
+        let mut kept = good();
+        on_relay(&mut kept);
+        assert_eq!(objections(&kept, Ok(()), false, &["/run/d".into()]), []);
         let tap = odd(|guest| guest.nets.push(Net { name: "n0".into(), kind: "tap".into() }));
         assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
-        let found = objections(&good(), Err("no WP_ASYNC"), false);
+        let found = objections(&good(), Err("no WP_ASYNC"), false, &[]);
         assert!(
             found.len() == 1 && found[0].against == Against::Tethering && found[0].why.contains("no WP_ASYNC"),
             "{found:?}"
@@ -296,7 +319,8 @@ mod tests {
         let mut guest = good();
         guest.disks[0].read_only = false;
         guest.capabilities.clear();
-        let order: Vec<_> = objections(&guest, Ok(()), false).into_iter().map(|objection| objection.against).collect();
+        let order: Vec<_> =
+            objections(&guest, Ok(()), false, &[]).into_iter().map(|objection| objection.against).collect();
         assert_eq!(order, [Against::Moving, Against::Tethering]);
     }
 }

@@ -7,6 +7,7 @@
 //! ```
 //! Both map the same files of RAM. Only one of them ever runs: the first is ended before the second is let go.
 
+use super::disks::Disks;
 use super::inspect::{InspectError, Inspection};
 use super::launch::{Launch, Launched};
 use super::machine::{Machine, failed};
@@ -21,6 +22,7 @@ use super::wire::Wire;
 use crate::guard::GuardCommand;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, Guest, GuestError, PacketSink, RamBlock, TrackerKind};
+use belay_checkpoint::storage::Storage;
 use belay_transport::{Deadline, RegionId};
 use std::ffi::OsString;
 use std::io;
@@ -99,6 +101,8 @@ pub struct LeavingGuest {
     standby: Option<Standby>,
     relayed: Option<Relayed>,
     wire: Wire,
+    /// Taken in hand already; they stay with the guest until it has left.
+    disks: Disks,
     paused: bool,
     /// What stood before the devices when it left.
     prefix: Option<Vec<u8>>,
@@ -126,7 +130,23 @@ impl LeavingGuest {
             Some(plan) => Some(Standby::start(plan, &mut machine, &guest)?),
             None => None,
         };
-        Ok(Self { machine, blocks, standby, relayed, wire, paused: false, prefix: None, caught: false })
+        Ok(Self {
+            machine,
+            blocks,
+            standby,
+            relayed,
+            wire,
+            disks: Disks::default(),
+            paused: false,
+            prefix: None,
+            caught: false,
+        })
+    }
+
+    /// With its writable disks, in hand.
+    pub fn with_disks(mut self, disks: Disks) -> Self {
+        self.disks = disks;
+        self
     }
 
     /// The process that runs the guest, or has.
@@ -144,8 +164,9 @@ impl LeavingGuest {
         done.map_err(|error| failed("let go of the guest's relay")(io::Error::other(error)))
     }
 
-    /// The guest is this host's own again: its network needs nobody any more.
-    pub fn let_go_of_network(&self) -> Result<(), GuestError> {
+    /// The guest is this host's own again: its disks and its network need nobody any more.
+    pub fn let_go_of_relays(&self) -> Result<(), GuestError> {
+        self.disks.let_go()?;
         self.relayed.as_ref().map_or(Ok(()), |relayed| self.let_go_of(relayed))
     }
 
@@ -160,7 +181,8 @@ impl LeavingGuest {
 
     /// After a release: what is here of the guest is of no use, and must never run.
     pub fn end_released(mut self) -> Result<(), GuestError> {
-        self.machine.kill()
+        self.machine.kill()?;
+        self.disks.let_go()
     }
 }
 
@@ -251,6 +273,11 @@ impl Guest for LeavingGuest {
             self.machine.stop_to_leave(deadline)?;
             self.paused = true;
             self.wire.settle()?;
+            self.disks.away()?;
+            if self.standby.is_none() {
+                // Nothing can catch it: from `go` on its disks are the destination's.
+                self.disks.give_up()?;
+            }
         }
         Ok(())
     }
@@ -260,12 +287,15 @@ impl Guest for LeavingGuest {
             Some(standby) if self.caught => {
                 // One of the two may run, and this is where the other can no more.
                 self.machine.kill()?;
+                self.disks.back(standby.machine.process.number())?;
                 standby.machine.go_on()?;
             }
             _ => {
                 // Also where it never stood: it was told of a switch before it was to stop.
                 self.machine.forget_the_switch()?;
                 if self.paused {
+                    self.disks.keep()?;
+                    self.disks.back(self.machine.process.number())?;
                     self.machine.go_on()?;
                 }
                 self.prefix = None;
@@ -317,6 +347,10 @@ impl Guest for LeavingGuest {
 
     fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
         Err(GuestError::NoTracker { kind, reason: "nothing is tracked at a source".to_owned() })
+    }
+
+    fn storage(&self) -> Option<Arc<dyn Storage>> {
+        self.disks.storage()
     }
 
     fn device_writes(&mut self, _into: &mut DirtySet) -> Result<(), GuestError> {

@@ -17,9 +17,13 @@
 //!   host     a destination that takes QEMU guests
 //!   wire     its network, as its pauses need it
 //!   relay    what a guest sends, held until its checkpoint has committed
+//!   disks    its writable disks, as its pauses and its checkpoints need them
+//!   disk     what a guest writes to its disks, kept out of their images until its checkpoint has committed
 //! ```
 
 pub mod arriving;
+pub mod disk;
+pub mod disks;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub mod host;

@@ -11,6 +11,7 @@ use crate::outbox::Outbox;
 use crate::policy::{Decision, EpochFacts, Policy};
 use crate::record::{DEVICE_VMM, Limits, PacketHeader, kind};
 use crate::staging::{Exchange, Slot, StageError, Stager};
+use crate::storage::DiskWrites;
 use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
@@ -69,6 +70,7 @@ pub(super) struct TetherLoop {
     pub sizes: Vec<(RegionId, u64)>,
     pub device_state: Vec<u8>,
     pub output: Vec<u8>,
+    pub disk_writes: Vec<DiskWrites>,
     pub facts: EpochFacts,
     pub closed_at: Instant,
     /// Attempts to stop in a row that failed.
@@ -210,6 +212,11 @@ impl TetherLoop {
         pause.stop = clock.lap();
         self.device_state.clear();
         self.guest.save(&mut self.device_state).map_err(guest_error("saving the state"))?;
+        // After the state: saving it may flush a disk once more.
+        self.disk_writes = match self.guest.storage() {
+            Some(storage) => storage.close_epoch(epoch).map_err(guest_error("closing the epoch of its disks"))?,
+            None => Vec::new(),
+        };
         pause.save = clock.lap();
         self.harvest().map_err(guest_error("the harvest"))?;
         reached("epoch-harvested");
@@ -290,7 +297,8 @@ impl TetherLoop {
 
     /// Puts the epoch into slots; gives the last one and what it holds.
     fn stage(&mut self, slot: Slot, epoch: Epoch) -> Result<(Slot, EpochStats), TetherError> {
-        let packets = self.outbox.close_epoch(epoch);
+        let flushed = self.disk_writes.iter().any(|writes| writes.flushed);
+        let packets = self.outbox.close_epoch(epoch, flushed);
         output_stream(&packets, &mut self.output);
         let released = self.outbox.released_up_to();
         let too_large = |what, bytes, limit| Err(TetherError::TooLarge { what, epoch, bytes, limit });
@@ -299,6 +307,11 @@ impl TetherLoop {
         }
         if self.output.len() > Limits::OUTPUT_BYTES {
             return too_large("held output", self.output.len(), Limits::OUTPUT_BYTES);
+        }
+        for writes in &self.disk_writes {
+            if writes.bytes.len() > Limits::DISK_BYTES {
+                return too_large("writes to a disk", writes.bytes.len(), Limits::DISK_BYTES);
+            }
         }
         let memory = self.guest.memory();
         let Harvested { dirty, discards } = &mut self.pages;
@@ -309,6 +322,9 @@ impl TetherLoop {
             stager.stream(kind::HELD_OUTPUT, 0, &self.output)?;
             if let Some(released) = released {
                 stager.stream(kind::RELEASED_UP_TO, 0, &released.to_le_bytes())?;
+            }
+            for DiskWrites { device, bytes, .. } in &self.disk_writes {
+                stager.stream(kind::DISK_WRITES, *device, bytes)?;
             }
             stager.discards(discards, memory)?;
             stager.pages(dirty, memory)?;

@@ -62,7 +62,7 @@ impl Destination<'_> {
             Action::OpenGateForGood => {
                 // Before anything leaves that nothing covers: a page server after this one must not ask whose the guest is.
                 self.lay_down_will(true);
-                self.output.open_for_good();
+                self.own_disks();
                 None
             }
             Action::StopGuest => Some(match self.stop_guest() {
@@ -112,6 +112,22 @@ impl Destination<'_> {
                 };
                 self.note(Kind::State { state: named_state(named), why });
                 None
+            }
+        }
+    }
+
+    /// Nothing leaves that shows what a guest wrote before its images have it, here or at the source.
+    fn own_disks(&mut self) {
+        let owned = match &self.storage {
+            Some(storage) => storage.own(Deadline::after(self.config.bounds.release)),
+            None => Ok(()),
+        };
+        match owned {
+            Ok(()) => self.output.open_for_good(),
+            Err(error) => {
+                let advice = "The guest is this host's own and runs; what it sends is held until its disks are this host's too. Free the image: \
+                              the disk relay goes on trying, and holds what the guest writes meanwhile. End no relay.";
+                self.note(Kind::Failed { what: protocol::explain(&error), advice: advice.to_owned() });
             }
         }
     }

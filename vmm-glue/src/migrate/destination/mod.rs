@@ -28,6 +28,7 @@ use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
+use belay_checkpoint::storage::Storage;
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::pages::{PageStates, PagesError};
@@ -296,6 +297,8 @@ struct Destination<'a> {
     last: ObservationId,
     /// The tether has it while it takes epochs.
     guest: Option<Box<dyn Guest>>,
+    /// The guest's writable disks, whoever has the guest.
+    storage: Option<Arc<dyn Storage>>,
     output: Arc<Outbox>,
     warden: Option<Warden>,
     /// By which things are laid down for the next page server, where the VMM is a process of its own.

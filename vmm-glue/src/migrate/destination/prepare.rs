@@ -380,6 +380,7 @@ impl<'a> Destination<'a> {
             happened,
             state: State::new(),
             last,
+            storage: built.guest.storage(),
             guest: Some(built.guest),
             output,
             warden,

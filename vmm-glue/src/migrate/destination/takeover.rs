@@ -126,6 +126,7 @@ pub fn take_over(
         happened,
         state: State::Fenced(fenced),
         last,
+        storage: guest.storage(),
         guest: Some(guest),
         output,
         warden: None,

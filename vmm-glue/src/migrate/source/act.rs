@@ -10,6 +10,7 @@ use crate::migrate::protocol::ToDestination;
 use crate::migrate::release::ReleaseError;
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
+use belay_checkpoint::guest::GuestError;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
@@ -172,6 +173,7 @@ impl Source<'_> {
             let lease = tether.lease.length;
             // Epoch 0: kept before the destination hears a word of it.
             let state = self.keep.fold_state(target, limits(self.guest.memory()), device_state.clone())?;
+            let state = state.with_storage(self.guest.storage());
             self.start_folder(reader, state, lease)?;
         }
         let nonce = fresh_nonce()?;
@@ -194,6 +196,7 @@ impl Source<'_> {
         let live = self.live.as_ref().ok_or(SessionError::Broken)?;
         let owner = OwnerRegion::new(Arc::clone(&live.owner_region));
         owner.set_folded(state.epoch());
+        owner.set_applied(state.epoch());
         let config = FoldConfig { lease, granting: false, ..FoldConfig::default() };
         let start = || Folder::start(config, Arc::clone(&live.ring), owner, reader, state);
         self.folder = Some(live.placement.run_near(start).map_err(io("start folding"))?);
@@ -202,6 +205,14 @@ impl Source<'_> {
 
     pub(super) fn record_release(&mut self) -> Option<Event> {
         reached("release-due");
+        if let Err(error) = self.give_up_disks() {
+            self.note(Kind::Failed {
+                what: protocol::explain(&error),
+                advice: "The tether is kept, and the destination asks again.".to_owned(),
+            });
+            self.keep_disks();
+            return Some(Event::ReleaseFailed);
+        }
         let session = self.live.as_ref().map_or(0, |live| live.nonce);
         match self.keep.release(session, self.state.owner_epoch()) {
             Ok(path) => {
@@ -210,6 +221,7 @@ impl Source<'_> {
                 Some(Event::ReleaseRecorded)
             }
             Err(error @ ReleaseError::NotWritten { .. }) => {
+                self.keep_disks();
                 self.note(Kind::Failed {
                     what: protocol::explain(&error),
                     advice: "The tether is kept; make room or mend the directory, and the destination asks again."
@@ -225,6 +237,28 @@ impl Source<'_> {
                 self.note(Kind::Failed { what, advice: advice.to_owned() });
                 None
             }
+        }
+    }
+
+    /// Before the release is written down: from then on the destination may write the images, so nothing here may.
+    fn give_up_disks(&mut self) -> Result<(), GuestError> {
+        let Some(storage) = self.guest.storage() else { return Ok(()) };
+        if let Some(folder) = &self.folder {
+            folder.hold(true);
+        }
+        storage.give_up()
+    }
+
+    /// The release did not come about. Where even this fails the next epoch cannot be done to the images, and its folding says so.
+    fn keep_disks(&mut self) {
+        let Some(storage) = self.guest.storage() else { return };
+        if let Err(error) = storage.keep() {
+            let advice =
+                "Free the image: nothing of the guest's can be written to it, and the tether will end.".to_owned();
+            self.note(Kind::Failed { what: protocol::explain(&error), advice });
+        }
+        if let Some(folder) = &self.folder {
+            folder.hold(false);
         }
     }
 }

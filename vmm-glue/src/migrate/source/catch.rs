@@ -19,6 +19,11 @@ impl Source<'_> {
     pub(super) fn revoke(&mut self) -> Option<Event> {
         reached("catch-begun");
         let begun = Instant::now();
+        // While nothing is revoked nothing is lost: the destination has the guest, its disks too.
+        if let Some(why) = self.disks_stuck() {
+            self.why = why;
+            return Some(Event::CatchFailed { can_retry: true });
+        }
         // Nothing that comes back from here on is listened to but to be told so.
         self.herald = None;
         // The folder first: revoking `local` takes the ring's file away under whoever still reads it.
@@ -55,6 +60,15 @@ impl Source<'_> {
                 self.why = format!("cannot revoke: {}", protocol::explain(&error));
                 Some(Event::CatchFailed { can_retry: true })
             }
+        }
+    }
+
+    /// Why what has committed cannot be in the guest's images, if it cannot.
+    fn disks_stuck(&self) -> Option<String> {
+        let storage = self.guest.storage()?;
+        match self.folder.as_ref().and_then(|folder| folder.status().stuck) {
+            Some(stuck) => Some(protocol::explain(&stuck)),
+            None => storage.check().err().map(|error| protocol::explain(&error)),
         }
     }
 

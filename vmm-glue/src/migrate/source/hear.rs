@@ -201,6 +201,7 @@ impl Source<'_> {
         {
             return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
         }
+        self.tell_of_stuck_disks();
         if let State::Serving(_) = self.state
             && let (Some(folder), Some(silence)) = (&self.folder, &mut self.silence)
         {
@@ -215,5 +216,24 @@ impl Source<'_> {
             }
         }
         None
+    }
+
+    /// An image that cannot be written is told once, and that it can again.
+    fn tell_of_stuck_disks(&mut self) {
+        let Some(folder) = &self.folder else { return };
+        match folder.status().stuck {
+            Some(stuck) if !std::mem::replace(&mut self.stuck_told, true) => {
+                let advice = "It is tried again and again: make room on the storage, or mend it. What the guest sends is held meanwhile, and it stops \
+                              when no more can be; a catch waits too, and nothing is lost. If this host's disk relay has gone, end belay here and \
+                              promote the guest at the destination."
+                    .to_owned();
+                self.note(Kind::Failed { what: explain(&stuck), advice });
+            }
+            None if std::mem::take(&mut self.stuck_told) => {
+                let why = "the image takes what has committed again".to_owned();
+                self.note(Kind::State { state: "disk-written".to_owned(), why });
+            }
+            _ => {}
+        }
     }
 }

@@ -221,6 +221,8 @@ pub struct Source<'a> {
     ticked_at: Instant,
     /// The signal that said that a catch would lose the guest.
     warned: bool,
+    /// That a disk's image cannot be written was told.
+    stuck_told: bool,
     /// A catch that had stuck was ordered again.
     ordered_again: bool,
     outcome: Option<Outcome>,
@@ -341,6 +343,7 @@ impl<'a> Source<'a> {
             why: String::new(),
             ticked_at: Instant::now(),
             warned: false,
+            stuck_told: false,
             ordered_again: false,
             outcome: None,
         }

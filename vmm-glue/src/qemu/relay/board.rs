@@ -102,14 +102,14 @@ pub struct Relay {
 }
 
 /// A socket's file, taken away again at the end.
-struct Listener {
-    socket: UnixListener,
+pub(in crate::qemu) struct Listener {
+    pub(in crate::qemu) socket: UnixListener,
     path: PathBuf,
 }
 
 impl Listener {
     /// Binds a socket for this user alone. A file that a relay which died left is replaced; one that is served is not.
-    fn bind(path: &Path) -> Result<Self, RelayError> {
+    pub(in crate::qemu) fn bind(path: &Path) -> Result<Self, RelayError> {
         let listen = |source| RelayError::Listen { path: path.to_owned(), source };
         if UnixStream::connect(path).is_ok() {
             return Err(RelayError::Served { path: path.to_owned() });

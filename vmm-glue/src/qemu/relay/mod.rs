@@ -42,6 +42,7 @@ mod world;
 #[cfg(test)]
 mod tests;
 
+pub(in crate::qemu) use board::Listener;
 pub use board::{Gate, Relay, RelayCounts};
 pub use frames::{Frames, FramesError, MAX_FRAME_BYTES};
 pub use hand::{Hand, HandError, Settled, look};
@@ -68,6 +69,8 @@ pub enum RelayError {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Image(Box<super::disk::ImageError>),
     #[error("cannot {doing}")]
     Io {
         doing: &'static str,
@@ -76,6 +79,6 @@ pub enum RelayError {
     },
 }
 
-fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> RelayError {
+pub(in crate::qemu) fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> RelayError {
     move |source| RelayError::Io { doing, source }
 }
