@@ -160,7 +160,9 @@ impl LeavingGuest {
 
     /// After a release: what is here of the guest is of no use, and must never run.
     pub fn end_released(mut self) -> Result<(), GuestError> {
-        self.machine.kill()
+        self.machine.kill()?;
+        // Nobody is behind the relay any more: it is as it was before a guest came.
+        self.let_go_of_network()
     }
 }
 
