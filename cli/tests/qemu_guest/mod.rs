@@ -4,6 +4,8 @@
 //! holds one program. `BELAY_TEST_QEMU` names another QEMU.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod moving;
+
 use super::running::{BOUND, Place, kill};
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::qmp::Qmp;

@@ -202,8 +202,8 @@ impl Machine {
             loaded?;
             given.map_err(failed("write a stream to QEMU"))
         })?;
-        self.prepared = None;
-        Ok(())
+        // While it stands and answers at once: a move of its operator's own would leave RAM out.
+        self.forget_the_switch()
     }
 
     /// Tells it all that can be told before a stream is wanted, so that a guest need not stand for it: RAM is left out, events are wanted, the

@@ -15,7 +15,7 @@
 //! * Whatever a caller does costs one thread at most [`KNOCK_BOUND`], and never the guest anything.
 
 use super::{Answer, Ask, FromClient, FromVmm, VERSION, WireError, frame};
-use crate::guard::proof_of_death;
+use crate::guard::{is_ending, proof_of_death};
 use belay_transport::Deadline;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::fs::{AtFlags, CWD, Mode, chmodat};
@@ -59,16 +59,6 @@ impl Holder {
     fn has_ended(&self) -> bool {
         let now = Deadline::after(Duration::ZERO);
         self.pidfd.as_ref().is_none_or(|pidfd| proof_of_death(pidfd, now).unwrap_or(false))
-    }
-
-    /// Whether it is on its way out: its socket closes only when its address space is gone.
-    fn is_ending(&self) -> bool {
-        /// PF_EXITING of the kernel's `sched.h`, in the flags of proc_pid_stat(5).
-        const EXITING: u64 = 4;
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        // State, ppid, pgrp, session, tty, tpgid and flags follow the name, which ends at the last bracket.
-        let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
-        flags.is_some_and(|flags| flags & EXITING != 0)
     }
 }
 
@@ -206,7 +196,8 @@ fn hear(stream: UnixStream, seat: &Mutex<Seat>) -> Option<(Caller, Holder)> {
     let (pid, left, free) = {
         let Seat { holder, left } = &*seat.lock().unwrap_or_else(PoisonError::into_inner);
         let ended = holder.has_ended();
-        (holder.pid, *left || ended || holder.is_ending(), *left && ended)
+        // On its way out: its socket closes only when its address space is gone.
+        (holder.pid, *left || ended || is_ending(holder.pid), *left && ended)
     };
     if !free {
         refuse(WireError::Taken { pid, left });

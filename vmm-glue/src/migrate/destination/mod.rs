@@ -302,6 +302,8 @@ struct Destination<'a> {
     keeper: Option<Keeper>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
+    /// A VMM in a process of its own that gives no sign of its death: whether it is dying is looked at, until it has been told.
+    signless: Option<u32>,
     /// Taken when the engine starts.
     parts: Vec<ShardParts>,
     uffds: Vec<(Uffd, Vec<ShardRange>)>,

@@ -133,6 +133,7 @@ pub fn take_over(
         // Keys are a session's; there is none yet, and no engine without one.
         ram: ram.into_iter().map(|ram| (ram, LocalKey(0), ReadKey(0), vmm_address)).collect(),
         vmm_pid: pid,
+        signless: None,
         parts: Vec::new(),
         uffds: shards,
         engine: None,
