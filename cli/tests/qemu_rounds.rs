@@ -1,8 +1,8 @@
 //! One guest, caught again and again: it moves, its destination is struck, it comes back in the standby, and moves again from there. It boots
 //! once, checks its own memory all along, and counts; so what a round leaves behind, in memory or in a QEMU, the next one finds.
 //!
-//! As many rounds as fit into a test; more, and other ones, by
-//! `BELAY_TEST_ROUNDS=50 BELAY_TEST_SEED=7 cargo test --release -p belay --test qemu_rounds -- --nocapture`.
+//! As many rounds as fit into a test; more, other ones, and a larger guest, by
+//! `BELAY_TEST_ROUNDS=50 BELAY_TEST_SEED=7 BELAY_TEST_MIB=1024 cargo test --release -p belay --test qemu_rounds -- --nocapture`.
 
 mod qemu_guest;
 mod running;
@@ -11,10 +11,10 @@ use qemu_guest::moving::{end_left, receive, send, started, wait_until_ended};
 use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, shared_memory, status};
 use running::{Place, Process, kill};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Rounds where nobody says how many.
-const ROUNDS: u64 = 12;
+const ROUNDS: u64 = 15;
 /// The first round's, where nobody says which.
 const SEED: u64 = 1;
 
@@ -67,7 +67,7 @@ impl Round {
         }
     }
 
-    fn strike(&self, destination: &mut Process, qemu: i32, sender: &mut Process) {
+    fn strike(&self, destination: &Process, qemu: i32) {
         match self.strike {
             Strike::Qemu => kill(qemu, libc::SIGKILL),
             Strike::Belay => destination.signal(libc::SIGKILL),
@@ -75,11 +75,7 @@ impl Round {
                 destination.signal(libc::SIGKILL);
                 kill(qemu, libc::SIGKILL);
             }
-            Strike::Frozen => {
-                destination.signal(libc::SIGSTOP);
-                sender.wait_for_event("caught");
-                destination.signal(libc::SIGCONT);
-            }
+            Strike::Frozen => destination.signal(libc::SIGSTOP),
             Strike::GivenBack => destination.signal(libc::SIGTERM),
         }
     }
@@ -106,8 +102,8 @@ impl Here {
     }
 }
 
-/// Moves the guest away and has it come back.
-fn goes_and_comes_back(place: &Place, folder: &Path, machine: &Machine, here: &Here, round: Round) -> Here {
+/// Moves the guest away and has it come back; how long after the strike it ran.
+fn goes_and_comes_back(place: &Place, folder: &Path, machine: &Machine, here: &Here, round: Round) -> (Here, Duration) {
     let listen = format!("unix:{}", place.text("receive.sock"));
     let mut received = if round.local { vec!["--listen", &listen[..]] } else { vec![] };
     if round.in_mid_pull {
@@ -124,7 +120,13 @@ fn goes_and_comes_back(place: &Place, folder: &Path, machine: &Machine, here: &H
         destination.wait_for_event("committed");
     }
     let qemu = started(&mut destination);
-    round.strike(&mut destination, qemu, &mut sender);
+    let struck = Instant::now();
+    round.strike(&destination, qemu);
+    sender.wait_for_event("caught");
+    let after = struck.elapsed();
+    if round.strike == Strike::Frozen {
+        destination.signal(libc::SIGCONT);
+    }
     assert_eq!(sender.end(), 10, "{round:?}: {}", sender.story());
     let ended = destination.end();
     let expected = match round.strike {
@@ -153,7 +155,7 @@ fn goes_and_comes_back(place: &Place, folder: &Path, machine: &Machine, here: &H
         returned[0]
     );
     assert_eq!(status(&mut monitor(&back.monitor)), "running");
-    back
+    (back, after)
 }
 
 #[test]
@@ -165,8 +167,9 @@ fn a_guest_is_caught_round_after_round_and_moves_again_from_where_it_came_back()
     let (rounds, seed) = (said("BELAY_TEST_ROUNDS", ROUNDS), said("BELAY_TEST_SEED", SEED));
     let (place, folder) = (Place::new(), shared_memory());
     let kind = ["q35", "pc", "microvm"][(seed % 3) as usize];
+    let mib = said("BELAY_TEST_MIB", 128) as usize;
     // A microvm has no nodes.
-    let blocks = if kind == "microvm" { vec![128] } else { vec![64, 64] };
+    let blocks = if kind == "microvm" { vec![mib] } else { vec![mib / 2, mib / 2] };
     let machine = Machine { vcpus: 2, blocks, ..Machine::of(kind, Some(linux)) };
     let source = Qemu::start(&place, folder.path(), &machine, "here");
     source.console.wait_until_booted();
@@ -175,9 +178,9 @@ fn a_guest_is_caught_round_after_round_and_moves_again_from_where_it_came_back()
     let begun = Instant::now();
     for number in 0..rounds {
         let round = Round::of(seed, number);
-        let at = Instant::now();
-        here = goes_and_comes_back(&place, folder.path(), &machine, &here, round);
-        println!("round {number} of seed {seed}: {round:?}, {} ms", at.elapsed().as_millis());
+        let after;
+        (here, after) = goes_and_comes_back(&place, folder.path(), &machine, &here, round);
+        println!("round {number} of seed {seed}: {round:?}: it ran {:.1} ms after", after.as_secs_f64() * 1e3);
     }
     println!("{rounds} rounds in {:.1} s", begun.elapsed().as_secs_f64());
     // All of it is looked at once more, at the end by the guest at another host for good.
