@@ -383,7 +383,7 @@ impl<'a> Destination<'a> {
             keeper: built.keeper,
             ram,
             vmm_pid: built.pid,
-            signless: (!built.gives_sign && built.pid != std::process::id()).then_some(built.pid),
+            signless: (built.pid != std::process::id() && !host.vmm_is_apart()).then_some(built.pid),
             parts,
             uffds: built.shards,
             engine: None,
