@@ -154,3 +154,46 @@ fn a_qemu_that_no_page_server_comes_for_ends_when_its_time_is_over_and_its_guest
     drop((scene.server, late));
     scene.place.expect_nothing_left();
 }
+
+#[test]
+fn under_lease_a_killed_page_server_takes_its_qemu_with_it_and_that_end_is_proof_enough_for_the_catch() {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here() else { return };
+    // A lease that does not run out: what lets the source catch is the proof.
+    let sent = ["--output", "lease", "--lease", "60min", "--release", "never"];
+    let mut scene = Scene::start(linux, &[], &sent);
+    scene.server.wait_for_event("all-landed");
+    scene.server.wait_for_event("committed");
+    scene.server.crash();
+    assert_eq!(scene.sender.end(), 10, "{}", scene.sender.story());
+    wait_until_ended(scene.qemu);
+    scene.source.wait();
+    expect_no_gap(&Console(scene.folder.path().join("here-console.standby")).wait_for(40));
+    end_left(&scene.sender);
+    drop(scene.server);
+    scene.place.expect_nothing_left();
+}
+
+#[test]
+fn a_guest_whose_belays_have_both_died_is_given_to_its_destination_by_a_page_server_that_takes_over() {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here() else { return };
+    let mut scene = Scene::start(linux, &["--linger", "5m"], &["--release", "never"]);
+    scene.server.wait_for_event("all-landed");
+    scene.server.wait_for_event("committed");
+    scene.sender.crash();
+    scene.server.wait_for_state("fenced");
+    scene.server.crash();
+    scene.wait_until_frozen();
+    let ticked = scene.there().ticks().len();
+    let mut next = scene.another(&["--promote"]);
+    assert_eq!(next.end(), 0, "{}", next.story());
+    expect_no_gap(&scene.there().wait_for(ticked + 200));
+    end_left(&next);
+    drop(scene.server);
+    scene.place.expect_nothing_left();
+}

@@ -145,11 +145,13 @@ pub struct Machine {
     pub set: usize,
     /// Address of its network card, which is connected to NAME.net in the folder. Needs the lab's initramfs.
     pub address: Option<&'static str>,
+    /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again.
+    pub obeys: bool,
 }
 
 impl Machine {
     pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
-        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None }
+        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None, obeys: false }
     }
 
     /// Arguments of a QEMU whose RAM files and console lie in `folder`, called by `name`.
@@ -180,7 +182,13 @@ impl Machine {
             let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
             let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some());
             add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
-            add("-append", format!("{BOOT} parts={} mib={}{address}", self.vcpus, self.set));
+            let obeys = u8::from(self.obeys);
+            add("-append", format!("{BOOT} parts={} mib={} obeys={obeys}{address}", self.vcpus, self.set));
+        }
+        if self.obeys {
+            words.retain(|word| word != "-no-reboot");
+            let socket = folder.join(format!("{name}.words"));
+            words.extend(["-serial".to_owned(), format!("unix:{},server=on,wait=off", socket.display())]);
         }
         if self.address.is_some() {
             let socket = folder.join(format!("{name}.net"));

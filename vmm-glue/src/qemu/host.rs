@@ -32,6 +32,8 @@ use std::time::Duration;
 
 /// For a QEMU to start, and for all questions together.
 const BOUND: Duration = Duration::from_secs(30);
+/// For one that was started to greet: another client may have it.
+const GREETING: Duration = Duration::from_secs(2);
 /// For its main thread to make userfaultfds.
 const INJECTION: Duration = Duration::from_secs(5);
 /// For a relay to be taken in hand, or let go of.
@@ -163,7 +165,8 @@ impl QemuHost {
                 Ok(machine)
             }
             Taker::Attach { socket, pid } => {
-                let qmp = Qmp::connect(socket, deadline).map_err(|error| failed("reach QEMU")(error.into()))?;
+                let qmp = Qmp::connect(socket, Deadline::after(GREETING))
+                    .map_err(|error| failed("reach QEMU")(error.into()))?;
                 let process =
                     Process::behind(&qmp, *pid).map_err(|error| failed("find QEMU's process")(error.into()))?;
                 let line = process.command_line().map_err(|error| failed("read QEMU's command line")(error.into()))?;

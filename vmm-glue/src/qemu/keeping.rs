@@ -87,6 +87,8 @@ fn hold(pidfd: BorrowedFd<'_>, mut stream: UnixStream, gone: Duration) -> io::Re
         let Some(next) = next else { break };
         stream = next;
     }
+    // Whoever finds that QEMU gone finds no door either.
+    estate.door = None;
     signal(pidfd, Signal::KILL)?;
     if !estate.signs.is_empty() {
         // Whoever watches this process takes its end for QEMU's.
