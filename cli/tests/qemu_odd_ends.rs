@@ -315,7 +315,9 @@ fn a_frozen_qemu_is_no_riddle_before_the_switch_nor_after_it() {
     // It answers no order to stop. A guest that cannot be checkpointed is given up here, and comes back there.
     assert_eq!(sender.end(), 10, "{}\n{}", sender.story(), destination.story());
     assert_eq!(destination.end(), 13, "{}", destination.story());
-    assert!(destination.was("stop-timed-out"), "{}", destination.story());
+    // In the middle of a checkpoint, or before the next one.
+    let told = destination.was("stop-timed-out") || destination.was("tether-failed");
+    assert!(told, "{}", destination.story());
     wait_until_ended(there);
     let left = sender.events("qemu-left").next().expect("told").clone();
     assert_eq!(status(&mut monitor(Path::new(left["monitor"].as_str().expect("its monitor")))), "running");
