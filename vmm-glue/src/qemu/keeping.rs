@@ -53,48 +53,53 @@ struct Estate {
 }
 
 /// `gone`: how long a page server that has closed its socket is given to end.
-fn hold(pidfd: BorrowedFd<'_>, mut stream: UnixStream, gone: Duration) -> io::Result<()> {
+fn hold(pidfd: BorrowedFd<'_>, stream: UnixStream, gone: Duration) -> io::Result<()> {
     let mut estate = Estate::default();
-    loop {
-        let server = Holder::of(&stream)?;
-        match estate.attend(&stream) {
-            Last::LetGo => {
-                estate.signs.into_iter().for_each(SignOfLife::stand_down);
-                return Ok(());
-            }
-            Last::End => break,
-            Last::Gone => {}
-        }
-        let (Some(door), Some(holding), true) = (&estate.door, &estate.holding, estate.is_whole()) else { break };
-        // A child of the page server that stands when that ends is sent SIGHUP (setpgid(2)), of which QEMU would end. What it lets out goes nowhere
-        // meanwhile.
-        server.ends_by(Deadline::after(gone));
-        signal(pidfd, Signal::STOP)?;
-        door.has_left();
-        let until = Deadline::after(holding.linger);
-        let next = loop {
-            if let Some(caller) = door.next(Deadline::after(LOOK.min(until.left()))) {
-                // One that has gone again leaves its seat as it found it.
-                if let Ok(stream) = caller.welcome() {
-                    break Some(stream);
-                }
-                door.has_left();
-            }
-            if until.expired() || proof_of_death(pidfd, Deadline::after(Duration::ZERO))? {
-                break None;
-            }
-        };
-        let Some(next) = next else { break };
-        stream = next;
+    let last = serve(pidfd, stream, gone, &mut estate);
+    if matches!(last, Ok(Last::LetGo)) {
+        estate.signs.into_iter().for_each(SignOfLife::stand_down);
+        return Ok(());
     }
-    // Whoever finds that QEMU gone finds no door either.
+    // Also where something went wrong here: a QEMU that nobody holds must not run on. Whoever finds it gone finds no door either.
     estate.door = None;
     signal(pidfd, Signal::KILL)?;
     if !estate.signs.is_empty() {
         // Whoever watches this process takes its end for QEMU's.
         proof_of_death(pidfd, Deadline::after(PROOF_BOUND))?;
     }
-    Ok(())
+    last.map(drop)
+}
+
+/// Answers one page server after the other, until one lets go or ends it, or none comes.
+fn serve(pidfd: BorrowedFd<'_>, mut stream: UnixStream, gone: Duration, estate: &mut Estate) -> io::Result<Last> {
+    loop {
+        let server = Holder::of(&stream)?;
+        match estate.attend(&stream) {
+            Last::Gone => {}
+            last => return Ok(last),
+        }
+        let (Some(door), Some(holding), true) = (&estate.door, &estate.holding, estate.is_whole()) else {
+            return Ok(Last::Gone);
+        };
+        // A child of the page server that stands when that ends is sent SIGHUP (setpgid(2)), of which QEMU would end. What it lets out goes nowhere
+        // meanwhile.
+        server.ends_by(Deadline::after(gone));
+        signal(pidfd, Signal::STOP)?;
+        door.has_left();
+        let until = Deadline::after(holding.linger);
+        stream = loop {
+            if let Some(caller) = door.next(Deadline::after(LOOK.min(until.left()))) {
+                // One that has gone again leaves its seat as it found it.
+                match caller.welcome() {
+                    Ok(stream) => break stream,
+                    Err(_) => door.has_left(),
+                }
+            }
+            if until.expired() || proof_of_death(pidfd, Deadline::after(Duration::ZERO))? {
+                return Ok(Last::Gone);
+            }
+        };
+    }
 }
 
 /// One that has ended needs none.

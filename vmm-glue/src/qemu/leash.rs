@@ -12,6 +12,7 @@
 //! ```
 //! Rules of this room:
 //! * What is killed or stopped is meant by a pidfd: no other process can be.
+//! * Both ends are of one build: the door's version stands for this protocol too.
 //! * The leash looks into nothing that it keeps, knows no secret of its own, and answers one page server at a time
 //!   ([`door`](crate::kvm::apart)).
 
