@@ -6,7 +6,7 @@ use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
-use belay_transport::region::{Mapping, RamFile};
+use belay_transport::region::RamFile;
 use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{Deadline, RegionId};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
@@ -412,20 +412,16 @@ impl Host for ThisHost {
         let shards = uffds.into_iter().zip(parts).collect();
         let keeper = remote.map(|(_, keeper)| keeper);
         let gives_sign = match (&keeper, life) {
-            (Some(keeper), Some(life)) => keeper.give_sign(life.fd(), VMM_SLOT).map(|()| true)?,
+            (Some(keeper), Some(life)) => keeper.give_sign(life.fd(), VMM_SLOT)?,
             _ => false,
         };
         Ok(Built { guest: Box::new(guest), shards, pid, gives_sign, keeper })
     }
 
-    fn adopt(
-        &mut self,
-        alias: Arc<Mapping>,
-        sink: Arc<dyn PacketSink>,
-    ) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+    fn adopt(&mut self, ram: &[Ram], sink: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
         let estate = self.estate.take();
         let estate = estate.ok_or_else(|| GuestError::Unsupported("there is no VMM to take over".into()))?;
-        let guest = RemoteGuest::take_over(estate, alias, sink)?;
+        let guest = RemoteGuest::take_over(estate, Arc::clone(&ram[0].alias), sink)?;
         let keeper = guest.keeper();
         let guest = SharedGuest::new(Box::new(guest));
         self.built = Some(guest.clone());

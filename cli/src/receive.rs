@@ -8,17 +8,20 @@ use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
 use crate::qemu::receive::QemuReceive;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
+use crate::takeover::TakeoverError;
 use crate::{descriptors, fabric, logs, qemu, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_transport::session::{Address, Listener};
+use belay_vmm_glue::kvm::apart::Estate;
 use belay_vmm_glue::migrate::destination::{
     self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
 };
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use belay_vmm_glue::migrate::status::Board;
+use belay_vmm_glue::qemu::estate::QemuEstate;
 use clap::{Args, Subcommand};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Wait for a guest, pull its memory, send checkpoints back
@@ -43,15 +46,16 @@ pub struct ReceiveArgs {
     /// Where page states are kept [default: /run/belay, or a directory of the user's without root]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Go on with the guest of a `belay receive --vmm apart` that has died: of the one VMM that waits in --state-dir, or of the one with this
-    /// process number. Listen where the dead one did: the source dials there
+    /// Go on with the guest of a `belay receive --vmm apart`, or `belay receive --linger … qemu`, that has died: of the one VMM that waits in
+    /// --state-dir, or of the one with this process number. Listen where the dead one did: the source dials there
     #[arg(long, value_name = "PID", num_args = 0..=1, default_missing_value = "0")]
     takeover: Option<u32>,
     /// With --takeover: give the guest to this host without asking its source. Your word that the source neither runs the guest nor has taken
     /// it back; refused while pages are missing
     #[arg(long, requires = "takeover")]
     promote: bool,
-    /// With --vmm apart: how long the guest's memory is kept without a page server, for a --takeover [default: 60min]
+    /// With --vmm apart: how long the guest's memory is kept without a page server, for a --takeover [default: 60min]. With `qemu`: the same of a
+    /// tethered guest's QEMU, which ends with this process without it
     #[arg(long, value_name = "TIME")]
     linger: Option<Span>,
     /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
@@ -156,6 +160,12 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         report::failed_text(observer, &format!("{option} is for belay's own VMM, and this is QEMU's"), "Leave it out.");
         return Exit::Usage;
     }
+    if let Some(ReceiveVmm::Qemu(qemu)) = &args.vmm
+        && let Some((what, advice)) = qemu::receive::refused(qemu, args.takeover.is_some(), args.linger.is_some())
+    {
+        report::failed_text(observer, what, advice);
+        return Exit::Usage;
+    }
     let security = match args.security.security() {
         Ok(security) => security,
         Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
@@ -175,7 +185,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
     let words = &console.words;
     let state_dir = args.state_dir.clone().unwrap_or_else(holder::default_run_dir);
     // First of all: once the seat of a dead page server is free, so is its address.
-    let estate = match args.takeover.map(|asked| takeover::enter(&state_dir, asked)).transpose() {
+    let estate = match args.takeover.map(|asked| Left::enter(args, &state_dir, asked)).transpose() {
         Ok(estate) => estate,
         Err(error) => return fail(&error, error.advice(), error.exit()),
     };
@@ -194,11 +204,19 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         numa: args.fabric.numa(),
     };
     if let Some(ReceiveVmm::Qemu(qemu)) = &args.vmm {
-        let mut host = match qemu::receive::host(qemu, &config.state_dir) {
+        let mut host = match qemu::receive::host(qemu, &config.state_dir, args.linger.map(|linger| linger.0)) {
             Ok(host) => host,
             Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
         };
-        return match destination::run(&config, &listener, &mut host, observer, words) {
+        let ended = match estate {
+            Some(Left::Qemu(mut estate)) => estate.inherited().and_then(|inherited| {
+                host.adopt_from(estate);
+                let how = (&config, args.promote);
+                destination::take_over(how, inherited, &listener, &mut host, observer, words)
+            }),
+            _ => destination::run(&config, &listener, &mut host, observer, words),
+        };
+        return match ended {
             Ok(Ended { outcome: Outcome::Owner, output, .. }) => {
                 qemu::receive::owned(&mut host, output.as_deref(), observer)
             }
@@ -209,8 +227,8 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
     let doors = Doors { directory: config.state_dir.clone(), linger };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);
     let ended = match estate {
-        None => destination::run(&config, &listener, &mut host, observer, words),
-        Some(mut estate) => Inherited::of(&mut estate).and_then(|inherited| {
+        None | Some(Left::Qemu(_)) => destination::run(&config, &listener, &mut host, observer, words),
+        Some(Left::Vmm(mut estate)) => Inherited::of(&mut estate).and_then(|inherited| {
             host.adopt_from(estate);
             let how = (&config, args.promote);
             destination::take_over(how, inherited, &listener, &mut host, observer, words)
@@ -223,6 +241,21 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             held.run_on(args.run_on, args.check, &output, words, observer, Exit::Done)
         }
         other => not_owned(args, other, observer),
+    }
+}
+
+/// What a page server has left that died.
+enum Left {
+    Vmm(Estate),
+    Qemu(QemuEstate),
+}
+
+impl Left {
+    fn enter(args: &ReceiveArgs, state_dir: &Path, asked: u32) -> Result<Self, TakeoverError> {
+        match args.vmm {
+            None => takeover::enter(state_dir, asked).map(Self::Vmm),
+            Some(ReceiveVmm::Qemu(_)) => takeover::enter_qemu(state_dir, asked).map(Self::Qemu),
+        }
     }
 }
 
@@ -278,8 +311,6 @@ fn meaningless(args: &ReceiveArgs) -> Option<&'static str> {
     let given = [
         ("--vmm", args.guest.vmm.is_some()),
         ("--drive", args.guest.drive.is_some()),
-        ("--takeover", args.takeover.is_some()),
-        ("--linger", args.linger.is_some()),
         ("--check", args.check),
         ("--run-on", args.run_on.is_some()),
         ("--output-to", args.output_to.is_some()),

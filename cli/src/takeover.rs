@@ -3,6 +3,8 @@
 use crate::exit::Exit;
 use belay_transport::Deadline;
 use belay_vmm_glue::kvm::apart::{DoorError, Estate, Waiting, waiting};
+use belay_vmm_glue::qemu::estate::{self, QemuEstate};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +18,7 @@ pub enum TakeoverError {
     Look {
         directory: PathBuf,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     #[error("no VMM waits in {directory}")]
     None { directory: PathBuf },
@@ -33,8 +35,8 @@ impl TakeoverError {
     pub fn advice(&self) -> &'static str {
         match self {
             Self::Look { .. } | Self::None { .. } | Self::NotThis { .. } => {
-                "Name the --state-dir of the `belay receive --vmm apart` that died. A VMM inside the page server's own process died with it: the \
-                 source catches its guest."
+                "Name the --state-dir of the `belay receive --vmm apart`, or `belay receive --linger … qemu`, that died. Any other VMM ended with it: \
+                 the source catches its guest."
             }
             Self::Several { .. } => "Say which one: --takeover PID.",
             Self::Door(DoorError::Taken { .. }) => {
@@ -58,8 +60,20 @@ impl TakeoverError {
 
 /// Gets in where a VMM waits in `directory`: the process `asked`, or with 0 the only one there is.
 pub fn enter(directory: &Path, asked: u32) -> Result<Estate, TakeoverError> {
+    let door = door(directory, asked, waiting(directory))?;
+    Ok(Estate::enter(&door, Deadline::after(GONE_BOUND))?)
+}
+
+/// As [`enter`], where a QEMU waits.
+pub fn enter_qemu(directory: &Path, asked: u32) -> Result<QemuEstate, TakeoverError> {
+    let door = door(directory, asked, estate::waiting(directory))?;
+    Ok(QemuEstate::enter(&door, Deadline::after(GONE_BOUND))?)
+}
+
+/// Whose door is asked for.
+fn door(directory: &Path, asked: u32, there: io::Result<Vec<Waiting>>) -> Result<PathBuf, TakeoverError> {
     let owned = || directory.to_owned();
-    let there = waiting(directory).map_err(|source| TakeoverError::Look { directory: owned(), source })?;
+    let there = there.map_err(|source| TakeoverError::Look { directory: owned(), source })?;
     let pids: Vec<_> = there.iter().map(|waiting| waiting.pid).collect();
     let of = |waiting: &Waiting| waiting.pid.unsigned_abs() == asked;
     let found = match (asked, there.as_slice()) {
@@ -71,5 +85,5 @@ pub fn enter(directory: &Path, asked: u32) -> Result<Estate, TakeoverError> {
             None => return Err(TakeoverError::NotThis { directory: owned(), pid, there: pids }),
         },
     };
-    Ok(Estate::enter(&found.path, Deadline::after(GONE_BOUND))?)
+    Ok(found.path.clone())
 }

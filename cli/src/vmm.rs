@@ -55,7 +55,7 @@ pub fn run_guard(_args: GuardArgs) -> Exit {
 
 /// Runs the leash.
 pub fn run_leash(_args: GuardArgs) -> Exit {
-    match belay_vmm_glue::qemu::leash::leash_main() {
+    match belay_vmm_glue::qemu::keeping::leash_main() {
         Ok(()) => Exit::Done,
         Err(error) => {
             complain(&error, "`belay send` and `belay receive` start the leash of a QEMU; it is of no use by itself.");

@@ -5,48 +5,12 @@ mod qemu_guest;
 mod running;
 
 use belay_transport::Deadline;
-use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status};
+use qemu_guest::moving::{end_left, is_frozen, receive, send, wait_until_ended};
+use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
 use serde_json::json;
 use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// A destination that starts `machine` for whoever comes, and where it listens.
-fn receive(place: &Place, folder: &Path, machine: &Machine, more: &[&str]) -> (Process, String) {
-    let state_dir = place.text("there");
-    let mut words = vec!["receive", "--json", "--listen", "127.0.0.1:0", "--state-dir", &state_dir];
-    words.extend(more);
-    let qemu = qemu();
-    let arguments = machine.arguments(folder, "there");
-    words.extend(["qemu", "--", &qemu]);
-    words.extend(arguments.iter().map(String::as_str));
-    let mut destination = place.belay(&words);
-    let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
-    (destination, to)
-}
-
-fn send(place: &Place, to: &str, qemu: &Qemu, more: &[&str]) -> Process {
-    let (state_dir, run_dir, socket) = (place.text("here"), place.text("run"), qemu.socket.display().to_string());
-    let mut words = vec!["send", "--json", "--to", to, "--state-dir", &state_dir, "--run-dir", &run_dir];
-    words.extend(more);
-    words.extend(["qemu", "--qmp", &socket]);
-    place.belay(&words)
-}
-
-/// Ends the QEMU that belay has left to itself.
-fn end_left(process: &Process) {
-    for left in process.events("qemu-left") {
-        kill(left["pid"].as_u64().expect("a pid") as i32, libc::SIGKILL);
-    }
-}
-
-fn wait_until_ended(pid: i32) {
-    let end = Instant::now() + BOUND;
-    while is_running(pid) {
-        assert!(Instant::now() < end, "process {pid} does not end");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 #[test]
 fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() {
@@ -59,7 +23,7 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
     source.console.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
-    let mut sender = send(&place, &to, &source, &["--policy", "none"]);
+    let mut sender = send(&place, &to, &source.socket, &["--policy", "none"]);
     assert_eq!(sender.end(), 0, "{}", sender.story());
     assert_eq!(destination.end(), 0, "{}", destination.story());
     // The one it left is of no use, and can never run again.
@@ -90,7 +54,7 @@ fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let mut source = Qemu::start(&place, folder.path(), machine, "here");
     source.console.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), machine, &[]);
-    let mut sender = send(&place, &to, &source, &["--release", "never"]);
+    let mut sender = send(&place, &to, &source.socket, &["--release", "never"]);
     destination.wait_for_event("all-landed");
     let there = Console(folder.path().join("there-console"));
     there.wait_for(120);
@@ -157,7 +121,7 @@ fn a_qemu_that_cannot_be_moved_as_it_is_is_told_why_and_left_alone() {
     }
     let (place, folder) = (Place::new(), shared_memory());
     let refused = |qemu: &Qemu, more: &[&str], said: &[&str]| {
-        let mut sender = send(&place, "127.0.0.1:9", qemu, more);
+        let mut sender = send(&place, "127.0.0.1:9", &qemu.socket, more);
         assert_eq!(sender.end(), 3, "{}", sender.story());
         let story = sender.story();
         for said in said {
@@ -166,7 +130,7 @@ fn a_qemu_that_cannot_be_moved_as_it_is_is_told_why_and_left_alone() {
         assert_eq!(status(&mut qemu.qmp()), "running");
     };
     let good = firmware(&place, folder.path(), &[]);
-    let mut other = send(&place, "127.0.0.1:9", &good, &[]);
+    let mut other = send(&place, "127.0.0.1:9", &good.socket, &[]);
     // Nobody listens there: it was found good, and nothing was changed.
     assert_eq!(other.end(), 4, "{}", other.story());
     assert_eq!(status(&mut good.qmp()), "running");
@@ -212,8 +176,7 @@ fn a_destination_whose_qemu_fails_before_the_guest_runs_there_leaves_it_where_it
         let mut qmp = source.qmp();
         assert_eq!(status(&mut qmp), "running");
         // A migration of the operator's own would leave RAM out.
-        let capabilities =
-            qmp.execute("query-migrate-capabilities", serde_json::json!({}), belay_transport::Deadline::after(BOUND));
+        let capabilities = qmp.execute("query-migrate-capabilities", json!({}), Deadline::after(BOUND));
         let set: Vec<_> =
             capabilities.unwrap().as_array().unwrap().iter().filter(|one| one["state"] == true).cloned().collect();
         assert!(set.iter().all(|one| one["capability"] != "x-ignore-shared"), "{set:?}");
@@ -222,18 +185,18 @@ fn a_destination_whose_qemu_fails_before_the_guest_runs_there_leaves_it_where_it
     let nonsense = Machine { kind: "nonsense", ..wanted.clone() };
     let apart = shared_memory();
     let (mut destination, to) = receive(&place, apart.path(), &nonsense, &[]);
-    let mut sender = send(&place, &to, &source, &["--policy", "none"]);
+    let mut sender = send(&place, &to, &source.socket, &["--policy", "none"]);
     stays(&mut sender, "unsupported machine type");
     assert_eq!(destination.end(), 3, "{}", destination.story());
     // Another machine.
     let other = Machine { blocks: vec![64], ..wanted.clone() };
     let (mut destination, to) = receive(&place, apart.path(), &other, &[]);
-    let mut sender = send(&place, &to, &source, &[]);
+    let mut sender = send(&place, &to, &source.socket, &[]);
     stays(&mut sender, "m0 of 32 MiB at the source and m0 of 64 MiB here");
     assert_eq!(destination.end(), 3, "{}", destination.story());
     // It dies when everything is prepared: the switch is taken back.
     let (mut destination, to) = receive(&place, folder.path(), &wanted, &["--stop-at", "switch-heard"]);
-    let mut sender = send(&place, &to, &source, &[]);
+    let mut sender = send(&place, &to, &source.socket, &[]);
     let started = destination.wait_for_event("vmm-started")["pid"].as_i64().expect("a pid") as i32;
     sender.wait_for_event("switch-sent");
     let end = Instant::now() + BOUND;
@@ -246,9 +209,4 @@ fn a_destination_whose_qemu_fails_before_the_guest_runs_there_leaves_it_where_it
     stays(&mut sender, "the VMM process ended");
     assert_eq!(destination.end(), 5, "{}", destination.story());
     place.expect_nothing_left();
-}
-
-fn is_frozen(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
 }

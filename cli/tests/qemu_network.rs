@@ -221,68 +221,65 @@ fn relay(place: &Place, folder: &Path, name: &str, network: &Network) -> (Proces
     (relay, hand)
 }
 
+/// A guest in conversation, on its way between two relays.
+struct Scene {
+    place: Place,
+    folder: qemu_guest::SharedMemory,
+    network: Network,
+    source: Qemu,
+    destination: Process,
+    sender: Process,
+    relays: [Process; 2],
+}
+
+impl Scene {
+    /// `None`, said, where it cannot be.
+    fn start(sent: &[&str]) -> Option<Self> {
+        if no_qemu() {
+            return None;
+        }
+        let Some(linux) = Linux::here().filter(|linux| linux.with_modules.is_some()) else {
+            eprintln!("skipped: no modules of a network card: the kernel is not the lab's");
+            return None;
+        };
+        if !Path::new("/dev/net/tun").exists() {
+            eprintln!("skipped: this kernel has no /dev/net/tun");
+            return None;
+        }
+        let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+        let mut network = match Network::new(folder.path()) {
+            Ok(network) => network,
+            Err(why) => {
+                eprintln!("skipped: {why}");
+                return None;
+            }
+        };
+        let machine = Machine { blocks: vec![192], address: Some("10.77.0.2"), ..Machine::of("q35", Some(linux)) };
+        let (here, hand_here) = relay(&place, folder.path(), "here", &network);
+        let (there, hand_there) = relay(&place, folder.path(), "there", &network);
+        let source = Qemu::start(&place, folder.path(), &machine, "here");
+        source.console.wait_until_booted();
+        network.wait_for(200);
+        let (state_dir, program, arguments) = (place.text("there"), qemu(), machine.arguments(folder.path(), "there"));
+        let mut words = vec!["receive", "--json", "--listen", "127.0.0.1:0", "--state-dir", &state_dir];
+        words.extend(["qemu", "--relay", &hand_there, "--", &program]);
+        words.extend(arguments.iter().map(String::as_str));
+        let mut destination = place.belay(&words);
+        let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
+        let (kept, run_dir, socket) = (place.text("here"), place.text("run"), source.socket.display().to_string());
+        let mut words = vec!["send", "--json", "--to", &to, "--state-dir", &kept, "--run-dir", &run_dir];
+        words.extend(sent);
+        words.extend(["qemu", "--relay", &hand_here, "--qmp", &socket]);
+        let sender = place.belay(&words);
+        Some(Self { place, folder, network, source, destination, sender, relays: [here, there] })
+    }
+}
+
 #[test]
 fn p4_a_conversation_with_a_guest_survives_its_destination_and_no_answer_is_taken_back() {
-    if no_qemu() {
-        return;
-    }
-    let Some(linux) = Linux::here().filter(|linux| linux.with_modules.is_some()) else {
-        return eprintln!("skipped: no modules of a network card: the kernel is not the lab's");
-    };
-    if !Path::new("/dev/net/tun").exists() {
-        return eprintln!("skipped: this kernel has no /dev/net/tun");
-    }
-    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
-    let mut network = match Network::new(folder.path()) {
-        Ok(network) => network,
-        Err(why) => return eprintln!("skipped: {why}"),
-    };
-    let machine = Machine { blocks: vec![192], address: Some("10.77.0.2"), ..Machine::of("q35", Some(linux)) };
-    let (here, hand_here) = relay(&place, folder.path(), "here", &network);
-    let (there, hand_there) = relay(&place, folder.path(), "there", &network);
-    let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
-    network.wait_for(200);
-    let state_dir = place.text("there");
-    let program = qemu();
-    let arguments = machine.arguments(folder.path(), "there");
-    let mut words = vec![
-        "receive",
-        "--json",
-        "--listen",
-        "127.0.0.1:0",
-        "--state-dir",
-        &state_dir,
-        "qemu",
-        "--relay",
-        &hand_there,
-        "--",
-        &program,
-    ];
-    words.extend(arguments.iter().map(String::as_str));
-    let mut destination = place.belay(&words);
-    let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
-    let (kept, run_dir, socket) = (place.text("here"), place.text("run"), source.socket.display().to_string());
-    let mut sender = place.belay(&[
-        "send",
-        "--json",
-        "--to",
-        &to,
-        "--state-dir",
-        &kept,
-        "--run-dir",
-        &run_dir,
-        "--release",
-        "never",
-        // Long enough that a destination which is struck has always said something that is not committed.
-        "--period",
-        "100ms",
-        "qemu",
-        "--relay",
-        &hand_here,
-        "--qmp",
-        &socket,
-    ]);
+    // Long enough that a destination which is struck has always said something that is not committed.
+    let Some(scene) = Scene::start(&["--release", "never", "--period", "100ms"]) else { return };
+    let Scene { place: _place, folder: _folder, mut network, mut source, mut destination, mut sender, relays } = scene;
     destination.wait_for_event("all-landed");
     let (before, begun) = (network.answered(), Instant::now());
     network.wait_for(before + 300);
@@ -300,6 +297,43 @@ fn p4_a_conversation_with_a_guest_survives_its_destination_and_no_answer_is_take
     // Nobody has the relay in hand any more, and it goes on.
     network.wait_for(struck + 600);
     network.end();
-    drop((here, there));
+    drop(relays);
     drop(sender);
+}
+
+#[test]
+fn after_a_release_the_conversation_goes_on_and_the_relay_that_the_guest_left_is_anybodys_again() {
+    let Some(mut scene) = Scene::start(&[]) else { return };
+    assert_eq!(scene.sender.end(), 0, "{}", scene.sender.story());
+    assert_eq!(scene.destination.end(), 0, "{}", scene.destination.story());
+    scene.source.wait();
+    let answered = scene.network.answered();
+    scene.network.wait_for(answered + 300);
+    // Another guest's card, at the relay that was left: what it sends reaches everybody.
+    let frame = [&[0xff; 6][..], &[0x52, 0x54, 0, 1, 2, 3, 0x88, 0xb5], &[0x5a; 46]].concat();
+    let framed = [&(frame.len() as u32).to_be_bytes()[..], &frame].concat();
+    let mut port = UnixStream::connect(&scene.network.socket).expect("a port of the network");
+    port.set_read_timeout(Some(Duration::from_millis(50))).expect("a port");
+    let end = Instant::now() + BOUND;
+    let (mut bytes, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+    let mut card: Option<UnixStream> = None;
+    loop {
+        // The relay takes one at a time, and the killed QEMU's end is heard when its memory is gone.
+        let sent = card.as_mut().map(|card| card.write_all(&framed));
+        if !matches!(sent, Some(Ok(()))) {
+            card = UnixStream::connect(scene.folder.path().join("here.net")).ok();
+        }
+        let read = port.read(&mut buffer).unwrap_or(0);
+        bytes.extend(&buffer[..read]);
+        if frames(&mut bytes).contains(&frame) {
+            break;
+        }
+        assert!(Instant::now() < end, "nothing comes through the relay that was left");
+    }
+    scene.network.end();
+    for left in scene.destination.events("qemu-left") {
+        kill(left["pid"].as_i64().expect("a pid") as i32, libc::SIGKILL);
+    }
+    drop(scene.relays);
+    scene.place.expect_nothing_left();
 }

@@ -8,7 +8,7 @@ use belay_checkpoint::outbox::Outbox;
 use belay_transport::Deadline;
 use belay_vmm_glue::guard::{GuardCommand, GuardError};
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
-use belay_vmm_glue::qemu::host::{QemuHost, Taker};
+use belay_vmm_glue::qemu::host::{Lingers, QemuHost, Taker};
 use belay_vmm_glue::qemu::launch::Launch;
 use clap::Args;
 use std::ffi::OsString;
@@ -25,6 +25,8 @@ Examples:
   belay receive --listen 0.0.0.0:7700 … qemu -- qemu-system-x86_64 -machine q35,memory-backend=m -m 1G \\
       -object memory-backend-file,id=m,size=1G,mem-path=/dev/shm/vm1,share=on …
   belay receive --listen 0.0.0.0:7700 … qemu --qmp /run/vm1.qmp          one that was started with -incoming defer -S
+  belay receive --listen 0.0.0.0:7700 … --linger 10min qemu -- …          kept so long for another page server if this one dies
+  belay receive --takeover --listen 0.0.0.0:7700 … qemu                   that other one
 
 Start it as the source's was started, RAM on tmpfs or hugetlbfs. `-incoming defer`, `-S` and a QMP socket are added to what belay starts.")]
 pub struct QemuReceive {
@@ -41,12 +43,31 @@ pub struct QemuReceive {
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
     /// The QEMU to start when a guest comes: program and arguments
-    #[arg(last = true, value_name = "QEMU", required_unless_present = "qmp")]
+    #[arg(last = true, value_name = "QEMU")]
     command: Vec<OsString>,
 }
 
-/// The host that takes the guest.
-pub fn host(qemu: &QemuReceive, state_dir: &Path) -> Result<QemuHost, GuardError> {
+/// What is wrong with the options, and what to do. `takeover`: the QEMU is there already; `linger`: it is to be kept for the next page server.
+pub fn refused(qemu: &QemuReceive, takeover: bool, linger: bool) -> Option<(&'static str, &'static str)> {
+    let named = qemu.qmp.is_some() || !qemu.command.is_empty();
+    match (takeover, named) {
+        (true, _) if named || qemu.relay.is_some() || !qemu.disk.is_empty() => {
+            Some(("--takeover goes on with a QEMU that is there already", "Say `qemu` and nothing behind it."))
+        }
+        (false, false) => Some((
+            "no QEMU was named",
+            "Say the command line of the QEMU to start behind `--`, or --qmp of one that waits.",
+        )),
+        _ if linger && (qemu.relay.is_some() || !qemu.disk.is_empty()) => Some((
+            "a guest whose network or disk goes through a relay cannot be taken over yet",
+            "Leave --linger out: if this process dies its QEMU ends, and the source catches the guest.",
+        )),
+        _ => None,
+    }
+}
+
+/// The host that takes the guest; its QEMU waits so long for another page server if this one dies.
+pub fn host(qemu: &QemuReceive, state_dir: &Path, linger: Option<Duration>) -> Result<QemuHost, GuardError> {
     let taker = match (&qemu.qmp, qemu.command.split_first()) {
         (Some(socket), _) => Taker::Attach { socket: socket.clone(), pid: qemu.pid },
         (None, command) => {
@@ -56,7 +77,12 @@ pub fn host(qemu: &QemuReceive, state_dir: &Path) -> Result<QemuHost, GuardError
             Taker::Start(Launch { program, arguments, working_directory: None, directory, leash: leash()? })
         }
     };
-    Ok(QemuHost::new(taker, GuardCommand::this_program(&["guard"])?, leash()?, qemu.relay.clone(), qemu.disk.clone()))
+    let guard = GuardCommand::this_program(&["guard"])?;
+    let mut host = QemuHost::new(taker, guard, leash()?, qemu.relay.clone(), qemu.disk.clone());
+    if let Some(linger) = linger {
+        host.keep_for_the_next(Lingers { directory: state_dir.to_owned(), linger });
+    }
+    Ok(host)
 }
 
 /// The guest is this host's own: its QEMU goes on, and belay has nothing more to do.

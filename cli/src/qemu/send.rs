@@ -10,6 +10,7 @@ use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_transport::{Deadline, PageSize};
+use belay_vmm_glue::guard::is_ending;
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::protocol::{PROTOCOL_VERSION, explain};
@@ -355,6 +356,12 @@ fn see_through(
             leave(guest, observer);
             holder::cpu_time(observer);
             return Exit::Caught;
+        }
+        Ok(Outcome::NotMoved { why }) if is_ending(guest.process().number() as i32) => {
+            keeping::close(keep, observer);
+            let why = format!("its QEMU has ended, before the guest had left: {why}");
+            let advice = "The guest runs nowhere. It may have powered itself off; QEMU's own log says more. Nothing is left of it at the destination.";
+            (why, advice, Exit::Lost)
         }
         Ok(Outcome::NotMoved { why }) => {
             keeping::close(keep, observer);

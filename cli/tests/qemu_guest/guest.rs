@@ -5,7 +5,7 @@
 //! so a page that is older than its entry, torn, or another's is found when it is next looked at, and all of them are looked at in turns.
 //! Compiled by the tests with the toolchain that is there, linked statically.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
@@ -254,10 +254,37 @@ fn keep_disk(sectors: usize) -> ! {
     unreachable!("rounds do not end")
 }
 
+/// Hears what the test says on the second serial port: `halt`, `off`, `again`.
+fn obey() {
+    const MKNOD: i64 = 133;
+    const REBOOT: i64 = 169;
+    // ttyS1, a character device (devices.txt of the kernel's documentation).
+    // SAFETY: mknod(2) takes a string that ends, and numbers.
+    unsafe { syscall(MKNOD, c"/ttyS1".as_ptr(), 0o020_600, 4 << 8 | 65) };
+    let port = match std::fs::File::open("/ttyS1") {
+        Ok(port) => port,
+        Err(error) => return say(&format!("no second port: {error}")),
+    };
+    for word in std::io::BufReader::new(port).lines().map_while(Result::ok) {
+        say(&format!("told {word}"));
+        let command: u32 = match word.trim() {
+            "halt" => 0xcdef_0123,
+            "off" => 0x4321_fedc,
+            "again" => 0x0123_4567,
+            _ => continue,
+        };
+        // SAFETY: reboot(2) takes numbers alone here.
+        unsafe { syscall(REBOOT, 0xfee1_deadu32, 672_274_793u32, command, 0) };
+    }
+}
+
 fn main() {
     let sectors = wanted("sectors", 0);
     if sectors > 0 {
         std::thread::spawn(move || keep_disk(sectors));
+    }
+    if wanted("obeys", 0) == 1 {
+        std::thread::spawn(obey);
     }
     if let Some(address) = std::env::var("address").ok().and_then(|text| text.parse::<std::net::Ipv4Addr>().ok()) {
         std::thread::spawn(move || serve(address.octets()));

@@ -4,6 +4,8 @@
 //! holds one program. `BELAY_TEST_QEMU` names another QEMU.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod moving;
+
 use super::running::{BOUND, Place, kill};
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::qmp::Qmp;
@@ -145,11 +147,23 @@ pub struct Machine {
     pub address: Option<&'static str>,
     /// Sectors of its disk, which NAME.nbd in the folder serves; 0 for none. Of the machine `pc` alone.
     pub sectors: usize,
+    /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again.
+    pub obeys: bool,
 }
 
 impl Machine {
     pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
-        Self { kind, vcpus: 1, blocks: vec![128], more: vec![], linux, set: 16, address: None, sectors: 0 }
+        Self {
+            kind,
+            vcpus: 1,
+            blocks: vec![128],
+            more: vec![],
+            linux,
+            set: 16,
+            address: None,
+            sectors: 0,
+            obeys: false,
+        }
     }
 
     /// Arguments of a QEMU whose RAM files and console lie in `folder`, called by `name`.
@@ -180,7 +194,14 @@ impl Machine {
             let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
             let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some());
             add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
-            add("-append", format!("{BOOT} parts={} mib={}{address} sectors={}", self.vcpus, self.set, self.sectors));
+            let (obeys, sectors) = (u8::from(self.obeys), self.sectors);
+            let own = format!("parts={} mib={} obeys={obeys} sectors={sectors}", self.vcpus, self.set);
+            add("-append", format!("{BOOT} {own}{address}"));
+        }
+        if self.obeys {
+            words.retain(|word| word != "-no-reboot");
+            let socket = folder.join(format!("{name}.words"));
+            words.extend(["-serial".to_owned(), format!("unix:{},server=on,wait=off", socket.display())]);
         }
         if self.address.is_some() {
             let socket = folder.join(format!("{name}.net"));

@@ -39,7 +39,7 @@ mod watcher;
 
 pub use death_watch::{DeathWatch, Notice};
 pub use page::LifePage;
-pub use process::{Guard, GuardCommand, dismiss, kill_and_prove, proof_of_death};
+pub use process::{Guard, GuardCommand, dismiss, is_ending, kill_and_prove, proof_of_death};
 pub use sign_of_life::SignOfLife;
 pub use watcher::guard_main;
 

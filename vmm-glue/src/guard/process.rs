@@ -34,6 +34,20 @@ impl GuardCommand {
     }
 }
 
+/// Whether the process `pid` is on its way out, or has gone: seen at once, where its sockets close and its pidfd speaks only after its address
+/// space has been torn down. A sign like a guard's, and no proof: threads of it may still run. For processes that give no sign of their own.
+pub fn is_ending(pid: i32) -> bool {
+    /// PF_EXITING of the kernel's `sched.h`, in the flags of proc_pid_stat(5).
+    const EXITING: u64 = 4;
+    let stat = match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat,
+        Err(error) => return error.kind() == std::io::ErrorKind::NotFound,
+    };
+    // State, ppid, pgrp, session, tty, tpgid and flags follow the name, which ends at the last bracket.
+    let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & EXITING != 0)
+}
+
 /// A running guard. Dropping it leaves the process to its work; [`Guard::wait`] reaps it.
 #[derive(Debug)]
 pub struct Guard {

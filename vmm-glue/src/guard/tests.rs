@@ -431,3 +431,18 @@ fn secrets_are_wiped_when_they_are_dropped_and_never_shown() {
     let bytes = unsafe { left.cast::<[u8; 96]>().read_volatile() };
     assert_eq!(bytes, [0; 96]);
 }
+
+#[test]
+fn a_process_that_gives_no_sign_is_seen_to_end_before_it_is_reaped() {
+    let mut child = Command::new("sleep").arg("600").spawn().expect("a process");
+    let pid = child.id() as i32;
+    assert!(!is_ending(pid) && !is_ending(std::process::id() as i32));
+    child.kill().expect("kill");
+    let end = Instant::now() + BOUND;
+    while !is_ending(pid) {
+        assert!(Instant::now() < end, "it is not seen to end");
+        std::thread::yield_now();
+    }
+    child.wait().expect("it has ended");
+    assert!(is_ending(i32::MAX), "no process has that number");
+}

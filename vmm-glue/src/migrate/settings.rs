@@ -46,13 +46,8 @@ impl Proposal {
             VmmSpec::Qemu(guest) => guest.check()?,
         }
         let Some(tether) = &self.tether else { return Ok(()) };
-        if matches!(self.vmm, VmmSpec::Qemu(_)) {
-            if tether.tracker != TrackerKind::UffdWp {
-                return Err("a tracker that is not uffd-wp; what QEMU writes is seen by no other".to_owned());
-            }
-            if tether.output != OutputMode::Commit {
-                return Err("--output lease, which needs a QEMU that can be fenced; use commit".to_owned());
-            }
+        if matches!(self.vmm, VmmSpec::Qemu(_)) && tether.tracker != TrackerKind::UffdWp {
+            return Err("a tracker that is not uffd-wp; what QEMU writes is seen by no other".to_owned());
         }
         let LeaseSettings { length, margin, heartbeat } = tether.lease;
         if heartbeat < Duration::from_micros(100) || length < heartbeat * 5 || length > LONGEST || margin > LONGEST {

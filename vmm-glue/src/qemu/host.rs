@@ -3,11 +3,12 @@
 use super::arriving::ArrivingGuest;
 use super::disk;
 use super::disks::Disks;
+use super::estate::{Adopted, QemuEstate};
 use super::inject::userfaultfds;
 use super::inspect::Inspection;
 use super::judge::{Against, objections};
 use super::launch::{Launch, Launched};
-use super::leash::Leash;
+use super::leash::{Holding, Leash};
 use super::machine::Machine;
 use super::memory::{block, expect_untouched, file_of, in_order};
 use super::process::Process;
@@ -18,21 +19,24 @@ use super::wire::Wire;
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
-use crate::migrate::destination::{Built, Host, Ram, shard_ranges};
+use crate::migrate::destination::{Built, Host, Ram, VMM_SLOT, shard_ranges};
 use crate::migrate::settings::VmmSpec;
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::Emitter;
 use belay_checkpoint::storage::Storage;
 use belay_transport::Deadline;
-use belay_transport::region::{Mapping, RamFile};
+use belay_transport::region::RamFile;
 use belay_transport::uffd::{Faults, Features, RegisterModes, Uffd};
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// For a QEMU to start, and for all questions together.
 const BOUND: Duration = Duration::from_secs(30);
+/// For one that was started to greet: another client may have it.
+const GREETING: Duration = Duration::from_secs(2);
 /// For its main thread to make userfaultfds.
 const INJECTION: Duration = Duration::from_secs(5);
 /// For a relay to be taken in hand, or let go of.
@@ -52,7 +56,15 @@ pub enum Taker {
 /// What ends the QEMU if the guest does not become its own.
 enum Held {
     Started(Launched),
-    Attached(Leash),
+    Attached {
+        leash: Leash,
+        monitor: PathBuf,
+    },
+    /// By another page server, which died.
+    Left {
+        leash: Leash,
+        holding: Holding,
+    },
 }
 
 /// See the module.
@@ -69,6 +81,18 @@ pub struct QemuHost {
     /// Waiting, and looked at.
     waiting: Option<(Machine, Inspection)>,
     held: Option<(u32, Held)>,
+    /// Where and for how long a QEMU waits for the next page server if this one dies; not at all without.
+    lingers: Option<Lingers>,
+    /// To be gone on with.
+    estate: Option<QemuEstate>,
+}
+
+/// How long a QEMU is kept whose page server has died.
+#[derive(Debug, Clone)]
+pub struct Lingers {
+    /// Of its door.
+    pub directory: PathBuf,
+    pub linger: Duration,
 }
 
 fn failed(doing: &'static str) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> GuestError {
@@ -86,7 +110,38 @@ impl QemuHost {
         disk_relays: Vec<PathBuf>,
     ) -> Self {
         let (wire, disks) = (Wire::new(), Disks::default());
-        Self { taker, guard, leash, relay, wire, disk_relays, disks, waiting: None, held: None }
+        let (waiting, held, lingers, estate) = (None, None, None, None);
+        Self { taker, guard, leash, relay, wire, disk_relays, disks, waiting, held, lingers, estate }
+    }
+
+    /// Should this page server die, the QEMU of a tethered guest waits for the next. A guest with a relay cannot be gone on with: what its relay
+    /// had given the dead one is lost.
+    pub fn keep_for_the_next(&mut self, lingers: Lingers) {
+        self.lingers = Some(lingers);
+    }
+
+    /// Goes on with the QEMU of `estate`.
+    pub fn adopt_from(&mut self, estate: QemuEstate) {
+        self.estate = Some(estate);
+    }
+
+    /// Lays down what the next page server needs of this QEMU, if it is to be kept for one.
+    fn lay_down(&self, process: &Process, blocks: &[RamBlock], shards: &Shards) -> Result<Option<Keeper>, GuestError> {
+        let Some((pid, held)) = &self.held else { return Ok(None) };
+        let (leash, monitor, made) = match held {
+            Held::Started(launched) => (launched.leash(), launched.monitor(), Some(launched.directory.clone())),
+            Held::Attached { leash, monitor } => (Some(leash), monitor.clone(), None),
+            Held::Left { .. } => (None, PathBuf::new(), None),
+        };
+        let Some(leash) = leash else { return Ok(None) };
+        if let (Some(lingers), None, true) = (&self.lingers, &self.relay, self.disk_relays.is_empty()) {
+            let addresses = blocks.iter().map(|block| block.vmm_address).collect();
+            let Lingers { directory, linger } = lingers.clone();
+            let holding = Holding { pid: *pid, monitor, made, addresses, doors: directory, linger };
+            let files = blocks.iter().map(|block| block.file.as_fd());
+            leash.hold(holding, process, files, shards.iter().map(|(uffd, _)| uffd.as_fd()))?;
+        }
+        Ok(Some(leash.keeper()))
     }
 
     /// The guest is this host's own: its QEMU goes on whatever becomes of belay. Its process, and its monitor
@@ -99,9 +154,13 @@ impl QemuHost {
                 launched.leave();
                 Some(monitor)
             }
-            Held::Attached(leash) => {
+            Held::Attached { leash, .. } => {
                 leash.let_go();
                 None
+            }
+            Held::Left { leash, holding } => {
+                leash.let_go();
+                holding.made.is_some().then_some(holding.monitor)
             }
         };
         Some((pid, monitor))
@@ -127,7 +186,8 @@ impl QemuHost {
                 Ok(machine)
             }
             Taker::Attach { socket, pid } => {
-                let qmp = Qmp::connect(socket, deadline).map_err(|error| failed("reach QEMU")(error.into()))?;
+                let qmp = Qmp::connect(socket, Deadline::after(GREETING))
+                    .map_err(|error| failed("reach QEMU")(error.into()))?;
                 let process =
                     Process::behind(&qmp, *pid).map_err(|error| failed("find QEMU's process")(error.into()))?;
                 let line = process.command_line().map_err(|error| failed("read QEMU's command line")(error.into()))?;
@@ -137,9 +197,21 @@ impl QemuHost {
                 }
                 let leash =
                     Leash::tie(&self.leash, &process).map_err(|error| failed("start the leash")(error.into()))?;
-                self.held = Some((process.number(), Held::Attached(leash)));
+                let monitor = std::path::absolute(socket).unwrap_or_else(|_| socket.clone());
+                self.held = Some((process.number(), Held::Attached { leash, monitor }));
                 Ok(Machine::new(qmp, process))
             }
+        }
+    }
+}
+
+impl Drop for QemuHost {
+    fn drop(&mut self) {
+        if let Some((_, Held::Left { leash, holding })) = self.held.take() {
+            // Ended first.
+            drop(leash);
+            // belay's alone, made for this QEMU.
+            let _ = holding.made.map(std::fs::remove_dir_all);
         }
     }
 }
@@ -190,7 +262,7 @@ impl Host for QemuHost {
         shards: u16,
         tracker: Option<TrackerKind>,
         sink: Arc<dyn PacketSink>,
-        _life: Option<&LifePage>,
+        life: Option<&LifePage>,
     ) -> Result<Built, GuestError> {
         let none = || GuestError::Unsupported("no QEMU was started for this guest".to_owned());
         let (mut machine, guest) = self.waiting.take().ok_or_else(none)?;
@@ -204,6 +276,14 @@ impl Host for QemuHost {
             expect_untouched(&machine.process, block)?;
         }
         machine.prepare_stream()?;
+        let keeper = match tracker {
+            Some(_) => self.lay_down(&machine.process, &blocks, &shards)?,
+            None => None,
+        };
+        let gives_sign = match (&keeper, life) {
+            (Some(keeper), Some(life)) => keeper.give_sign(life.fd(), VMM_SLOT)?,
+            _ => false,
+        };
         let pid = guest.pid;
         if let Some(relay) = &self.relay {
             let hand = Hand::attach(relay, sink, 0, Deadline::after(HAND));
@@ -222,11 +302,15 @@ impl Host for QemuHost {
         attached.map_err(|error| failed("take the guest's disk relays in hand")(error.into()))?;
         let tethered = tracker.is_some();
         let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone(), self.disks.clone(), tethered));
-        Ok(Built { guest, shards, pid, gives_sign: false, keeper: None })
+        Ok(Built { guest, shards, pid, gives_sign, keeper })
     }
 
-    fn adopt(&mut self, _: Arc<Mapping>, _: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
-        Err(GuestError::Unsupported("a QEMU whose page server has died cannot be taken over yet".to_owned()))
+    fn adopt(&mut self, ram: &[Ram], _: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+        let none = || GuestError::Unsupported("there is no QEMU to take over".to_owned());
+        let Adopted { guest, keeper, leash, holding } =
+            self.estate.take().ok_or_else(none)?.adopt(ram, self.wire.clone());
+        self.held = Some((holding.pid, Held::Left { leash, holding }));
+        Ok((guest, keeper))
     }
 
     fn output(&mut self, _address: Option<&str>) -> io::Result<Box<dyn Emitter>> {
@@ -234,7 +318,7 @@ impl Host for QemuHost {
     }
 
     fn vmm_is_apart(&self) -> bool {
-        // It is, and gives no sign and shuts no gate: there is nothing for the guard to see to.
+        // It is, and shuts no gate: the guard has none to see to. What it lets out goes through this process or through nobody.
         false
     }
 
@@ -243,6 +327,9 @@ impl Host for QemuHost {
     }
 }
 
+/// Userfaultfds, with the frames each reports faults of.
+type Shards = Vec<(Uffd, Vec<belay_transport::pull::ShardRange>)>;
+
 /// One userfaultfd of QEMU's a shard, over its part of every block.
 fn register(
     process: &Process,
@@ -250,7 +337,7 @@ fn register(
     ram: &[Ram],
     shards: u16,
     protect: bool,
-) -> Result<Vec<(Uffd, Vec<belay_transport::pull::ShardRange>)>, GuestError> {
+) -> Result<Shards, GuestError> {
     let asked = blocks.iter().map(|block| features(block.page_size, protect)).fold(Features::NONE, Features::union);
     let fds = userfaultfds(process, usize::from(shards), INJECTION);
     let fds = fds.map_err(|error| failed("have QEMU make a userfaultfd")(error.into()))?;

@@ -52,6 +52,11 @@ impl Launched {
         monitor(&self.directory)
     }
 
+    /// What ends it with belay, or keeps it for the next.
+    pub fn leash(&self) -> Option<&Leash> {
+        self.leash.as_ref()
+    }
+
     /// The guest in it is its own: it goes on whatever becomes of belay.
     pub fn leave(mut self) {
         if let Some(leash) = self.leash.take() {

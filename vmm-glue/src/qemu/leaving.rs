@@ -182,7 +182,8 @@ impl LeavingGuest {
     /// After a release: what is here of the guest is of no use, and must never run.
     pub fn end_released(mut self) -> Result<(), GuestError> {
         self.machine.kill()?;
-        self.disks.let_go()
+        // Nobody is behind its relays any more: they are as they were before a guest came.
+        self.let_go_of_relays()
     }
 }
 

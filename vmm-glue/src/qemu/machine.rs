@@ -202,6 +202,7 @@ impl Machine {
             loaded?;
             given.map_err(failed("write a stream to QEMU"))
         })?;
+        // While it stands and answers at once: a move of its operator's own would leave RAM out.
         self.forget_the_switch()
     }
 

@@ -11,6 +11,8 @@
 //!   machine  what one is ordered to do: stop, go on, save, load
 //!   state    what it saves, and how a checkpoint becomes something that loads
 //!   launch   one that belay starts, on a leash: it ends with belay until its guest is its own
+//!   keeping  the leash's process, which keeps it for the next page server where it may
+//!   estate   what a dead page server has left of one
 //!   standby  the command line of a second one over the same memory
 //!   leaving  a guest at its source: until it left, and after it was caught
 //!   arriving a guest at its destination
@@ -24,12 +26,14 @@
 pub mod arriving;
 pub mod disk;
 pub mod disks;
+pub mod estate;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 pub mod host;
 pub mod inject;
 pub mod inspect;
 pub mod judge;
+pub mod keeping;
 pub mod launch;
 pub mod leash;
 pub mod leaving;

@@ -53,6 +53,11 @@ impl Process {
         Self::held(pid.ok_or(ProcessError::NoPeer)?)
     }
 
+    /// The process of this number, whose pidfd another has kept.
+    pub fn of(pid: u32, pidfd: OwnedFd) -> Option<Self> {
+        Some(Self { pid: i32::try_from(pid).ok().and_then(Pid::from_raw)?, pidfd })
+    }
+
     fn held(pid: Pid) -> Result<Self, ProcessError> {
         let pidfd = pidfd_open(pid, PidfdFlags::empty());
         let pidfd = pidfd.map_err(|error| ProcessError::Io {

@@ -2,7 +2,7 @@
 //! has left cannot be loaded into.
 //!
 //! Its command line is the running one's, but for what cannot be opened twice. Consoles and logs get a name of their own (`.standby` at the
-//! end); what listens for operators is left out, since this QEMU has a monitor of its own; whatever else would take something away from the
+//! end, then `.standby2` and so on: a standby that has a guest leaves it to the next one); what listens for operators is left out, since this QEMU has a monitor of its own; whatever else would take something away from the
 //! running guest is refused by its name, and an operator gives the arguments himself.
 
 use std::path::PathBuf;
@@ -20,6 +20,16 @@ pub enum StandbyError {
 pub type Elsewhere = Vec<(String, PathBuf)>;
 
 const SUFFIX: &str = ".standby";
+
+/// What the console or log at `path` is called where the next QEMU opens it. It grows by a digit and not by a word, because a guest may be
+/// caught any number of times and a name is bounded.
+fn another(path: &str) -> String {
+    let counted = path.rsplit_once(SUFFIX).and_then(|(start, count)| match count {
+        "" => Some((start, 2)),
+        count => Some((start, count.parse::<u64>().ok()?.checked_add(1)?)),
+    });
+    counted.map_or_else(|| format!("{path}{SUFFIX}"), |(start, count)| format!("{start}{SUFFIX}{count}"))
+}
 
 /// The standby's arguments, without program, monitor and `-incoming`, from those of the QEMU that runs.
 pub fn arguments(running: &[String], elsewhere: &Elsewhere) -> Result<Vec<String>, StandbyError> {
@@ -55,7 +65,7 @@ pub fn arguments(running: &[String], elsewhere: &Elsewhere) -> Result<Vec<String
                 let other = object(&value, elsewhere).map_err(|why| refused(value, why))?;
                 made.extend([word.clone(), other]);
             }
-            "D" => made.extend([word.clone(), value() + SUFFIX]),
+            "D" => made.extend([word.clone(), another(&value())]),
             "add-fd" | "readconfig" | "preconfig" => {
                 let value = if option == "preconfig" { String::new() } else { value() };
                 return Err(refused(value, "it came from whoever started QEMU, and is not on its command line"));
@@ -113,7 +123,7 @@ fn character(value: &str) -> Result<String, &'static str> {
         "none" | "null" | "vc" | "pty" | "ringbuf" | "chardev" => Ok(value.to_owned()),
         "file" => {
             let mut fields = fields(rest);
-            fields[0] += SUFFIX;
+            fields[0] = another(&fields[0]);
             Ok(format!("file:{}", joined(&fields)))
         }
         "unix" => {
@@ -121,7 +131,7 @@ fn character(value: &str) -> Result<String, &'static str> {
             if !listens(&fields) {
                 return Err(CONNECTS);
             }
-            fields[0] += SUFFIX;
+            fields[0] = another(&fields[0]);
             Ok(format!("unix:{}", joined(&fields)))
         }
         "tcp" | "telnet" | "websocket" | "udp" => Err("its port is taken"),
@@ -141,11 +151,11 @@ fn chardev(value: &str) -> Result<String, &'static str> {
         ("stdio", _) => Ok(format!("null,{id}")),
         ("null" | "vc" | "pty" | "ringbuf", _) => Ok(value.to_owned()),
         ("file", Some(path)) => {
-            *path += SUFFIX;
+            *path = format!("path={}", another(path.trim_start_matches("path=")));
             Ok(joined(&fields))
         }
         ("socket", Some(path)) => {
-            *path += SUFFIX;
+            *path = format!("path={}", another(path.trim_start_matches("path=")));
             if listens(&fields) { Ok(joined(&fields)) } else { Err(CONNECTS) }
         }
         ("socket", None) => Err("its port is taken"),
@@ -225,6 +235,23 @@ mod tests {
             "-chardev socket,id=c,path=/c.standby,server=on,wait=off"
         );
         assert_eq!(made("-chardev stdio,id=c,mux=on -D log").unwrap(), "-chardev null,id=c -D log.standby");
+    }
+
+    #[test]
+    fn a_standbys_own_standby_has_names_that_do_not_grow() {
+        let mut line = "-serial file:/a -chardev socket,id=c,path=/c,server=on -D log".to_owned();
+        for count in ["", "2", "3"] {
+            line = made(&line).unwrap();
+            assert_eq!(
+                line,
+                format!(
+                    "-serial file:/a.standby{count} -chardev socket,id=c,path=/c.standby{count},server=on -D log.standby{count}"
+                )
+            );
+        }
+        assert_eq!(another("/x.standby/log"), "/x.standby/log.standby");
+        assert_eq!(another("/x.standby9"), "/x.standby10");
+        assert_eq!(another(&format!("x.standby{}", u64::MAX)), format!("x.standby{}.standby", u64::MAX));
     }
 
     #[test]

@@ -97,7 +97,7 @@ impl Host for TestHost {
         Ok(Built { guest: Box::new(guest), shards, pid: std::process::id(), gives_sign: false, keeper: None })
     }
 
-    fn adopt(&mut self, _: Arc<Mapping>, _: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
+    fn adopt(&mut self, _: &[Ram], _: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError> {
         Err(GuestError::Unsupported("a VMM in this process has nobody to outlive".to_owned()))
     }
 

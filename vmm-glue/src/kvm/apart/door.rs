@@ -15,7 +15,7 @@
 //! * Whatever a caller does costs one thread at most [`KNOCK_BOUND`], and never the guest anything.
 
 use super::{Answer, Ask, FromClient, FromVmm, VERSION, WireError, frame};
-use crate::guard::proof_of_death;
+use crate::guard::{is_ending, proof_of_death};
 use belay_transport::Deadline;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::fs::{AtFlags, CWD, Mode, chmodat};
@@ -38,7 +38,7 @@ const KNOCK_BYTES: usize = 64;
 const WRITE_BOUND: Duration = Duration::from_secs(10);
 
 /// A page server's process.
-pub(super) struct Holder {
+pub(crate) struct Holder {
     pid: i32,
     /// `None`: it had ended before it could be looked at.
     pidfd: Option<OwnedFd>,
@@ -46,7 +46,7 @@ pub(super) struct Holder {
 
 impl Holder {
     /// The process at the other end of `stream`, as the kernel noted it when the two were joined.
-    pub(super) fn of(stream: &UnixStream) -> io::Result<Self> {
+    pub(crate) fn of(stream: &UnixStream) -> io::Result<Self> {
         let pid = socket_peercred(stream)?.pid;
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => Ok(Self { pid: pid.as_raw_nonzero().get(), pidfd: Some(pidfd) }),
@@ -57,18 +57,12 @@ impl Holder {
 
     /// Whether none of its threads runs any more.
     fn has_ended(&self) -> bool {
-        let now = Deadline::after(Duration::ZERO);
-        self.pidfd.as_ref().is_none_or(|pidfd| proof_of_death(pidfd, now).unwrap_or(false))
+        self.ends_by(Deadline::after(Duration::ZERO))
     }
 
-    /// Whether it is on its way out: its socket closes only when its address space is gone.
-    fn is_ending(&self) -> bool {
-        /// PF_EXITING of the kernel's `sched.h`, in the flags of proc_pid_stat(5).
-        const EXITING: u64 = 4;
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
-        // State, ppid, pgrp, session, tty, tpgid and flags follow the name, which ends at the last bracket.
-        let flags = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
-        flags.is_some_and(|flags| flags & EXITING != 0)
+    /// As [`Holder::has_ended`], waiting for it.
+    pub(crate) fn ends_by(&self, deadline: Deadline) -> bool {
+        self.pidfd.as_ref().is_none_or(|pidfd| proof_of_death(pidfd, deadline).unwrap_or(false))
     }
 }
 
@@ -80,13 +74,21 @@ struct Seat {
 }
 
 /// One that was let in: its socket, and the number of its request, which is to be answered with the estate.
-pub(super) struct Caller {
-    pub(super) stream: UnixStream,
-    pub(super) id: u64,
+pub(crate) struct Caller {
+    pub(crate) stream: UnixStream,
+    pub(crate) id: u64,
+}
+
+impl Caller {
+    /// Tells it that it has the seat, and nothing else: the socket, for whatever the two say to each other then.
+    pub(crate) fn welcome(self) -> io::Result<UnixStream> {
+        frame::send(&self.stream, &FromVmm::Answer { id: self.id, result: Ok(Answer::Done) }, None)?;
+        Ok(self.stream)
+    }
 }
 
 /// An open door. Its socket is taken away when it is dropped.
-pub(super) struct Door {
+pub(crate) struct Door {
     path: PathBuf,
     listener: Arc<UnixListener>,
     seat: Arc<Mutex<Seat>>,
@@ -94,14 +96,17 @@ pub(super) struct Door {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What VMMs are whose doors are in one directory: the beginning of a door's name.
+pub(crate) const VMM: &str = "vmm";
+
 /// The name of the door of process `pid`.
-pub(super) fn name(pid: u32) -> String {
-    format!("vmm-{pid}.door")
+pub(crate) fn name(kind: &str, pid: u32) -> String {
+    format!("{kind}-{pid}.door")
 }
 
 impl Door {
-    /// Opens it in `directory`, which is made if it is not there, with `holder` in the seat.
-    pub(super) fn open(directory: &Path, holder: Holder) -> io::Result<Self> {
+    /// Opens the one called `name` in `directory`, which is made if it is not there, with `holder` in the seat.
+    pub(crate) fn open(directory: &Path, name: &str, holder: Holder) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
         let own = rustix::process::geteuid();
         let owner = std::fs::metadata(directory)?;
@@ -111,7 +116,7 @@ impl Door {
                 "{path} belongs to uid {uid} with mode {mode:o}: others could put a door of their own there"
             )));
         }
-        let path = directory.join(name(std::process::id()));
+        let path = directory.join(name);
         let listener = bind(&path)?;
         let seat = Arc::new(Mutex::new(Seat { holder, left: false }));
         let (tell, callers) = bounded(1);
@@ -124,12 +129,12 @@ impl Door {
     }
 
     /// The client's socket has closed: the seat is free once its process has ended.
-    pub(super) fn has_left(&self) {
+    pub(crate) fn has_left(&self) {
         self.seat.lock().unwrap_or_else(PoisonError::into_inner).left = true;
     }
 
     /// Waits for the next page server.
-    pub(super) fn next(&self, deadline: Deadline) -> Option<Caller> {
+    pub(crate) fn next(&self, deadline: Deadline) -> Option<Caller> {
         self.callers.recv_deadline(deadline.instant()).ok()
     }
 }
@@ -206,7 +211,8 @@ fn hear(stream: UnixStream, seat: &Mutex<Seat>) -> Option<(Caller, Holder)> {
     let (pid, left, free) = {
         let Seat { holder, left } = &*seat.lock().unwrap_or_else(PoisonError::into_inner);
         let ended = holder.has_ended();
-        (holder.pid, *left || ended || holder.is_ending(), *left && ended)
+        // On its way out: its socket closes only when its address space is gone.
+        (holder.pid, *left || ended || is_ending(holder.pid), *left && ended)
     };
     if !free {
         refuse(WireError::Taken { pid, left });
@@ -218,8 +224,8 @@ fn hear(stream: UnixStream, seat: &Mutex<Seat>) -> Option<(Caller, Holder)> {
 }
 
 /// Whether the process `pid` could be asked for by its door: for those who look for doors.
-pub(super) fn process_of(path: &Path) -> Option<Pid> {
+pub(crate) fn process_of(path: &Path, kind: &str) -> Option<Pid> {
     let name = path.file_name()?.to_str()?;
-    let pid = name.strip_prefix("vmm-")?.strip_suffix(".door")?;
+    let pid = name.strip_prefix(kind)?.strip_prefix('-')?.strip_suffix(".door")?;
     Pid::from_raw(pid.parse().ok()?)
 }

@@ -56,15 +56,20 @@ pub struct Waiting {
     pub pid: i32,
 }
 
-/// The doors in `directory`, by process number. Those of VMMs that have ended are removed.
+/// The doors of VMMs in `directory`, by process number. Those of VMMs that have ended are removed.
 pub fn waiting(directory: &Path) -> io::Result<Vec<Waiting>> {
+    waiting_of(directory, door::VMM)
+}
+
+/// As [`waiting`], of another kind's.
+pub(crate) fn waiting_of(directory: &Path, kind: &str) -> io::Result<Vec<Waiting>> {
     let mut all = Vec::new();
     let entries = match std::fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(all),
         entries => entries?,
     };
     for path in entries.flatten().map(|entry| entry.path()) {
-        let Some(pid) = door::process_of(&path) else { continue };
+        let Some(pid) = door::process_of(&path, kind) else { continue };
         match rustix::process::test_kill_process(pid) {
             Err(rustix::io::Errno::SRCH) => drop(std::fs::remove_file(&path)),
             // One of another user's is told of when it is asked for.
@@ -95,35 +100,11 @@ impl Estate {
     /// Takes the seat of the VMM behind `door`, waiting until `deadline` for a predecessor that is still being torn down, and fetches
     /// everything it left.
     pub fn enter(door: &Path, deadline: Deadline) -> Result<Self, DoorError> {
-        let bound = deadline.left();
-        loop {
-            match Self::knock(door, deadline) {
-                Err(DoorError::NotEnded { .. }) if deadline.left() > LOOK => std::thread::sleep(LOOK),
-                Err(DoorError::NotEnded { pid, .. }) => return Err(DoorError::NotEnded { pid, bound }),
-                entered => return entered,
-            }
-        }
-    }
-
-    fn knock(door: &Path, deadline: Deadline) -> Result<Self, DoorError> {
-        let closed = |source| DoorError::Closed { path: door.to_owned(), source };
-        let stream = UnixStream::connect(door).map_err(closed)?;
-        let (peer, own) = (socket_peercred(&stream).map_err(|errno| closed(errno.into()))?, rustix::process::geteuid());
-        if peer.uid != own && !peer.uid.is_root() {
-            return Err(DoorError::Foreign { path: door.to_owned(), uid: peer.uid.as_raw(), own: own.as_raw() });
-        }
-        let pidfd = pidfd_open(peer.pid, PidfdFlags::empty()).map_err(|errno| closed(errno.into()))?;
-        stream.set_write_timeout(Some(deadline.left().max(LOOK))).map_err(DoorError::Socket)?;
-        let mut asking = Asking { stream, last_id: 0, deadline };
-        let (pid, spec, vmm_address, uffds, kept) = match asking.ask(Ask::TakeOver { version: VERSION })? {
-            (Ok(Answer::Estate { pid, spec, vmm_address, uffds, kept }), _) => (pid, spec, vmm_address, uffds, kept),
-            (Ok(other), _) => return Err(DoorError::Unexpected { got: other.kind(), wanted: "Estate" }),
-            (Err(WireError::Taken { pid, left: false }), _) => return Err(DoorError::Taken { pid }),
-            (Err(WireError::Taken { pid, left: true }), _) => {
-                return Err(DoorError::NotEnded { pid, bound: Duration::ZERO });
-            }
-            (Err(error), _) => return Err(DoorError::Refused { path: door.to_owned(), source: error.into() }),
+        let (stream, pidfd, answer) = take_seat(door, deadline)?;
+        let Answer::Estate { pid, spec, vmm_address, uffds, kept } = answer else {
+            return Err(DoorError::Unexpected { got: answer.kind(), wanted: "Estate" });
         };
+        let mut asking = Asking { stream, last_id: FIRST, deadline };
         let ram = RamFile::from_fd(asking.descriptor(door, Ask::GuestRam)?).map_err(DoorError::Ram)?;
         let mut parts = Vec::new();
         for (index, (offset, len)) in uffds.into_iter().enumerate() {
@@ -143,6 +124,48 @@ impl Estate {
     pub fn take(&mut self, what: Kept) -> Option<OwnedFd> {
         let at = self.kept.iter().position(|(kept, _)| *kept == what)?;
         Some(self.kept.swap_remove(at).1)
+    }
+}
+
+/// The number of the request for a seat.
+const FIRST: u64 = 1;
+
+/// Takes the seat of somebody who keeps a VMM that knows nothing of belay (see [`Caller::welcome`](door::Caller)).
+pub(crate) fn take_keepers_seat(door: &Path, deadline: Deadline) -> Result<UnixStream, DoorError> {
+    match take_seat(door, deadline)? {
+        (stream, _, Answer::Done) => Ok(stream),
+        (_, _, other) => Err(DoorError::Unexpected { got: other.kind(), wanted: "Done" }),
+    }
+}
+
+/// Takes the seat behind `door`, waiting until `deadline` for a predecessor that is still being torn down: the socket, whoever has the door,
+/// and what it answered.
+fn take_seat(door: &Path, deadline: Deadline) -> Result<(UnixStream, OwnedFd, Answer), DoorError> {
+    let bound = deadline.left();
+    loop {
+        match knock(door, deadline) {
+            Err(DoorError::NotEnded { .. }) if deadline.left() > LOOK => std::thread::sleep(LOOK),
+            Err(DoorError::NotEnded { pid, .. }) => return Err(DoorError::NotEnded { pid, bound }),
+            entered => return entered,
+        }
+    }
+}
+
+fn knock(door: &Path, deadline: Deadline) -> Result<(UnixStream, OwnedFd, Answer), DoorError> {
+    let closed = |source| DoorError::Closed { path: door.to_owned(), source };
+    let stream = UnixStream::connect(door).map_err(closed)?;
+    let (peer, own) = (socket_peercred(&stream).map_err(|errno| closed(errno.into()))?, rustix::process::geteuid());
+    if peer.uid != own && !peer.uid.is_root() {
+        return Err(DoorError::Foreign { path: door.to_owned(), uid: peer.uid.as_raw(), own: own.as_raw() });
+    }
+    let pidfd = pidfd_open(peer.pid, PidfdFlags::empty()).map_err(|errno| closed(errno.into()))?;
+    stream.set_write_timeout(Some(deadline.left().max(LOOK))).map_err(DoorError::Socket)?;
+    let mut asking = Asking { stream, last_id: FIRST - 1, deadline };
+    match asking.ask(Ask::TakeOver { version: VERSION })? {
+        (Ok(answer), _) => Ok((asking.stream, pidfd, answer)),
+        (Err(WireError::Taken { pid, left: false }), _) => Err(DoorError::Taken { pid }),
+        (Err(WireError::Taken { pid, left: true }), _) => Err(DoorError::NotEnded { pid, bound: Duration::ZERO }),
+        (Err(error), _) => Err(DoorError::Refused { path: door.to_owned(), source: error.into() }),
     }
 }
 

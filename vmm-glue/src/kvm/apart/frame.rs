@@ -18,7 +18,7 @@ const CHUNK_BYTES: usize = 64 << 10;
 const MAX_BODY_BYTES: usize = 64 << 20;
 
 /// Sends one frame.
-pub(super) fn send<T: Serialize>(mut stream: &UnixStream, message: &T, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+pub(crate) fn send<T: Serialize>(mut stream: &UnixStream, message: &T, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut bytes = vec![0; 4];
     bytes = postcard::to_extend(message, bytes).map_err(io::Error::other)?;
     let len = bytes.len() - 4;
@@ -45,12 +45,12 @@ pub(super) fn send<T: Serialize>(mut stream: &UnixStream, message: &T, fd: Optio
 }
 
 /// Receives one frame; `None` when the other side has closed between two frames.
-pub(super) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Option<OwnedFd>)>> {
+pub(crate) fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<Option<(T, Option<OwnedFd>)>> {
     receive_within(stream, MAX_BODY_BYTES, None)
 }
 
 /// As [`receive`], of at most `most` bytes, and all of it by `deadline` if there is one (the socket's read timeout is then set).
-pub(super) fn receive_within<T: DeserializeOwned>(
+pub(crate) fn receive_within<T: DeserializeOwned>(
     mut stream: &UnixStream,
     most: usize,
     deadline: Option<Deadline>,

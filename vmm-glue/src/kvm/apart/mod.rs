@@ -14,13 +14,14 @@
 //! the guest and keeps its memory until it is told to end (SIGTERM) or its time to linger is over. Until then the next page server
 //! can come in by its [`door`](Estate) and goes on with what the one before it had laid down ([`Kept`]).
 
-mod door;
+pub(crate) mod door;
 mod estate;
-mod frame;
+pub(crate) mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 #[cfg(test)]
 pub(crate) mod golden;
+mod keeper;
 mod ledger;
 mod orphan;
 mod outlet;
@@ -28,8 +29,10 @@ mod remote;
 mod server;
 
 pub use estate::{DoorError, Estate, Waiting, waiting};
+pub(crate) use estate::{take_keepers_seat, waiting_of};
+pub use keeper::{Keeper, Keeps};
 pub use ledger::{Ledger, LedgerError};
-pub use remote::{FaultSource, Keeper, RemoteGuest, VmmFaults};
+pub use remote::{FaultSource, RemoteGuest, VmmFaults};
 pub use server::{ServeError, serve};
 
 use super::guests::GuestSpec;

@@ -1,6 +1,6 @@
 //! The client's side: a guest in another process.
 
-use super::{Answer, Ask, Estate, FromClient, FromVmm, Kept, VERSION, frame};
+use super::{Answer, Ask, Estate, FromClient, FromVmm, Keeper, Keeps, Kept, VERSION, frame};
 use crate::guard::{kill_and_prove, proof_of_death};
 use crate::kvm::guests::GuestSpec;
 use crate::kvm::{BareGuest, KvmOptions};
@@ -261,7 +261,7 @@ impl RemoteGuest {
 
     /// The hand by which things are laid down for the next page server.
     pub fn keeper(&self) -> Keeper {
-        Keeper { channel: self.channel.clone() }
+        Keeper::with(ByVmm(self.channel.clone()))
     }
 
     /// The hand by which its faults are asked for; it stays good while the guest is elsewhere.
@@ -279,20 +279,16 @@ impl RemoteGuest {
     }
 }
 
-/// Lays things down with a VMM for the page server after this one.
-pub struct Keeper {
-    channel: Arc<Channel>,
-}
+/// Lays things down with a VMM.
+struct ByVmm(Arc<Channel>);
 
-impl Keeper {
-    /// Has the VMM keep a duplicate of `file`; an earlier one of its kind is forgotten.
-    pub fn keep(&self, what: Kept, file: BorrowedFd<'_>) -> Result<(), GuestError> {
-        self.channel.done_with(Ask::Keep(what), Some(file), Duration::ZERO)
+impl Keeps for ByVmm {
+    fn keep(&self, what: Kept, file: BorrowedFd<'_>) -> Result<(), GuestError> {
+        self.0.done_with(Ask::Keep(what), Some(file), Duration::ZERO)
     }
 
-    /// Has the VMM give its sign of life in a slot of `page`, until it is told to exit.
-    pub fn give_sign(&self, page: BorrowedFd<'_>, slot: usize) -> Result<(), GuestError> {
-        self.channel.done_with(Ask::GiveSign { slot: slot as u64 }, Some(page), Duration::ZERO)
+    fn give_sign(&self, page: BorrowedFd<'_>, slot: usize) -> Result<bool, GuestError> {
+        self.0.done_with(Ask::GiveSign { slot: slot as u64 }, Some(page), Duration::ZERO).map(|()| true)
     }
 }
 

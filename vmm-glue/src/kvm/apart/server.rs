@@ -2,7 +2,7 @@
 
 use super::door::{Caller, Door, Holder};
 use super::outlet::Outlet;
-use super::{Answer, Ask, FromClient, Kept, Ledger, VERSION, VmmFaults, WireError, frame, orphan};
+use super::{Answer, Ask, FromClient, Kept, Ledger, VERSION, VmmFaults, WireError, door, frame, orphan};
 use crate::guard::{GuardError, LifePage, SignOfLife};
 use crate::kvm::{BareGuest, KvmGuest};
 use crate::migrate::protocol::explain;
@@ -125,7 +125,8 @@ impl Vmm {
             }
             let ram = RamFile::from_fd(ram).map_err(|error| GuestError::BadState(error.to_string()))?;
             let alias = ram.map().map_err(|source| GuestError::Io { doing: "mapping guest memory".into(), source })?;
-            let open = |directory| Door::open(directory, Holder::of(stream)?);
+            let name = door::name(door::VMM, std::process::id());
+            let open = |directory| Door::open(directory, &name, Holder::of(stream)?);
             let door = doors.map(open).transpose().map_err(|source| {
                 let directory = doors.unwrap_or(Path::new("")).display();
                 GuestError::Io { doing: format!("opening a door for the next page server in {directory}"), source }

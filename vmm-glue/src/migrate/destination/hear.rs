@@ -2,6 +2,7 @@
 
 use super::warden::Warden;
 use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
+use crate::guard::is_ending;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
 use crate::migrate::protocol;
@@ -183,6 +184,7 @@ impl Destination<'_> {
             self.why = format!("the source has not said go within {:?}", self.config.bounds.switch);
             return Some(Event::PrepareFailed);
         }
+        self.look_at_vmm();
         if let (State::Tethered { .. }, Some(tethering)) = (&self.state, &self.tethering) {
             if let Some(failure) = tethering.heart_failure() {
                 return self.happening(failure);
@@ -211,6 +213,16 @@ impl Destination<'_> {
             return Some(Event::ReleaseWanted);
         }
         None
+    }
+
+    /// Tells the source of a VMM that has begun to die, if it gives no sign of its own: what is known of it otherwise comes when its address space
+    /// is gone. A sign and no proof; that follows when its socket closes.
+    fn look_at_vmm(&mut self) {
+        let tethered = matches!(self.state, State::Tethered { .. }) && self.tethering.is_some();
+        let Some(pid) = self.signless.take_if(|pid| tethered && is_ending(*pid as i32)) else { return };
+        let reason = format!("its VMM, process {pid}, is dying");
+        let because = self.note(Kind::State { state: "vmm-dying".to_owned(), why: reason.clone() });
+        let _ = self.tell(&ToSource::Failed { reason, because });
     }
 
     /// Tells how far the pull is.

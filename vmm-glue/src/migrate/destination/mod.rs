@@ -45,7 +45,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-pub use takeover::{Inherited, take_over};
+pub use takeover::{Found, Inherited, take_over};
 use warden::Warden;
 pub use will::{Will, WillError};
 
@@ -111,10 +111,8 @@ pub trait Host {
         life: Option<&LifePage>,
     ) -> Result<Built, GuestError>;
 
-    /// Goes on with the VMM that a dead page server left, in which `alias` is a mapping of guest RAM. What had not left is in `sink` when this
-    /// returns.
-    fn adopt(&mut self, alias: Arc<Mapping>, sink: Arc<dyn PacketSink>)
-    -> Result<(Box<dyn Guest>, Keeper), GuestError>;
+    /// Goes on with the VMM that a dead page server left, whose RAM is `ram`. What had not left is in `sink` when this returns.
+    fn adopt(&mut self, ram: &[Ram], sink: Arc<dyn PacketSink>) -> Result<(Box<dyn Guest>, Keeper), GuestError>;
 
     /// The way out for output.
     fn output(&mut self, address: Option<&str>) -> std::io::Result<Box<dyn Emitter>>;
@@ -305,6 +303,8 @@ struct Destination<'a> {
     keeper: Option<Keeper>,
     ram: Vec<(Ram, LocalKey, ReadKey, u64)>,
     vmm_pid: u32,
+    /// A VMM in a process of its own that gives no sign of its death at once: whether it is dying is looked at, until it has been told.
+    signless: Option<u32>,
     /// Taken when the engine starts.
     parts: Vec<ShardParts>,
     uffds: Vec<(Uffd, Vec<ShardRange>)>,

@@ -387,6 +387,7 @@ impl<'a> Destination<'a> {
             keeper: built.keeper,
             ram,
             vmm_pid: built.pid,
+            signless: (built.pid != std::process::id() && !host.vmm_is_apart()).then_some(built.pid),
             parts,
             uffds: built.shards,
             engine: None,

@@ -216,8 +216,9 @@ impl Destination<'_> {
         let Some((command, arms)) = &self.guard else { return Ok(()) };
         let mut warden = Warden::start(command, connection, *arms, deadline)?;
         if let Some(keeper) = &self.keeper {
-            keeper.give_sign(warden.page.fd(), VMM_SLOT)?;
-            warden.guard.watch(VMM_SLOT, deadline)?;
+            if keeper.give_sign(warden.page.fd(), VMM_SLOT)? {
+                warden.guard.watch(VMM_SLOT, deadline)?;
+            }
             keeper.keep(Kept::Guard, warden.guard.hand_over())?;
         }
         if let Some(old) = self.old_guard.take() {

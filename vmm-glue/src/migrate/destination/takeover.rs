@@ -7,6 +7,7 @@ use crate::migrate::observation::{Kind, Observer};
 use crate::migrate::operator::{Pending, Words};
 use crate::migrate::protocol::explain;
 use crate::migrate::settings::Proposal;
+use crate::migrate::switch_map::RegionClasses;
 use crate::migrate::tethering::OUTBOX;
 use belay_checkpoint::outbox::{Emitter, LeaseClock, Outbox, OutputMode};
 use belay_checkpoint::ownership::destination::{Event, Fenced, State};
@@ -35,38 +36,71 @@ pub struct Inherited {
     pub guard: Option<OwnedFd>,
     /// The VMM's process.
     pub pid: u32,
-    /// Of guest memory in the VMM.
-    pub vmm_address: u64,
+    /// Of each region of guest memory, in the VMM.
+    pub addresses: Vec<u64>,
 }
+
+/// What lies with a VMM whose page server has died, and has not been looked into.
+pub struct Found {
+    pub will: Option<OwnedFd>,
+    pub states: Option<OwnedFd>,
+    pub ledger: Option<OwnedFd>,
+    pub guard: Option<OwnedFd>,
+    pub ram: Vec<Ram>,
+    /// Of each region, in the VMM.
+    pub addresses: Vec<u64>,
+    pub pid: u32,
+}
+
+/// A VMM's userfaultfds, with the frames each reports faults of.
+type Shards = Vec<(Uffd, Vec<ShardRange>)>;
 
 impl Inherited {
     /// Takes it out of `estate`; the VMM's socket stays there.
     pub fn of(estate: &mut Estate) -> Result<Self, DestinationError> {
-        let will = Will::read(estate.take(Kept::Will))?;
-        let states = estate.take(Kept::PageStates).ok_or(WillError::None)?;
-        // Whoever had READs in flight has ended: the VMM's door has seen to that.
-        let states = PageStates::open(RamFile::from_fd(states)?)?;
-        let ledger = Ledger::from_fd(estate.take(Kept::Ledger).ok_or(WillError::None)?)?;
         let file = Arc::new(estate.ram.try_clone()?);
         let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
-        let ram = vec![Ram { id: RegionId(0), file, alias }];
-        let frames = ram[0].file.len() as u64 >> ram[0].file.page_size().shift();
+        let shift = file.page_size().shift();
+        let found = Found {
+            will: estate.take(Kept::Will),
+            states: estate.take(Kept::PageStates),
+            ledger: estate.take(Kept::Ledger),
+            guard: estate.take(Kept::Guard),
+            ram: vec![Ram { id: RegionId(0), file, alias }],
+            addresses: vec![estate.vmm_address],
+            pid: estate.pid,
+        };
+        Self::read(found, |_, _| {
+            let one = |(uffd, bytes): &(Uffd, std::ops::Range<u64>)| {
+                let frames = bytes.start >> shift..bytes.end >> shift;
+                Ok((uffd.try_clone()?, vec![ShardRange { region: RegionId(0), frames }]))
+            };
+            estate.uffds.iter().map(one).collect()
+        })
+    }
+
+    /// Reads what was found, and checks whether it fits together. `shards` has what the guest was proposed as, and its RAM.
+    pub fn read(
+        found: Found,
+        shards: impl FnOnce(&Proposal, &[Ram]) -> Result<Shards, DestinationError>,
+    ) -> Result<Self, DestinationError> {
+        let Found { will, states, ledger, guard, ram, addresses, pid } = found;
+        let will = Will::read(will)?;
+        // Whoever had READs in flight has ended: the door has seen to that.
+        let states = PageStates::open(RamFile::from_fd(states.ok_or(WillError::None)?)?)?;
+        let ledger = Ledger::from_fd(ledger.ok_or(WillError::None)?)?;
+        let frames = |ram: &Ram| (ram.id, ram.file.len() as u64 >> ram.file.page_size().shift());
+        let here: Vec<_> = ram.iter().map(frames).collect();
         let told: Vec<_> = states.geometry().map(|region| (region.id, region.frames)).collect();
-        let mapped: u64 = will.map.iter().flat_map(|region| &region.runs).map(|(_, frames)| frames).sum();
-        if told != [(RegionId(0), frames)] || mapped != frames {
+        let mapped = |region: &RegionClasses| (region.id, region.runs.iter().map(|(_, frames)| frames).sum::<u64>());
+        let mapped: Vec<_> = will.map.iter().map(mapped).collect();
+        if told != here || mapped != here || addresses.len() != here.len() {
             return Err(DestinationError::Refused(format!(
-                "what was left does not fit together: {frames} frames of RAM, page states of {told:?}, a switch map of {mapped}"
+                "what was left does not fit together: RAM of {here:?}, page states of {told:?}, a switch map of {mapped:?} (regions and their frames)"
             )));
         }
-        let shift = ram[0].file.page_size().shift();
-        let shards = estate.uffds.iter().map(|(uffd, bytes)| {
-            let frames = bytes.start >> shift..bytes.end >> shift;
-            Ok((uffd.try_clone()?, vec![ShardRange { region: RegionId(0), frames }]))
-        });
-        let shards = shards.collect::<Result<Vec<_>, DestinationError>>()?;
-        let guard = estate.take(Kept::Guard);
-        let (pid, vmm_address) = (estate.pid, estate.vmm_address);
-        Ok(Self { will, states: Arc::new(states), ram, shards, ledger, guard, pid, vmm_address })
+        let shards = shards(&will.proposal, &ram)?;
+        Ok(Self { will, states: Arc::new(states), ram, shards, ledger, guard, pid, addresses })
     }
 
     /// Frames that have not landed.
@@ -88,7 +122,7 @@ pub fn take_over(
     words: &Words,
 ) -> Result<Ended, DestinationError> {
     let missing_frames = inherited.missing();
-    let Inherited { will, states, ram, shards, ledger, guard, pid, vmm_address } = inherited;
+    let Inherited { will, states, ram, shards, ledger, guard, pid, addresses } = inherited;
     let Will { proposal, map, owner_epoch, nonces, owned, because } = will;
     let address = config.output_to.as_deref().or(proposal.output_to.as_deref());
     let emitter = host.output(address).map_err(io("reach the observer of the guest's output"))?;
@@ -97,11 +131,11 @@ pub fn take_over(
     output.shut();
     let placement = Placement::decide(config.numa, None)?;
     let tether = proposal.tether.as_ref();
-    let guard_beside = tether.map(|tether| Ok((host.guard_command()?, warden::arms(tether, true))));
+    let guard_beside = tether.map(|tether| Ok((host.guard_command()?, warden::arms(tether, host.vmm_is_apart()))));
     let guard_beside = guard_beside.transpose().map_err(|error: GuardError| DestinationError::from(error))?;
     let output = Arc::new(output);
     words.board.emits_through(&output);
-    let (guest, keeper) = host.adopt(Arc::clone(&ram[0].alias), output.sink())?;
+    let (guest, keeper) = host.adopt(&ram, output.sink())?;
     let landed_frames = states.counts().landed + states.counts().discarded;
     let held_packets = output.facts().held_packets as u64;
     let last = observer.note(Some(&because), Kind::TookOver { pid, landed_frames, missing_frames, held_packets });
@@ -132,8 +166,10 @@ pub fn take_over(
         warden: None,
         keeper: Some(keeper),
         // Keys are a session's; there is none yet, and no engine without one.
-        ram: ram.into_iter().map(|ram| (ram, LocalKey(0), ReadKey(0), vmm_address)).collect(),
+        ram: ram.into_iter().zip(addresses).map(|(ram, at)| (ram, LocalKey(0), ReadKey(0), at)).collect(),
         vmm_pid: pid,
+        // One that is apart in our own way gives its sign to the next session's guard.
+        signless: (!host.vmm_is_apart()).then_some(pid),
         parts: Vec::new(),
         uffds: shards,
         engine: None,
