@@ -16,11 +16,11 @@ impl Linux {
     pub fn make(folder: &Path, kernel: Option<&Path>) -> Result<Self, BenchError> {
         let kernel = match kernel {
             Some(kernel) => Some(kernel.to_owned()),
-            None => newest(Path::new("/boot")),
+            None => newest(&in_boot()).or_else(|| newest(&of_the_lab())),
         };
         let kernel = kernel.ok_or_else(|| BenchError::Options {
             what: "no kernel for the guest",
-            why: "there is none in /boot that can be read; name one with --kernel (cluster-configs/softroce/lab --image fetches one)".into(),
+            why: "there is none in /boot that can be read, and none of the lab's; name one with --kernel (cluster-configs/softroce/lab --image fetches one)".into(),
         })?;
         fs::File::open(&kernel).map_err(BenchError::io("open the guest's kernel"))?;
         let written = |name: &str, text: &str| {
@@ -46,12 +46,30 @@ impl Linux {
     }
 }
 
-fn newest(folder: &Path) -> Option<PathBuf> {
-    let is_kernel =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"));
-    let kernels = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).filter(is_kernel);
-    let readable = kernels.filter(|path| fs::File::open(path).is_ok());
-    readable.max_by_key(|path| fs::metadata(path).and_then(|file| file.modified()).ok())
+fn entries(folder: &Path, start: &str) -> Vec<PathBuf> {
+    let is_named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(start));
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(is_named).collect()
+}
+
+fn in_boot() -> Vec<PathBuf> {
+    entries(Path::new("/boot"), "vmlinuz-")
+}
+
+/// What the SoftRoCE lab has fetched for its hosts.
+fn of_the_lab() -> Vec<PathBuf> {
+    let cache = || {
+        let of_user = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
+        Some(std::env::var_os("XDG_CACHE_HOME").map_or(of_user?, PathBuf::from).join("belay-lab"))
+    };
+    let lab = std::env::var_os("BELAY_LAB_CACHE").map(PathBuf::from).or_else(cache);
+    let images = lab.iter().flat_map(|lab| entries(lab, "image-"));
+    images.map(|image| image.join("vmlinuz")).collect()
+}
+
+fn newest(kernels: &[PathBuf]) -> Option<PathBuf> {
+    let readable = kernels.iter().filter(|path| fs::File::open(path).is_ok());
+    readable.max_by_key(|path| fs::metadata(path).and_then(|file| file.modified()).ok()).cloned()
 }
 
 /// A cpio archive (newc) of one program, `/init` (kernel documentation, early-userspace/buffer-format).

@@ -64,7 +64,7 @@ pub struct MigrateArgs {
     /// Its machine type
     #[arg(long, default_value = "q35")]
     machine: String,
-    /// The guest's kernel [default: the newest in /boot]
+    /// The guest's kernel [default: the newest in /boot, or of the SoftRoCE lab's]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Where the guest's memory lies: tmpfs with room for two of them
