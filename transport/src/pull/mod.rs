@@ -166,6 +166,15 @@ impl Engine {
         frame.0 < region.frames && matches!(state(frame), State::Landed | State::Discarded)
     }
 
+    /// The source has found frames of `region` to be zero that the plan has for its content: from `first` on those whose bit is set, lowest
+    /// first. They are not read any more. `None` if there are no such frames.
+    pub fn are_zero(&self, region: RegionId, first: FrameIndex, bitmap: &[u8]) -> Option<u64> {
+        let region = &self.shared.regions[self.shared.states.index_of(region)?];
+        // A bit more than there are frames may only be the last byte's.
+        let within = first.0.checked_add(bitmap.len() as u64 * 8).is_some_and(|end| end < region.frames.saturating_add(8));
+        within.then(|| region.classes.are_zero(first.0, bitmap))
+    }
+
     /// The page states, for whoever harvests.
     pub fn states(&self) -> &Arc<PageStates> {
         &self.shared.states

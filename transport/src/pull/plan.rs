@@ -7,6 +7,7 @@ use crate::uffd::Uffd;
 use crate::units::{PageSize, RegionId};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Largest single READ: huge frames are read in several.
@@ -178,10 +179,11 @@ pub enum PlanError {
     Wake(#[source] crate::uffd::UffdError),
 }
 
-/// Frames of one class, as a bitmap: set where the content is at the source.
+/// Frames of one class, as a bitmap: set where the content is at the source. Bits are only ever taken away: a frame whose content is
+/// found to be zero.
 #[derive(Debug)]
 pub(super) struct ClassMap {
-    words: Vec<u64>,
+    words: Vec<AtomicU64>,
     frames: u64,
 }
 
@@ -198,18 +200,20 @@ impl ClassMap {
             }
             at = end;
         }
+        let words = words.into_iter().map(AtomicU64::new).collect();
         (at == frames).then_some(Self { words, frames })
     }
 
     /// The class of `frame` and how many frames from it on share it, up to `most`.
     #[inline]
     pub(super) fn run(&self, frame: u64, most: u64) -> (PageClass, u64) {
-        let peer = self.words[(frame / 64) as usize] >> (frame % 64) & 1 == 1;
+        let word = |frame: u64| self.words[(frame / 64) as usize].load(Ordering::Relaxed);
+        let peer = word(frame) >> (frame % 64) & 1 == 1;
         let most = most.min(self.frames - frame);
         let mut run = 0;
         while run < most {
             let at = frame + run;
-            let word = self.words[(at / 64) as usize] >> (at % 64);
+            let word = word(at) >> (at % 64);
             let same = if peer { word.trailing_ones() } else { word.trailing_zeros() };
             let same = u64::from(same).min(64 - at % 64);
             run += same;
@@ -218,6 +222,22 @@ impl ClassMap {
             }
         }
         (if peer { PageClass::Peer } else { PageClass::Zero }, run.min(most))
+    }
+}
+
+impl ClassMap {
+    /// The frames from `first` on whose bit is set (lowest first) are zero; how many were not known to be. Whoever reads one all the same reads
+    /// zeros.
+    pub(super) fn are_zero(&self, first: u64, bitmap: &[u8]) -> u64 {
+        let mut fewer = 0;
+        for (frame, bit) in (first..self.frames).zip(bitmap.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1))) {
+            if bit == 1 {
+                let mask = 1 << (frame % 64);
+                let before = self.words[(frame / 64) as usize].fetch_and(!mask, Ordering::Relaxed);
+                fewer += u64::from(before & mask != 0);
+            }
+        }
+        fewer
     }
 }
 
@@ -404,6 +424,26 @@ mod tests {
             }
             prop_assert!(ClassMap::new(&runs, flat.len() as u64 + 1).is_none());
             prop_assert!(ClassMap::new(&runs, flat.len() as u64 - 1).is_none());
+        }
+
+        #[test]
+        fn frames_found_to_be_zero_are_no_longer_the_sources_and_no_others(
+            peers in prop::collection::vec(any::<bool>(), 1..300),
+            first in 0..310u64,
+            bitmap in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let class = |peer| if peer { PageClass::Peer } else { PageClass::Zero };
+            let runs: Vec<_> = peers.iter().map(|peer| ClassRun { class: class(*peer), frames: 1 }).collect();
+            let map = ClassMap::new(&runs, peers.len() as u64).unwrap();
+            let told = |frame: u64| frame.checked_sub(first).is_some_and(|at| bitmap.get(at as usize / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1));
+            let fewer = map.are_zero(first, &bitmap);
+            let mut gone = 0;
+            for (frame, peer) in peers.iter().enumerate() {
+                let left = *peer && !told(frame as u64);
+                gone += u64::from(*peer && !left);
+                prop_assert_eq!(map.run(frame as u64, 1).0, class(left), "frame {}", frame);
+            }
+            prop_assert_eq!(fewer, gone);
         }
     }
 }

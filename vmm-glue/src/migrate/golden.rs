@@ -81,6 +81,7 @@ fn to_destination_since() -> Vec<(u16, &'static str, ToDestination)> {
                 because: because(),
             },
         ),
+        (3, "zeros", ToDestination::Zeros { region: RegionId(7), first: 8192, bitmap: vec![0x81, 0, 0x7e] }),
     ]
 }
 

@@ -12,6 +12,7 @@
 //!   ◄───────────────────────────────── Loaded                    faults are served, state is loaded, guest still stopped
 //!   Go (owner epoch) ────────────────────────────────►            until this was sent the source may simply resume
 //!   ◄──────────────────────────────── Resumed                    blackout ends
+//!   Zeros (frames) ──────────────────────────────────►           as many as there are, over tcp; pages that need not be read
 //!          pages by one-sided reads, checkpoints by one-sided writes
 //!   ◄──────────────────────────────── AllLanded
 //!   ◄──────────────────────────────── ReleaseAsked
@@ -23,6 +24,7 @@
 //! Either side may say `Failed` at any time and closes then. A closed stream without `Released` is a failure.
 //!
 //! Version 2: the proposal carries the migration's identity, and two messages let a destination that was cut off tether again.
+//! Version 3: a source tells, over tcp, which pages it has found to be zero (`Zeros`).
 //!
 //! Encoding: postcard, one message a frame. A message's number is its position in the enum; new ones are added at the end, and
 //! a change of meaning raises [`PROTOCOL_VERSION`].
@@ -37,7 +39,7 @@ use belay_transport::fabric::{ReadKey, RingKeys};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
 
 /// Version of the messages below, beside the session's own.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// From source to destination.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -84,6 +86,13 @@ pub enum ToDestination {
         ring_geometry: RingOffer,
         committed: Epoch,
         because: ObservationId,
+    },
+    /// Since the switch: frames that the map has for the source's content and that are zero. From `first` on those whose bit is set, lowest
+    /// first.
+    Zeros {
+        region: RegionId,
+        first: u64,
+        bitmap: Vec<u8>,
     },
 }
 
@@ -148,6 +157,7 @@ impl ToDestination {
             Self::ReleaseRefused { .. } => "ReleaseRefused",
             Self::Fate { .. } => "Fate",
             Self::Failed { .. } => "Failed",
+            Self::Zeros { .. } => "Zeros",
         }
     }
 }

@@ -89,6 +89,30 @@ fn zero_pages_are_never_read_over_the_fabric() {
 }
 
 #[test]
+fn pages_that_the_source_finds_to_be_zero_are_no_longer_read_and_what_is_not_there_is_refused() {
+    for bounce in [false, true] {
+        let Some(rig) = Rig::new(Options { bounce, ..Options::default() }) else { return };
+        let told = |region, first, bitmap: &[u8]| rig.engine().are_zero(region, FrameIndex(first), bitmap);
+        assert_eq!(joined(rig.touch(130)), content(130));
+        // The one that is here already is among them.
+        assert_eq!(told(REGION, 100, &[0xff; 18]), Some(144));
+        assert_eq!(told(REGION, 100, &[0xff; 18]), Some(0));
+        assert_eq!(told(REGION, 250, &[0xff]), Some(6), "what of the last byte is beyond the end means nothing");
+        for (region, first) in [(REGION, 256), (REGION, u64::MAX), (RegionId(REGION.0 + 1), 0)] {
+            assert_eq!(told(region, first, &[1]), None, "{region} {first}");
+        }
+        assert_eq!(joined(rig.touch(120)), 0);
+        assert_eq!(joined(rig.touch(99)), content(99));
+        rig.pull_all();
+        let mut read: Vec<u64> = rig.demand.posted().iter().chain(&rig.bulk.posted()).flat_map(pages_of).collect();
+        read.sort_unstable();
+        assert_eq!(read, (0..100).chain([130]).chain(244..250).collect::<Vec<_>>());
+        assert_eq!(joined(rig.touch(243)), 0);
+        rig.stop();
+    }
+}
+
+#[test]
 fn a_read_run_breaks_at_every_frame_that_is_not_its_own() {
     let Some(rig) = Rig::new(Options { demand_permits: 1, ..Options::default() }) else { return };
     assert_eq!(joined(rig.touch(20)), content(20));

@@ -10,6 +10,7 @@ use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
+use belay_transport::FrameIndex;
 use belay_transport::pull::Engine;
 use belay_transport::stop_point::reached;
 use crossbeam_channel::{never, select};
@@ -124,6 +125,16 @@ impl Destination<'_> {
                 self.last = because;
                 self.why = format!("the source says: {fate:?}");
                 Some(if fate == Fate::Revoked { Event::SourceRevoked } else { Event::FateAnswered(fate) })
+            }
+            ToDestination::Zeros { region, first, bitmap } => {
+                // Without an engine nothing is pulled: the next one reads what it lacks.
+                let Some(engine) = &self.engine else { return None };
+                if engine.are_zero(region, FrameIndex(first), &bitmap).is_none() {
+                    let frames = bitmap.len() * 8;
+                    self.why = format!("the source broke the protocol: zeros at {frames} frames from {first} on of {region}, which are not there");
+                    return Some(Event::ConnectionClosed);
+                }
+                None
             }
             ToDestination::Failed { reason, because } => {
                 self.last = because;

@@ -1,6 +1,7 @@
 //! What a source does: the switch, the words to the destination, the release.
 
 use super::keep::limits;
+use super::zeros::{Looked, ZeroLook};
 use super::{Source, SourceError, fresh_nonce, io};
 use crate::guard::DeathWatch;
 use crate::migrate::lease::{Silence, boot_time};
@@ -10,11 +11,13 @@ use crate::migrate::protocol::ToDestination;
 use crate::migrate::release::ReleaseError;
 use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
-use belay_checkpoint::guest::GuestError;
+use belay_checkpoint::guest::{GuestError, RamBlock};
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
 use belay_transport::Deadline;
+use belay_transport::fabric::FabricKind;
+use belay_transport::region::Extent;
 use belay_transport::session::SessionError;
 use belay_transport::stop_point::reached;
 use std::sync::Arc;
@@ -156,6 +159,7 @@ impl Source<'_> {
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();
         let live = self.live.as_mut().ok_or(SessionError::Broken)?;
+        let mut occupied = Vec::new();
         for (index, (block, &(_, key))) in self.guest.memory().iter().zip(&live.ram).enumerate() {
             // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
             let before = live.occupied.get(index).map_or(&[][..], Vec::as_slice);
@@ -165,7 +169,9 @@ impl Source<'_> {
             peer_frames += classes.frames(PageClass::Peer);
             zero_frames += classes.frames(PageClass::Zero);
             map.push(classes);
+            occupied.push(extents);
         }
+        live.occupied = occupied;
         if let Some(registered) = live.registrations.take(offering.elapsed()) {
             self.note(registered);
         }
@@ -184,6 +190,24 @@ impl Source<'_> {
         self.tell(&ToDestination::Switch { map, device_state, nonce, because })?;
         reached("switch-told");
         Ok(())
+    }
+
+    /// The guest runs at the destination, and what that lacks does not change here any more. Where no thread can be had the pages are read
+    /// as they are.
+    pub(super) fn look_for_zeros(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        if live.fabric != FabricKind::Tcp {
+            return;
+        }
+        let blocks = self.guest.memory().iter().zip(std::mem::take(&mut live.occupied));
+        let look = |(block, extents): (&RamBlock, Vec<Extent>)| Looked {
+            id: block.id,
+            page_size: block.page_size,
+            memory: Arc::clone(&block.alias),
+            extents,
+        };
+        let bound = self.config.bounds.handshake;
+        live.zeros = ZeroLook::start(blocks.map(look).collect(), Arc::clone(&live.control), bound).ok();
     }
 
     /// Begins to read the ring of the live session and to fold. No lease is granted yet.

@@ -145,6 +145,7 @@ impl Source<'_> {
                 self.last = because;
                 if matches!(self.state, State::Switching { .. }) {
                     self.note(Kind::Blackout { took_us: us(self.paused_at.elapsed()) });
+                    self.look_for_zeros();
                 }
                 Some(Event::DestinationResumed)
             }

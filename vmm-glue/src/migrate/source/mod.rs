@@ -11,6 +11,7 @@ pub mod keep;
 mod order;
 mod prepare;
 mod resume;
+mod zeros;
 
 use super::lane_watch::LaneWatch;
 use super::lease::Silence;
@@ -28,7 +29,7 @@ use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::ownership::Illegal;
 use belay_checkpoint::ownership::source::{Action, Event, State, restart, step};
 use belay_checkpoint::ring::{RingError, RingReader, SpoolError};
-use belay_transport::fabric::{FabricError, Owner, ReadKey};
+use belay_transport::fabric::{FabricError, FabricKind, Owner, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Extent, Mapping, RegionError};
 use belay_transport::session::{Address, Control, LaneDialer, SessionConfig, SessionError, SourceSession};
@@ -41,6 +42,7 @@ use prepare::{Prepared, prepare};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use zeros::ZeroLook;
 
 /// What a source needs to know beside its guest.
 #[derive(Debug, Clone)]
@@ -154,6 +156,7 @@ struct Live {
     owner: Box<dyn Owner>,
     registrations: Registrations,
     placement: Placement,
+    fabric: FabricKind,
     ram: Vec<(RegionId, ReadKey)>,
     /// What of each region held data when that was last asked.
     occupied: Vec<Vec<Extent>>,
@@ -164,6 +167,7 @@ struct Live {
     death_watch: Option<DeathWatch>,
     // Kept going until the session ends.
     _lane_watch: Option<LaneWatch>,
+    zeros: Option<ZeroLook>,
 }
 
 /// A ring that is left of a session which ended with its process.

@@ -161,6 +161,7 @@ impl Exported {
             owner,
             registrations,
             placement,
+            fabric: session.agreed.fabric,
             ram,
             occupied: Vec::new(),
             ring,
@@ -168,6 +169,7 @@ impl Exported {
             nonce,
             death_watch: None,
             _lane_watch: None,
+            zeros: None,
         }
     }
 }
