@@ -171,7 +171,8 @@ impl Engine {
     pub fn are_zero(&self, region: RegionId, first: FrameIndex, bitmap: &[u8]) -> Option<u64> {
         let region = &self.shared.regions[self.shared.states.index_of(region)?];
         // A bit more than there are frames may only be the last byte's.
-        let within = first.0.checked_add(bitmap.len() as u64 * 8).is_some_and(|end| end < region.frames.saturating_add(8));
+        let within =
+            first.0.checked_add(bitmap.len() as u64 * 8).is_some_and(|end| end < region.frames.saturating_add(8));
         within.then(|| region.classes.are_zero(first.0, bitmap))
     }
 

@@ -230,7 +230,9 @@ impl ClassMap {
     /// zeros.
     pub(super) fn are_zero(&self, first: u64, bitmap: &[u8]) -> u64 {
         let mut fewer = 0;
-        for (frame, bit) in (first..self.frames).zip(bitmap.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1))) {
+        for (frame, bit) in
+            (first..self.frames).zip(bitmap.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1)))
+        {
             if bit == 1 {
                 let mask = 1 << (frame % 64);
                 let before = self.words[(frame / 64) as usize].fetch_and(!mask, Ordering::Relaxed);

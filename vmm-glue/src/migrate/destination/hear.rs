@@ -131,7 +131,9 @@ impl Destination<'_> {
                 let Some(engine) = &self.engine else { return None };
                 if engine.are_zero(region, FrameIndex(first), &bitmap).is_none() {
                     let frames = bitmap.len() * 8;
-                    self.why = format!("the source broke the protocol: zeros at {frames} frames from {first} on of {region}, which are not there");
+                    self.why = format!(
+                        "the source broke the protocol: zeros at {frames} frames from {first} on of {region}, which are not there"
+                    );
                     return Some(Event::ConnectionClosed);
                 }
                 None
