@@ -50,7 +50,8 @@ impl Proposal {
             return Err("a tracker that is not uffd-wp; what QEMU writes is seen by no other".to_owned());
         }
         let LeaseSettings { length, margin, heartbeat } = tether.lease;
-        if heartbeat < Duration::from_micros(100) || length < heartbeat * 5 || length > LONGEST || margin > LONGEST {
+        // Divided, not multiplied: five times what a peer says may be more than a time can be.
+        if heartbeat < Duration::from_micros(100) || heartbeat > length / 5 || length > LONGEST || margin > LONGEST {
             return Err(format!(
                 "a lease of {length:?} with a heartbeat every {heartbeat:?}; it must last five heartbeats at least, {LONGEST:?} at most"
             ));
