@@ -260,13 +260,13 @@ fn once(
     let host_a = cpu(&source).saturating_sub(used[0]) + moved.helpers[0];
     std::thread::sleep(REST.saturating_sub(begun.elapsed()).max(Duration::from_millis(50)));
     let felt = pulse.stop()?;
-    let counted = there.count();
-    // A guest that was lost does not always know it at once.
+    let after = there.count();
+    // A guest that was lost does not always know it at once: it must have gone on by itself since.
     std::thread::sleep(PROVED);
     let status = destination.status()?;
-    let (after, lost_guest) = match there.count().and(counted) {
-        Ok(after) if status == "running" && after.steps > before.steps => (after, None),
-        Ok(after) => (after, Some(format!("it is {status} and makes no step"))),
+    let (after, lost_guest) = match after.and_then(|after| Ok((after, there.count()?))) {
+        Ok((after, later)) if status == "running" && later.steps > after.steps => (after, None),
+        Ok((after, _)) => (after, Some(format!("it is {status} and makes no step"))),
         Err(error @ BenchError::GuestFoundWrong { .. }) => (before.clone(), Some(error.to_string())),
         Err(error) => return Err(error),
     };
