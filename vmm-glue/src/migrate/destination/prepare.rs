@@ -18,7 +18,7 @@ use crate::migrate::{protocol, tethering};
 use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::State;
-use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
+use belay_transport::fabric::{FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::region::{Extent, RamFile};
@@ -121,10 +121,27 @@ pub(super) fn await_prepare(
     }
 }
 
+/// How guest RAM is allocated for pages that come over `fabric`: where they land by a device, or by one copy, its page table is filled
+/// beforehand; over `tcp` a page on its way takes so much longer than a first touch that reserving it is enough, and the guest moves sooner.
+fn how(fabric: FabricKind) -> Allocating {
+    match fabric {
+        FabricKind::Tcp => Allocating::Reserved,
+        FabricKind::Local | FabricKind::Verbs => Allocating::Populated,
+    }
+}
+
+/// See [`how`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Allocating {
+    Reserved,
+    Populated,
+}
+
 /// Allocates all of guest RAM, so that no frame is a hole when it is registered (P1).
 pub(super) fn allocate(
     geometry: &[RegionGeometry],
     files: Option<Vec<Arc<RamFile>>>,
+    allocating: Allocating,
     placement: &Placement,
     observer: &Observer,
     because: &ObservationId,
@@ -148,7 +165,10 @@ pub(super) fn allocate(
                 observer.note(Some(because), Kind::Allocating { done_bytes, total_bytes: region.bytes });
             }
         };
-        file.preallocate_through(&alias, ALLOCATORS, &progress)?;
+        match allocating {
+            Allocating::Reserved => file.reserve_all(&progress)?,
+            Allocating::Populated => file.preallocate_through(&alias, ALLOCATORS, &progress)?,
+        }
         ram.push(Ram { id: region.id, file, alias });
     }
     if files.is_some_and(|mut files| files.next().is_some()) {
@@ -313,7 +333,8 @@ impl<'a> Destination<'a> {
         let mut initiator = fabric::initiator(&session)?;
         let placement = place(config.numa, session.agreed.fabric, initiator.numa_node(), observer, &last)?;
         let files = host.ram(&proposal.vmm, proposal.tether.is_some())?;
-        let ram = allocate(&session.hello.geometry, files, &placement, observer, &last)?;
+        let how = how(session.agreed.fabric);
+        let ram = allocate(&session.hello.geometry, files, how, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
         let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
