@@ -142,7 +142,7 @@ pub fn engine(
         page_size: PageSize::Small,
         vmm_address: guest_address,
         bytes,
-        landing: LandingPlan::InPlace { alias, key },
+        landing: LandingPlan::InPlace { alias, key, whole: false },
         remote,
         classes: vec![ClassRun { class: PageClass::Peer, frames }],
     };

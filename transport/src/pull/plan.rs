@@ -42,8 +42,9 @@ pub struct ClassRun {
 #[derive(Debug, Clone)]
 pub enum LandingPlan {
     /// Straight into the final frames, through an alias mapping of the same file; shown by CONTINUE. Every frame of the file
-    /// has been allocated. The guest's mapping is registered MISSING|MINOR.
-    InPlace { alias: Arc<Mapping>, key: LocalKey },
+    /// has been allocated: `whole` if the file itself says so ([`crate::region::RamFile::is_whole`]); else each frame is looked for,
+    /// and one that is reserved and was never touched is not found. The guest's mapping is registered MISSING|MINOR.
+    InPlace { alias: Arc<Mapping>, key: LocalKey, whole: bool },
     /// Into bounce buffers ([`PullPlan::bounce_bytes`] of them), then COPY: memory whose frames cannot be shared. The guest's
     /// mapping is registered MISSING, with REMOVE events.
     Bounce { buffers: Arc<Mapping>, key: LocalKey },
@@ -320,7 +321,7 @@ fn check_region(region: &RegionPlan, fresh: bool, bounce_bytes: usize, states: &
         LandingPlan::InPlace { alias, .. } if (alias.len() as u64) < region.bytes => {
             wrong(format!("its alias has {} of {} bytes", alias.len(), region.bytes))
         }
-        LandingPlan::InPlace { alias, .. } if fresh => match first_hole(alias, region)? {
+        LandingPlan::InPlace { alias, whole: false, .. } if fresh => match first_hole(alias, region)? {
             Some(frame) => Err(PlanError::NotAllocated { region: region.id, frame }),
             None => Ok(()),
         },

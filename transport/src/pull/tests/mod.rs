@@ -12,15 +12,15 @@ use rig::*;
 
 #[test]
 fn a_guest_never_reads_a_page_that_has_not_arrived() {
-    for bounce in [false, true] {
-        let options = Options { bounce, demand_permits: 0, ..Options::default() };
+    for memory in Memory::ALL {
+        let options = Options { memory, demand_permits: 0, ..Options::default() };
         let Some(rig) = Rig::new(options) else { return };
         let touchers: Vec<_> = [5, 77, 200].map(|page| (page, rig.touch(page))).into();
         until(|| rig.demand.posted().len() == 3);
         assert!(touchers.iter().all(|(_, toucher)| !toucher.is_finished()), "a page was shown before it had arrived");
         rig.demand.allow(u64::MAX);
         for (page, toucher) in touchers {
-            assert_eq!(joined(toucher), content(page), "bounce {bounce}");
+            assert_eq!(joined(toucher), content(page), "{memory:?}");
             assert!(rig.engine().landed(REGION, PageIndex(page)));
         }
         assert!(!rig.engine().landed(REGION, PageIndex(6)));
@@ -30,8 +30,14 @@ fn a_guest_never_reads_a_page_that_has_not_arrived() {
 
 #[test]
 fn every_page_is_pulled_right_while_threads_race_the_background() {
-    for (bounce, shards) in [(false, 1), (false, 3), (true, 1), (true, 2)] {
-        let options = Options { bounce, shards, pages: 3000, paused: false, ..Options::default() };
+    for (memory, shards) in [
+        (Memory::Populated, 1),
+        (Memory::Populated, 3),
+        (Memory::Reserved, 2),
+        (Memory::Bounce, 1),
+        (Memory::Bounce, 2),
+    ] {
+        let options = Options { memory, shards, pages: 3000, paused: false, ..Options::default() };
         let Some(rig) = Rig::new(options) else { return };
         let touchers: Vec<_> = (0..3_u64)
             .map(|thread| {
@@ -45,7 +51,7 @@ fn every_page_is_pulled_right_while_threads_race_the_background() {
             })
             .collect();
         for toucher in touchers {
-            assert_eq!(joined(toucher), 0, "bounce {bounce} shards {shards}");
+            assert_eq!(joined(toucher), 0, "{memory:?}, {shards} shards");
         }
         rig.engine().wait_all_landed(Deadline::after(BOUND)).unwrap();
         let progress = rig.engine().progress();
@@ -70,10 +76,10 @@ fn zero_pages_are_never_read_over_the_fabric() {
             ClassRun { class: PageClass::Zero, frames: pages - 110 },
         ]
     };
-    for bounce in [false, true] {
+    for memory in Memory::ALL {
         for install in [Install::Clean, Install::Tracked] {
             let features = if install == Install::Tracked { Features::WP_SHMEM } else { Features::NONE };
-            let options = Options { bounce, install, features, classes: Some(classes(256)), ..Options::default() };
+            let options = Options { memory, install, features, classes: Some(classes(256)), ..Options::default() };
             let Some(rig) = Rig::new(options) else { return };
             assert_eq!(joined(rig.touch(3)), 0);
             assert_eq!(joined(rig.touch(100)), content(100));
@@ -90,8 +96,8 @@ fn zero_pages_are_never_read_over_the_fabric() {
 
 #[test]
 fn pages_that_the_source_finds_to_be_zero_are_no_longer_read_and_what_is_not_there_is_refused() {
-    for bounce in [false, true] {
-        let Some(rig) = Rig::new(Options { bounce, ..Options::default() }) else { return };
+    for memory in Memory::ALL {
+        let Some(rig) = Rig::new(Options { memory, ..Options::default() }) else { return };
         let told = |region, first, bitmap: &[u8]| rig.engine().are_zero(region, FrameIndex(first), bitmap);
         assert_eq!(joined(rig.touch(130)), content(130));
         // The one that is here already is among them.
@@ -135,42 +141,44 @@ fn a_read_run_breaks_at_every_frame_that_is_not_its_own() {
 
 #[test]
 fn a_page_given_up_before_during_or_after_its_read_is_never_stale() {
-    let Some(rig) = Rig::new(Options { demand_permits: 0, ..Options::default() }) else { return };
-    // Before: absent, no userfaultfd event tells; the guest touches it only after the background has been there.
-    rig.punch(1);
-    // During: a READ is in flight, held.
-    let during = rig.touch(2);
-    until(|| rig.demand.posted().len() == 1);
-    rig.punch(2);
-    // During, and a second guest thread meets the hole while the READ is in flight.
-    let third = rig.touch(3);
-    until(|| rig.demand.posted().len() == 2);
-    rig.punch(3);
-    let fourth = rig.touch(3);
-    until(|| rig.engine().progress().faults >= 3);
-    rig.demand.allow(u64::MAX);
-    assert_eq!(joined(during), 0, "a READ that was in flight put old bytes into a new frame");
-    assert_eq!((joined(third), joined(fourth)), (0, 0));
-    rig.pull_all();
-    assert_eq!(joined(rig.touch(1)), 0, "a READ posted after the discard put old bytes into a new frame");
-    // After it has landed and been read.
-    assert_eq!(joined(rig.touch(4)), content(4));
-    rig.punch(4);
-    assert_eq!(joined(rig.touch(4)), 0);
-    // Given up again after the guest wrote to it.
-    rig.guest.write(4, 99);
-    rig.punch(4);
-    assert_eq!(joined(rig.touch(4)), 0);
-    assert_eq!(rig.discards(), [1, 2, 3, 4]);
-    assert_eq!(rig.discards(), [0; 0], "taken once");
-    until(|| [1, 2, 3, 4].iter().all(|page| rig.state(*page) == State::Discarded));
-    assert_eq!(joined(rig.touch(5)), content(5));
-    rig.stop();
+    for memory in [Memory::Populated, Memory::Reserved] {
+        let Some(rig) = Rig::new(Options { memory, demand_permits: 0, ..Options::default() }) else { return };
+        // Before: absent, no userfaultfd event tells; the guest touches it only after the background has been there.
+        rig.punch(1);
+        // During: a READ is in flight, held.
+        let during = rig.touch(2);
+        until(|| rig.demand.posted().len() == 1);
+        rig.punch(2);
+        // During, and a second guest thread meets the hole while the READ is in flight.
+        let third = rig.touch(3);
+        until(|| rig.demand.posted().len() == 2);
+        rig.punch(3);
+        let fourth = rig.touch(3);
+        until(|| rig.engine().progress().faults >= 3);
+        rig.demand.allow(u64::MAX);
+        assert_eq!(joined(during), 0, "a READ that was in flight put old bytes into a new frame");
+        assert_eq!((joined(third), joined(fourth)), (0, 0));
+        rig.pull_all();
+        assert_eq!(joined(rig.touch(1)), 0, "a READ posted after the discard put old bytes into a new frame");
+        // After it has landed and been read.
+        assert_eq!(joined(rig.touch(4)), content(4));
+        rig.punch(4);
+        assert_eq!(joined(rig.touch(4)), 0);
+        // Given up again after the guest wrote to it.
+        rig.guest.write(4, 99);
+        rig.punch(4);
+        assert_eq!(joined(rig.touch(4)), 0);
+        assert_eq!(rig.discards(), [1, 2, 3, 4]);
+        assert_eq!(rig.discards(), [0; 0], "taken once");
+        until(|| [1, 2, 3, 4].iter().all(|page| rig.state(*page) == State::Discarded));
+        assert_eq!(joined(rig.touch(5)), content(5));
+        rig.stop();
+    }
 }
 
 #[test]
 fn with_bounce_landing_a_page_dropped_by_madvise_reads_as_zero_and_is_never_fetched() {
-    let options = Options { bounce: true, demand_permits: 0, ..Options::default() };
+    let options = Options { memory: Memory::Bounce, demand_permits: 0, ..Options::default() };
     let Some(rig) = Rig::new(options) else { return };
     // Absent.
     rig.guest.advise(10, 2, libc::MADV_DONTNEED);
@@ -286,16 +294,16 @@ fn huge_frames_are_pulled_in_parts_and_shown_whole() {
 #[test]
 fn tracked_pages_arrive_clean_and_only_what_the_guest_writes_is_written() {
     let features = Features::WP_ASYNC.union(Features::WP_SHMEM).union(Features::WP_UNPOPULATED);
-    for bounce in [false, true] {
-        let options = Options { bounce, install: Install::Tracked, features, ..Options::default() };
+    for memory in Memory::ALL {
+        let options = Options { memory, install: Install::Tracked, features, ..Options::default() };
         let Some(rig) = Rig::new(options) else { return };
         assert_eq!(joined(rig.touch(7)), content(7));
         rig.pull_all();
-        assert_eq!(written(&rig), [0; 0], "bounce {bounce}: pages arrive clean");
+        assert_eq!(written(&rig), [0; 0], "{memory:?}: pages arrive clean");
         rig.guest.write(7, 1);
         rig.guest.write(250, 1);
         assert_eq!(written(&rig), [7, 250]);
-        if !bounce {
+        if memory != Memory::Bounce {
             // Zapped after it was written: it must not come back as clean.
             rig.guest.advise(7, 1, libc::MADV_DONTNEED);
             assert_eq!(joined(rig.touch(7)), 1);
@@ -350,7 +358,7 @@ fn a_plan_on_memory_with_holes_is_refused() {
         page_size: PageSize::Small,
         vmm_address: 0x7000_0000,
         bytes: 64 * 4096,
-        landing: LandingPlan::InPlace { alias, key: LocalKey(0) },
+        landing: LandingPlan::InPlace { alias, key: LocalKey(0), whole: file.is_whole().unwrap() },
         remote: ReadKey(0),
         classes: vec![ClassRun { class: PageClass::Peer, frames: 64 }],
     };

@@ -78,10 +78,22 @@ impl Drop for Anonymous {
     }
 }
 
+/// Where pages land, and how that was allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    Populated,
+    Reserved,
+    Bounce,
+}
+
+impl Memory {
+    pub const ALL: [Self; 3] = [Self::Populated, Self::Reserved, Self::Bounce];
+}
+
 pub struct Options {
     pub pages: u64,
     pub page_size: PageSize,
-    pub bounce: bool,
+    pub memory: Memory,
     pub install: Install,
     pub shards: u64,
     pub classes: Option<Vec<ClassRun>>,
@@ -96,7 +108,7 @@ impl Default for Options {
         Self {
             pages: 256,
             page_size: PageSize::Small,
-            bounce: false,
+            memory: Memory::Populated,
             install: Install::Clean,
             shards: 1,
             classes: None,
@@ -149,7 +161,7 @@ impl Rig {
         let mut plan = PullPlan { regions: Vec::new(), install: options.install, tuning, start_paused: options.paused };
 
         let (guest, file, local, landing, faults);
-        if options.bounce {
+        if options.memory == Memory::Bounce {
             let needed = plan.bounce_bytes(options.shards as usize);
             local = Arc::new(RamFile::memfd("pull-bounce", needed, PageSize::Small).unwrap().map().unwrap());
             landing = LandingPlan::Bounce { buffers: local.clone(), key: LocalKey(1) };
@@ -157,8 +169,11 @@ impl Rig {
         } else {
             let ram = RamFile::memfd("pull-guest", bytes, options.page_size).unwrap();
             local = Arc::new(ram.map().unwrap());
-            ram.preallocate_through(&local, 1, &|_| ()).unwrap();
-            landing = LandingPlan::InPlace { alias: local.clone(), key: LocalKey(1) };
+            match options.memory {
+                Memory::Reserved => ram.reserve_all(&|_| ()).unwrap(),
+                _ => ram.preallocate_through(&local, 1, &|_| ()).unwrap(),
+            }
+            landing = LandingPlan::InPlace { alias: local.clone(), key: LocalKey(1), whole: ram.is_whole().unwrap() };
             guest = Guest::File(Arc::new(ram.map().unwrap()));
             (file, faults) = (Some(ram), Faults::MissingAndMinor);
         }
@@ -175,7 +190,7 @@ impl Rig {
         let (demand, bulk) = (Control::new(options.demand_permits), Control::new(u64::MAX));
         let (mut shards, mut uffds) = (Vec::new(), Vec::new());
         let mut asked = options.features;
-        if options.bounce {
+        if options.memory == Memory::Bounce {
             asked = asked.union(Features::EVENT_REMOVE);
         }
         for shard in 0..options.shards {
@@ -203,7 +218,7 @@ impl Rig {
         let states = Arc::new(PageStates::in_memory(&[geometry]).unwrap());
         let (tell, failed) = mpsc::channel();
         let observer = Arc::new(Tell(std::sync::Mutex::new(tell)));
-        let alias = (!options.bounce).then_some(local);
+        let alias = (!(options.memory == Memory::Bounce)).then_some(local);
         let engine = Engine::start(plan, shards, states, observer).unwrap();
         Some(Self { engine: Some(engine), guest, file, alias, demand, bulk, uffds, pages: options.pages, failed })
     }

@@ -82,7 +82,11 @@ impl Destination<'_> {
                 page_size,
                 vmm_address: *vmm_address,
                 bytes: ram.file.len() as u64,
-                landing: LandingPlan::InPlace { alias: Arc::clone(&ram.alias), key: *local },
+                landing: LandingPlan::InPlace {
+                    alias: Arc::clone(&ram.alias),
+                    key: *local,
+                    whole: ram.file.is_whole()?,
+                },
                 remote: *remote,
                 classes: classes.collect(),
             });
