@@ -193,8 +193,6 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
-    board.phase("listening", format!("at {}", listener.address()));
-    observer.note(None, Kind::Listening { address: listener.address().to_string() });
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
         state_dir,
@@ -203,11 +201,26 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
     };
+    let listening = || {
+        board.phase("listening", format!("at {}", listener.address()));
+        observer.note(None, Kind::Listening { address: listener.address().to_string() });
+    };
     if let Some(ReceiveVmm::Qemu(qemu)) = &args.vmm {
         let mut host = match qemu::receive::host(qemu, &config.state_dir, args.linger.map(|linger| linger.0)) {
             Ok(host) => host,
             Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
         };
+        if estate.is_none() {
+            board.phase("preparing", "QEMU and its memory".to_owned());
+            if let Err(error) = host.make_ready() {
+                return fail(
+                    &error,
+                    "No guest can come before this is mended. `belay check` says what this host lacks.",
+                    Exit::Missing,
+                );
+            }
+        }
+        listening();
         let ended = match estate {
             Some(Left::Qemu(mut estate)) => estate.inherited().and_then(|inherited| {
                 host.adopt_from(estate);
@@ -223,6 +236,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             other => not_owned(args, other, observer),
         };
     }
+    listening();
     let linger = args.linger.map_or(holder::LINGER, |linger| linger.0);
     let doors = Doors { directory: config.state_dir.clone(), linger };
     let mut host = ThisHost::new(args.guest.drive, args.guest.vmm, doors);

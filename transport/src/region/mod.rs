@@ -171,16 +171,6 @@ impl RamFile {
         prealloc::populate(alias, self.page_size, threads, progress)
     }
 
-    /// Makes sure that all of it can be written without taking more memory, and leaves the zeroing of each frame to its first touch:
-    /// takes less than half the time of [`RamFile::preallocate`]. A frame that was not touched is a hole to [`RamFile::occupancy`], and
-    /// is none to a fault (userfaultfd tells it as MINOR). `progress` is told the bytes done so far. Huge frames are preallocated.
-    pub fn reserve_all(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<(), RegionError> {
-        match self.page_size {
-            PageSize::Small => prealloc::reserve(self, progress),
-            PageSize::Huge => self.preallocate(1, progress),
-        }
-    }
-
     /// Makes sure that a range can be written without taking more memory: a full file system is an error here and never a signal
     /// later. What is a hole stays one to [`RamFile::occupancy`].
     pub fn reserve(&self, extent: Extent) -> Result<(), RegionError> {

@@ -1,15 +1,13 @@
-//! Allocates every frame of a region before it is used, with progress. Both ways report a full file system as an error, never as
-//! SIGBUS.
+//! Allocates every frame of a region before it is used, in parallel and with progress.
 //!
-//! * **Populating**: MADV_POPULATE_WRITE on a mapping, in parallel. Zeroes every frame now, and leaves the mapping's page table
-//!   filled, which is what an alias wants whose READs land by a device or by a copy that takes no longer than the page fault would.
-//! * **Reserving**: fallocate(2). Holds the inode's lock, so threads do not help it, and leaves the zeroing of each frame to the first
-//!   touch; for less than half the time, which counts where a frame takes far longer to arrive than to be touched.
+//! MADV_POPULATE_WRITE on a mapping rather than fallocate(2): fallocate holds the inode's lock, so threads do not help it,
+//! and it leaves the zeroing of each page to the first touch, which is somebody's page fault. Populating zeroes now,
+//! reports a full file system as an error (never SIGBUS), and leaves the mapping's page table filled, which is what an
+//! alias that READs land in wants.
 
-use super::{Mapping, RamFile, RegionError, huge};
+use super::{Mapping, RegionError, huge};
 use crate::units::PageSize;
-use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,25 +59,6 @@ pub(super) fn populate(
         }
         _ => Err(RegionError::Io { doing: "populating guest RAM".into(), source: errno.into() }),
     }
-}
-
-/// Reserves all of `file`; `progress` is told the bytes done so far.
-pub(super) fn reserve(file: &RamFile, progress: &(dyn Fn(u64) + Sync)) -> Result<(), RegionError> {
-    let len = file.len() as u64;
-    let mut done = 0;
-    while done < len {
-        let step = (STEP as u64).min(len - done);
-        let allocate = || fallocate(file, FallocateFlags::empty(), done, step);
-        match retry_on_intr(allocate) {
-            Ok(()) => done += step,
-            Err(errno @ (Errno::NOMEM | Errno::NOSPC)) => {
-                return Err(RegionError::NoSpace { done, len, source: errno.into() });
-            }
-            Err(errno) => return Err(RegionError::Io { doing: "reserving guest RAM".into(), source: errno.into() }),
-        }
-        progress(done);
-    }
-    Ok(())
 }
 
 fn populate_step(mapping: &Mapping, start: usize, len: usize) -> Result<(), Errno> {

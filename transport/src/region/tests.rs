@@ -32,19 +32,6 @@ fn preallocation_leaves_no_hole_and_says_how_far_it_is() {
 }
 
 #[test]
-fn what_is_reserved_is_whole_and_holds_no_data_yet() {
-    let file = RamFile::memfd("reserve", 48 * MIB, PageSize::Small).unwrap();
-    assert!(!file.is_whole().unwrap());
-    let told = std::sync::Mutex::new(Vec::new());
-    file.reserve_all(&|done| told.lock().unwrap().push(done)).unwrap();
-    assert_eq!(told.into_inner().unwrap(), [16, 32, 48].map(|mib| mib * MIB as u64));
-    assert!(file.is_whole().unwrap());
-    assert_eq!(file.occupancy().unwrap(), []);
-    file.punch(Extent { offset: 8192, len: 4096 }).unwrap();
-    assert!(!file.is_whole().unwrap());
-}
-
-#[test]
 fn a_punched_extent_is_a_hole_again() {
     let file = RamFile::memfd("punch", MIB, PageSize::Small).unwrap();
     file.preallocate(1, &|_| ()).unwrap();
@@ -123,13 +110,11 @@ fn a_full_file_system_is_an_error_and_not_a_signal() {
         return;
     }
     let file = RamFile::create_in(&dir.path().join("ram"), 4 * MIB, PageSize::Small).unwrap();
-    let outcomes = [file.reserve_all(&|_| ()), file.preallocate(1, &|_| ())];
+    let outcome = file.preallocate(1, &|_| ());
     drop(file);
     // SAFETY: the string is NUL-terminated and lives across the call.
     unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-    for outcome in outcomes {
-        assert!(matches!(outcome, Err(RegionError::NoSpace { len: 4194304, .. })), "{outcome:?}");
-    }
+    assert!(matches!(outcome, Err(RegionError::NoSpace { len: 4194304, .. })), "{outcome:?}");
 }
 
 #[test]

@@ -19,13 +19,12 @@ use super::wire::Wire;
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
-use crate::migrate::destination::{Built, Host, Ram, VMM_SLOT, shard_ranges};
+use crate::migrate::destination::{Built, Host, HostRam, Ram, VMM_SLOT, shard_ranges};
 use crate::migrate::settings::VmmSpec;
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::Emitter;
 use belay_checkpoint::storage::Storage;
 use belay_transport::Deadline;
-use belay_transport::region::RamFile;
 use belay_transport::uffd::{Faults, Features, RegisterModes, Uffd};
 use std::io;
 use std::os::fd::AsFd;
@@ -78,6 +77,8 @@ pub struct QemuHost {
     /// Where the guest's disk relays are taken in hand.
     disk_relays: Vec<PathBuf>,
     disks: Disks,
+    /// Started before its guest came, with RAM that is allocated.
+    ready: Option<(Machine, Vec<(String, HostRam)>)>,
     /// Waiting, and looked at.
     waiting: Option<(Machine, Inspection)>,
     held: Option<(u32, Held)>,
@@ -110,8 +111,25 @@ impl QemuHost {
         disk_relays: Vec<PathBuf>,
     ) -> Self {
         let (wire, disks) = (Wire::new(), Disks::default());
-        let (waiting, held, lingers, estate) = (None, None, None, None);
-        Self { taker, guard, leash, relay, wire, disk_relays, disks, waiting, held, lingers, estate }
+        let (ready, waiting, held, lingers, estate) = (None, None, None, None, None);
+        Self { taker, guard, leash, relay, wire, disk_relays, disks, ready, waiting, held, lingers, estate }
+    }
+
+    /// Starts the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for it; what is wrong with it is found
+    /// now. One that is to be attached to is its operator's until then.
+    pub fn make_ready(&mut self) -> Result<(), GuestError> {
+        if matches!(self.taker, Taker::Attach { .. }) {
+            return Ok(());
+        }
+        let mut machine = self.start()?;
+        let guest = self.look(&mut machine, false)?;
+        let mut ready = Vec::new();
+        for ram in &guest.ram {
+            let ready_ram = HostRam::made_ready(Arc::new(file_of(&machine.process, ram)?));
+            ready.push((ram.id.clone(), ready_ram.map_err(|error| failed("allocate QEMU's RAM")(error.into()))?));
+        }
+        self.ready = Some((machine, ready));
+        Ok(())
     }
 
     /// Should this page server die, the QEMU of a tethered guest waits for the next. A guest with a relay cannot be gone on with: what its relay
@@ -177,7 +195,37 @@ impl QemuHost {
         self.disks.let_go()
     }
 
+    /// Looks at a QEMU in which a guest is to run, and for what is in the way of that.
+    fn look(&self, machine: &mut Machine, tethered: bool) -> Result<Inspection, GuestError> {
+        let deadline = Deadline::after(BOUND);
+        let guest = Inspection::of(&mut machine.qmp, &machine.process, deadline);
+        let mut guest = guest.map_err(|error| failed("look at QEMU")(error.into()))?;
+        if guest.status != "inmigrate" {
+            let why = format!("QEMU here is in the state {}; start it with -incoming defer", guest.status);
+            return Err(GuestError::Unsupported(why));
+        }
+        // What a guest would be in that runs in there.
+        guest.status = "running".to_owned();
+        let served: Result<Vec<_>, _> = self
+            .disk_relays
+            .iter()
+            .map(|path| disk::look(path, Deadline::after(HAND)).map(|known| known.socket))
+            .collect();
+        let served = served.map_err(|error| failed("look at the guest's disk relays")(error.into()))?;
+        let against = |against| against == Against::Moving || tethered;
+        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some(), &served)
+            .into_iter()
+            .find(|objection| against(objection.against))
+        {
+            let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
+            return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
+        }
+        Ok(guest)
+    }
+
     fn start(&mut self) -> Result<Machine, GuestError> {
+        // One that has ended while it waited has left its directory.
+        self.held = None;
         let deadline = Deadline::after(BOUND);
         match &self.taker {
             Taker::Start(launch) => {
@@ -217,42 +265,29 @@ impl Drop for QemuHost {
 }
 
 impl Host for QemuHost {
-    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<Arc<RamFile>>>, GuestError> {
+    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<HostRam>>, GuestError> {
         let VmmSpec::Qemu(spec) = spec else {
             let why = "the guest that comes is of belay's own VMM: start `belay receive` without `qemu`";
             return Err(GuestError::Unsupported(why.to_owned()));
         };
-        let mut machine = self.start()?;
-        let deadline = Deadline::after(BOUND);
-        let guest = Inspection::of(&mut machine.qmp, &machine.process, deadline);
-        let mut guest = guest.map_err(|error| failed("look at QEMU")(error.into()))?;
-        if guest.status != "inmigrate" {
-            let why = format!("QEMU here is in the state {}; start it with -incoming defer", guest.status);
-            return Err(GuestError::Unsupported(why));
-        }
-        // What a guest would be in that runs in there.
-        guest.status = "running".to_owned();
-        let served: Result<Vec<_>, _> = self
-            .disk_relays
-            .iter()
-            .map(|path| disk::look(path, Deadline::after(HAND)).map(|known| known.socket))
-            .collect();
-        let served = served.map_err(|error| failed("look at the guest's disk relays")(error.into()))?;
-        let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some(), &served)
-            .into_iter()
-            .find(|objection| against(objection.against))
-        {
-            let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
-            return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
-        }
+        let (mut machine, ready) = match self.ready.take() {
+            Some((machine, ready)) if !machine.process.has_ended() => (machine, ready),
+            _ => (self.start()?, Vec::new()),
+        };
+        let guest = self.look(&mut machine, tethered)?;
         if let Some(why) = spec.differs(&QemuSpec::of(&guest), tethered) {
             return Err(GuestError::Unsupported(why));
         }
-        let file = |ram| file_of(&machine.process, ram).map(Arc::new);
-        let files = in_order(&guest.ram).into_iter().map(file).collect::<Result<_, _>>()?;
+        let mut blocks = Vec::new();
+        for ram in in_order(&guest.ram) {
+            let known = ready.iter().find(|(id, _)| *id == ram.id);
+            blocks.push(match known {
+                Some((_, ready)) => ready.clone(),
+                None => Arc::new(file_of(&machine.process, ram)?).into(),
+            });
+        }
         self.waiting = Some((machine, guest));
-        Ok(Some(files))
+        Ok(Some(blocks))
     }
 
     fn build(

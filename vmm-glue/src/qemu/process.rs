@@ -1,5 +1,6 @@
 //! The process behind a QMP socket: proven by the socket, held by a pidfd, looked at through /proc (proc(5)).
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs;
@@ -75,6 +76,12 @@ impl Process {
     /// Its number, for showing.
     pub fn number(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Whether it has ended (its pidfd is readable then: pidfd_open(2)).
+    pub fn has_ended(&self) -> bool {
+        let mut look = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(poll(&mut look, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1..))
     }
 
     pub fn pidfd(&self) -> &OwnedFd {

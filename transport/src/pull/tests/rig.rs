@@ -170,7 +170,7 @@ impl Rig {
             let ram = RamFile::memfd("pull-guest", bytes, options.page_size).unwrap();
             local = Arc::new(ram.map().unwrap());
             match options.memory {
-                Memory::Reserved => ram.reserve_all(&|_| ()).unwrap(),
+                Memory::Reserved => ram.reserve(Extent { offset: 0, len: bytes as u64 }).unwrap(),
                 _ => ram.preallocate_through(&local, 1, &|_| ()).unwrap(),
             }
             landing = LandingPlan::InPlace { alias: local.clone(), key: LocalKey(1), whole: ram.is_whole().unwrap() };

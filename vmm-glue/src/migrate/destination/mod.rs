@@ -9,6 +9,7 @@ mod heard;
 mod load;
 mod order;
 mod prepare;
+mod ram;
 mod resume;
 mod takeover;
 mod warden;
@@ -29,17 +30,17 @@ use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_checkpoint::storage::Storage;
+use belay_transport::Deadline;
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::pages::{PageStates, PagesError};
 use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
-use belay_transport::region::{Mapping, RamFile, RegionError};
+use belay_transport::region::RegionError;
 use belay_transport::session::{Control, Listener, RegionGeometry, SessionError};
 use belay_transport::uffd::{Uffd, UffdError};
-use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, Sender};
 use prepare::await_source;
-pub use prepare::shard_ranges;
+pub use ram::{HostRam, Ram, shard_ranges};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -65,15 +66,6 @@ pub struct DestinationConfig {
     pub bounds: Bounds,
 }
 
-/// One region of guest RAM on this host, allocated.
-#[derive(Debug, Clone)]
-pub struct Ram {
-    pub id: RegionId,
-    pub file: Arc<RamFile>,
-    /// Where pages land: a mapping the vCPUs do not use.
-    pub alias: Arc<Mapping>,
-}
-
 /// A VMM that has been started with no state, its RAM registered with userfaultfd.
 pub struct Built {
     pub guest: Box<dyn Guest>,
@@ -92,9 +84,9 @@ pub const VMM_SLOT: usize = 1;
 
 /// Builds what the destination cannot know how to build: the VMM, the way out for its output, and the guard's process.
 pub trait Host {
-    /// Files of guest RAM that the VMM makes itself, in the order of the proposal's regions; the VMM is started for that. `None`: RAM is
-    /// made by the destination. Whatever is in them is thrown away, so that they are all holes to the VMM.
-    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<Arc<RamFile>>>, GuestError> {
+    /// Guest RAM that the VMM makes itself, in the order of the proposal's regions; the VMM is started for that. `None`: RAM is
+    /// made by the destination. Whatever is in it is thrown away, so that it is all holes to the VMM.
+    fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<HostRam>>, GuestError> {
         let _ = (spec, tethered);
         Ok(None)
     }

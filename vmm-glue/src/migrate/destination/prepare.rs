@@ -1,6 +1,7 @@
 //! Everything before the downtime: a source, RAM, lanes, VMM, guard.
 
 use super::order::NO_GUEST_YET;
+use super::ram::allocate;
 use super::warden::{self, Warden};
 use super::{Destination, DestinationConfig, DestinationError, Happening, Host, Link, Ram, VMM_SLOT, heard, io};
 use crate::guard::GuardError;
@@ -10,7 +11,7 @@ use crate::migrate::operator::{Ask, Ended, Pending, Words};
 use crate::migrate::peer::Inbox;
 use crate::migrate::protocol::{RingOffer, ToDestination, ToSource};
 use crate::migrate::reattach::decode_proposal;
-use crate::migrate::registering::{Registrations, place, prefer};
+use crate::migrate::registering::{Registrations, place};
 use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
 use crate::migrate::tethering::Tethering;
@@ -18,17 +19,15 @@ use crate::migrate::{protocol, tethering};
 use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::State;
-use belay_transport::fabric::{FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
+use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
-use belay_transport::region::{Extent, RamFile};
-use belay_transport::session::{DestinationSession, Incoming, Listener, RegionGeometry, SessionError};
+use belay_transport::session::{DestinationSession, Incoming, Listener, SessionError};
 use belay_transport::stop_point::reached;
 use belay_transport::uffd::{Uffd, UffdError};
-use belay_transport::{Deadline, PageSize, RegionId, fabric};
+use belay_transport::{Deadline, RegionId, fabric};
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Waits for a source that may come in, and says whom it turned away. Nobody who only knows the address can end the wait.
@@ -102,12 +101,6 @@ pub(super) const LANE_WINDOW: usize = 64;
 /// Longest that one stop for a checkpoint may take; a vCPU that waits for a page makes it try again.
 pub(super) const TETHER_STOP: Duration = Duration::from_millis(500);
 
-/// Threads that allocate RAM.
-pub(super) const ALLOCATORS: usize = 2;
-
-/// Bytes between two reports of how far it is.
-pub(super) const ALLOCATION_REPORT: u64 = 64 << 20;
-
 pub(super) type Prepare = (Vec<(RegionId, ReadKey)>, RingKeys, RingOffer, ObservationId);
 
 pub(super) fn await_prepare(
@@ -119,102 +112,6 @@ pub(super) fn await_prepare(
         ToDestination::Prepare { ram, ring, ring_geometry, because } => Ok((ram, ring, ring_geometry, because)),
         other => Err(heard::unexpected(&other, "Prepare")),
     }
-}
-
-/// How guest RAM is allocated for pages that come over `fabric`: where they land by a device, or by one copy, its page table is filled
-/// beforehand; over `tcp` a page on its way takes so much longer than a first touch that reserving it is enough, and the guest moves sooner.
-fn how(fabric: FabricKind) -> Allocating {
-    match fabric {
-        FabricKind::Tcp => Allocating::Reserved,
-        FabricKind::Local | FabricKind::Verbs => Allocating::Populated,
-    }
-}
-
-/// See [`how`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Allocating {
-    Reserved,
-    Populated,
-}
-
-/// Allocates all of guest RAM, so that no frame is a hole when it is registered (P1).
-pub(super) fn allocate(
-    geometry: &[RegionGeometry],
-    files: Option<Vec<Arc<RamFile>>>,
-    allocating: Allocating,
-    placement: &Placement,
-    observer: &Observer,
-    because: &ObservationId,
-) -> Result<Vec<Ram>, DestinationError> {
-    let begun = Instant::now();
-    let mut ram = Vec::new();
-    let mut files = files.map(Vec::into_iter);
-    for region in geometry {
-        let bytes = region.bytes as usize;
-        let file = match &mut files {
-            None => Arc::new(RamFile::memfd("belay-guest-ram", bytes, region.page_size)?),
-            Some(files) => emptied(files.next(), region)?,
-        };
-        let alias = Arc::new(file.map().map_err(io("map guest RAM"))?);
-        prefer(placement, &alias, observer, because);
-        let told = AtomicU64::new(0);
-        let progress = |done_bytes: u64| {
-            // Told now and then; which of several threads tells does not matter.
-            if done_bytes >= told.load(Ordering::Relaxed) + ALLOCATION_REPORT {
-                told.store(done_bytes, Ordering::Relaxed);
-                observer.note(Some(because), Kind::Allocating { done_bytes, total_bytes: region.bytes });
-            }
-        };
-        match allocating {
-            Allocating::Reserved => file.reserve_all(&progress)?,
-            Allocating::Populated => file.preallocate_through(&alias, ALLOCATORS, &progress)?,
-        }
-        ram.push(Ram { id: region.id, file, alias });
-    }
-    if files.is_some_and(|mut files| files.next().is_some()) {
-        return Err(DestinationError::Refused(format!(
-            "more regions of RAM here than the source's {}",
-            geometry.len()
-        )));
-    }
-    let bytes = geometry.iter().map(|region| region.bytes).sum();
-    observer.note(Some(because), Kind::Allocated { bytes, took_us: us(begun.elapsed()) });
-    Ok(ram)
-}
-
-/// A file that the VMM made, if it is like the source's, with nothing in it: no page of it is left in the VMM's page table either.
-fn emptied(file: Option<Arc<RamFile>>, region: &RegionGeometry) -> Result<Arc<RamFile>, DestinationError> {
-    let refused =
-        |what: String| DestinationError::Refused(format!("{} of {what} here and {}", region.id, like(region)));
-    let file = file.ok_or_else(|| refused("nothing".to_owned()))?;
-    let here = RegionGeometry { id: region.id, bytes: file.len() as u64, page_size: file.page_size() };
-    if here != *region {
-        return Err(refused(like(&here)));
-    }
-    file.punch(Extent { offset: 0, len: region.bytes })?;
-    Ok(file)
-}
-
-fn like(region: &RegionGeometry) -> String {
-    format!("{} bytes in pages of {}", region.bytes, region.page_size)
-}
-
-/// Splits every region's frames among the shards, each part a multiple of 2 MiB where there is enough, so that no huge frame and
-/// no background chunk is split.
-pub fn shard_ranges(ram: &[Ram], shards: u16) -> Vec<Vec<ShardRange>> {
-    let mut parts = vec![Vec::new(); usize::from(shards)];
-    for region in ram {
-        let frames = region.file.len() as u64 >> region.file.page_size().shift();
-        let grain = if region.file.page_size() == PageSize::Small { 512 } else { 1 };
-        let share = frames.div_ceil(u64::from(shards)).next_multiple_of(grain);
-        for (index, part) in parts.iter_mut().enumerate() {
-            let (start, end) = ((index as u64 * share).min(frames), ((index as u64 + 1) * share).min(frames));
-            if start < end {
-                part.push(ShardRange { region: region.id, frames: start..end });
-            }
-        }
-    }
-    parts
 }
 
 /// What a session's source offers beside guest RAM.
@@ -333,8 +230,7 @@ impl<'a> Destination<'a> {
         let mut initiator = fabric::initiator(&session)?;
         let placement = place(config.numa, session.agreed.fabric, initiator.numa_node(), observer, &last)?;
         let files = host.ram(&proposal.vmm, proposal.tether.is_some())?;
-        let how = how(session.agreed.fabric);
-        let ram = allocate(&session.hello.geometry, files, how, &placement, observer, &last)?;
+        let ram = allocate(&session.hello.geometry, files, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
         let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
