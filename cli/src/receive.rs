@@ -212,12 +212,9 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         };
         if estate.is_none() {
             board.phase("preparing", "QEMU and its memory".to_owned());
-            if let Err(error) = host.make_ready() {
-                return fail(
-                    &error,
-                    "No guest can come before this is mended. `belay check` says what this host lacks.",
-                    Exit::Missing,
-                );
+            if let Err(error) = host.make_ready(observer) {
+                let advice = "No guest can come before this is mended. `belay check` says what this host lacks.";
+                return fail(&error, advice, Exit::Missing);
             }
         }
         listening();

@@ -150,6 +150,7 @@ pub fn sentence(kind: &Kind) -> Option<String> {
             let vcpus = counted(u64::from(spec.vcpus), "vCPU", "vCPUs");
             format!("guest runs: {} of RAM, {vcpus}, driven by {driven_by}", bytes(spec.memory_bytes))
         }
+        Kind::VmmReady { pid } => format!("VMM waits for its guest as process {pid}"),
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
         Kind::QemuFound { pid, version, machine, vcpus, ram_bytes } => {
             format!("QEMU {version} found, process {pid}: {machine}, {vcpus} vCPUs, {}", bytes(*ram_bytes))

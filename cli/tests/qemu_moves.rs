@@ -5,10 +5,11 @@ mod qemu_guest;
 mod running;
 
 use belay_transport::Deadline;
-use qemu_guest::moving::{end_left, is_frozen, receive, send, wait_until_ended};
+use qemu_guest::moving::{end_left, is_frozen, receive, send, starts_receiving, wait_until_ended};
 use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
 use serde_json::json;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -181,21 +182,28 @@ fn a_destination_whose_qemu_fails_before_the_guest_runs_there_leaves_it_where_it
             capabilities.unwrap().as_array().unwrap().iter().filter(|one| one["state"] == true).cloned().collect();
         assert!(set.iter().all(|one| one["capability"] != "x-ignore-shared"), "{set:?}");
     };
-    // It does not start at all: its own words reach the operator on both hosts.
+    // It does not start at all: its own words reach the operator before any source calls.
     let nonsense = Machine { kind: "nonsense", ..wanted.clone() };
     let apart = shared_memory();
-    let (mut destination, to) = receive(&place, apart.path(), &nonsense, &[]);
-    let mut sender = send(&place, &to, &source.socket, &["--policy", "none"]);
-    stays(&mut sender, "unsupported machine type");
+    let mut destination = starts_receiving(&place, apart.path(), &nonsense, &[]);
     assert_eq!(destination.end(), 3, "{}", destination.story());
+    assert!(destination.story().contains("unsupported machine type"), "{}", destination.story());
+    assert!(destination.events("listening").next().is_none(), "{}", destination.story());
     // Another machine.
     let other = Machine { blocks: vec![64], ..wanted.clone() };
     let (mut destination, to) = receive(&place, apart.path(), &other, &[]);
     let mut sender = send(&place, &to, &source.socket, &[]);
     stays(&mut sender, "m0 of 32 MiB at the source and m0 of 64 MiB here");
     assert_eq!(destination.end(), 3, "{}", destination.story());
-    // It dies when everything is prepared: the switch is taken back.
+    // It has died while it waited: another takes the guest, which has to wait for its memory then. That one dies when everything is
+    // prepared, and the switch is taken back.
     let (mut destination, to) = receive(&place, folder.path(), &wanted, &["--stop-at", "switch-heard"]);
+    let ready = destination.events("vmm-ready").next().cloned().expect("told before it listens");
+    let blocks = |file: &str| std::fs::metadata(folder.path().join(file)).expect("the guest's RAM").blocks();
+    assert_eq!(blocks("there-m0") * 512, 32 << 20, "allocated before any source calls");
+    let waiting = ready["pid"].as_i64().expect("a pid") as i32;
+    kill(waiting, libc::SIGKILL);
+    wait_until_ended(waiting);
     let mut sender = send(&place, &to, &source.socket, &[]);
     let started = destination.wait_for_event("vmm-started")["pid"].as_i64().expect("a pid") as i32;
     sender.wait_for_event("switch-sent");

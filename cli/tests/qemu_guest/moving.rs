@@ -7,6 +7,13 @@ use std::time::{Duration, Instant};
 
 /// A destination that starts `machine` for whoever comes, and where it listens.
 pub fn receive(place: &Place, folder: &Path, machine: &Machine, more: &[&str]) -> (Process, String) {
+    let mut destination = starts_receiving(place, folder, machine, more);
+    let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
+    (destination, to)
+}
+
+/// As [`receive`], and does not wait until it listens.
+pub fn starts_receiving(place: &Place, folder: &Path, machine: &Machine, more: &[&str]) -> Process {
     let state_dir = place.text("there");
     let mut words = vec!["receive", "--json", "--state-dir", &state_dir];
     if !more.contains(&"--listen") {
@@ -17,9 +24,7 @@ pub fn receive(place: &Place, folder: &Path, machine: &Machine, more: &[&str]) -
     let arguments = machine.arguments(folder, "there");
     words.extend(["qemu", "--", &qemu]);
     words.extend(arguments.iter().map(String::as_str));
-    let mut destination = place.belay(&words);
-    let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
-    (destination, to)
+    place.belay(&words)
 }
 
 /// A source of the guest in the QEMU whose monitor this is.

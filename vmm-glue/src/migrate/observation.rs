@@ -47,6 +47,8 @@ pub enum Kind {
     GuestStarted { nonce: u64, driven_by: String, spec: GuestSpec },
     /// The VMM runs in a process of its own.
     VmmStarted { pid: u32 },
+    /// A VMM was started, and its RAM allocated, before its guest came.
+    VmmReady { pid: u32 },
     /// A running QEMU whose guest is to be moved was found.
     QemuFound { pid: u32, version: String, machine: String, vcpus: u32, ram_bytes: u64 },
     /// The QEMU into which the guest would be caught waits, as process `pid`.

@@ -20,6 +20,7 @@ use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
 use crate::migrate::destination::{Built, Host, HostRam, Ram, VMM_SLOT, shard_ranges};
+use crate::migrate::observation::{Kind, Observer};
 use crate::migrate::settings::VmmSpec;
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::Emitter;
@@ -116,8 +117,8 @@ impl QemuHost {
     }
 
     /// Starts the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for it; what is wrong with it is found
-    /// now. One that is to be attached to is its operator's until then.
-    pub fn make_ready(&mut self) -> Result<(), GuestError> {
+    /// now. Says so. One that is to be attached to is its operator's until then.
+    pub fn make_ready(&mut self, observer: &Observer) -> Result<(), GuestError> {
         if matches!(self.taker, Taker::Attach { .. }) {
             return Ok(());
         }
@@ -125,10 +126,11 @@ impl QemuHost {
         let guest = self.look(&mut machine, false)?;
         let mut ready = Vec::new();
         for ram in &guest.ram {
-            let ready_ram = HostRam::made_ready(Arc::new(file_of(&machine.process, ram)?));
+            let ready_ram = HostRam::made_ready(Arc::new(file_of(&machine.process, ram)?), observer);
             ready.push((ram.id.clone(), ready_ram.map_err(|error| failed("allocate QEMU's RAM")(error.into()))?));
         }
         self.ready = Some((machine, ready));
+        observer.note(None, Kind::VmmReady { pid: guest.pid });
         Ok(())
     }
 

@@ -42,8 +42,10 @@ impl From<Arc<RamFile>> for HostRam {
 
 impl HostRam {
     /// Empties and allocates it now. The VMM must not touch it from here on.
-    pub fn made_ready(file: Arc<RamFile>) -> Result<Self, RegionError> {
-        let alias = allocated(&file, |_| (), &|_| ())?;
+    pub fn made_ready(file: Arc<RamFile>, observer: &Observer) -> Result<Self, RegionError> {
+        let (begun, bytes) = (Instant::now(), file.len() as u64);
+        let alias = allocated(&file, |_| (), &telling(observer, None, bytes))?;
+        observer.note(None, Kind::Allocated { bytes, took_us: us(begun.elapsed()) });
         Ok(Self { file, ready: Some(alias) })
     }
 }
@@ -58,6 +60,7 @@ pub(super) fn allocate(
 ) -> Result<Vec<Ram>, DestinationError> {
     let begun = Instant::now();
     let mut ram = Vec::new();
+    let mut allocated_bytes = 0;
     let mut files = files.map(Vec::into_iter);
     for region in geometry {
         let bytes = region.bytes as usize;
@@ -70,14 +73,8 @@ pub(super) fn allocate(
             ram.push(Ram { id: region.id, file, alias });
             continue;
         }
-        let told = AtomicU64::new(0);
-        let progress = |done_bytes: u64| {
-            // Told now and then; which of several threads tells does not matter.
-            if done_bytes >= told.load(Ordering::Relaxed) + ALLOCATION_REPORT {
-                told.store(done_bytes, Ordering::Relaxed);
-                observer.note(Some(because), Kind::Allocating { done_bytes, total_bytes: region.bytes });
-            }
-        };
+        allocated_bytes += region.bytes;
+        let progress = telling(observer, Some(because), region.bytes);
         let alias = allocated(&file, |alias| prefer(placement, alias, observer, because), &progress)?;
         ram.push(Ram { id: region.id, file, alias });
     }
@@ -87,9 +84,25 @@ pub(super) fn allocate(
             geometry.len()
         )));
     }
-    let bytes = geometry.iter().map(|region| region.bytes).sum();
-    observer.note(Some(because), Kind::Allocated { bytes, took_us: us(begun.elapsed()) });
+    if allocated_bytes > 0 {
+        observer.note(Some(because), Kind::Allocated { bytes: allocated_bytes, took_us: us(begun.elapsed()) });
+    }
     Ok(ram)
+}
+
+/// Tells now and then how far it is; which of several threads tells does not matter.
+fn telling<'a>(
+    observer: &'a Observer,
+    because: Option<&'a ObservationId>,
+    total_bytes: u64,
+) -> impl Fn(u64) + Sync + 'a {
+    let told = AtomicU64::new(0);
+    move |done_bytes| {
+        if done_bytes >= told.load(Ordering::Relaxed) + ALLOCATION_REPORT {
+            told.store(done_bytes, Ordering::Relaxed);
+            observer.note(because, Kind::Allocating { done_bytes, total_bytes });
+        }
+    }
 }
 
 /// Empties a file, so that it is all holes to whoever has it mapped, and allocates all of it. `before` is given the alias before any frame
