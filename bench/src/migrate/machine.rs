@@ -71,7 +71,9 @@ impl Machine {
         let mut command = Command::new(&self.program);
         command.args(["-accel", &self.accel, "-cpu", "max", "-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-smp", &parts.to_string(), "-m", &format!("{memory}M")]);
-        let backend = format!("memory-backend-file,id=m,size={memory}M,mem-path={},share=on", ram.display());
+        // belay allocates what its destination needs while that waits: QEMU's own is to have the same.
+        let ahead = if begin == Begin::Wait { ",prealloc=on" } else { "" };
+        let backend = format!("memory-backend-file,id=m,size={memory}M,mem-path={},share=on{ahead}", ram.display());
         command.args(["-object", &backend, "-machine", &format!("{},memory-backend=m", self.kind)]);
         command.arg("-serial").arg(format!("file:{}", console.display()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));

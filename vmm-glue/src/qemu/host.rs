@@ -80,6 +80,8 @@ pub struct QemuHost {
     disks: Disks,
     /// Started before its guest came, with RAM that is allocated.
     ready: Option<(Machine, Vec<(String, HostRam)>)>,
+    /// A guest has come for it: one that belay was told to attach to is its operator's until then.
+    asked_for: bool,
     /// Waiting, and looked at.
     waiting: Option<(Machine, Inspection)>,
     held: Option<(u32, Held)>,
@@ -113,15 +115,26 @@ impl QemuHost {
     ) -> Self {
         let (wire, disks) = (Wire::new(), Disks::default());
         let (ready, waiting, held, lingers, estate) = (None, None, None, None, None);
-        Self { taker, guard, leash, relay, wire, disk_relays, disks, ready, waiting, held, lingers, estate }
+        Self {
+            taker,
+            guard,
+            leash,
+            relay,
+            wire,
+            disk_relays,
+            disks,
+            ready,
+            asked_for: false,
+            waiting,
+            held,
+            lingers,
+            estate,
+        }
     }
 
-    /// Starts the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for it; what is wrong with it is found
-    /// now. Says so. One that is to be attached to is its operator's until then.
+    /// Starts or finds the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for that; what is wrong with it
+    /// is found now.
     pub fn make_ready(&mut self, observer: &Observer) -> Result<(), GuestError> {
-        if matches!(self.taker, Taker::Attach { .. }) {
-            return Ok(());
-        }
         let mut machine = self.start()?;
         let guest = self.look(&mut machine, false)?;
         let mut ready = Vec::new();
@@ -257,11 +270,15 @@ impl QemuHost {
 
 impl Drop for QemuHost {
     fn drop(&mut self) {
-        if let Some((_, Held::Left { leash, holding })) = self.held.take() {
-            // Ended first.
-            drop(leash);
-            // belay's alone, made for this QEMU.
-            let _ = holding.made.map(std::fs::remove_dir_all);
+        match self.held.take() {
+            Some((_, Held::Attached { leash, .. })) if !self.asked_for => leash.let_go(),
+            Some((_, Held::Left { leash, holding })) => {
+                // Ended first.
+                drop(leash);
+                // belay's alone, made for this QEMU.
+                let _ = holding.made.map(std::fs::remove_dir_all);
+            }
+            _ => {}
         }
     }
 }
@@ -276,6 +293,7 @@ impl Host for QemuHost {
             Some((machine, ready)) if !machine.process.has_ended() => (machine, ready),
             _ => (self.start()?, Vec::new()),
         };
+        self.asked_for = true;
         let guest = self.look(&mut machine, tethered)?;
         if let Some(why) = spec.differs(&QemuSpec::of(&guest), tethered) {
             return Err(GuestError::Unsupported(why));
