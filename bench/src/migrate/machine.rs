@@ -30,6 +30,8 @@ pub struct Machine {
     pub working_set: u64,
     /// Pages a second.
     pub rate: u64,
+    /// Of QEMU's own destinations: whether they allocate all RAM before the guest comes.
+    pub prealloc: bool,
     pub nonce: u64,
     pub linux: Linux,
     /// For RAM files: on tmpfs.
@@ -71,8 +73,7 @@ impl Machine {
         let mut command = Command::new(&self.program);
         command.args(["-accel", &self.accel, "-cpu", "max", "-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-smp", &parts.to_string(), "-m", &format!("{memory}M")]);
-        // belay allocates what its destination needs while that waits: QEMU's own is to have the same.
-        let ahead = if begin == Begin::Wait { ",prealloc=on" } else { "" };
+        let ahead = if begin == Begin::Wait && self.prealloc { ",prealloc=on" } else { "" };
         let backend = format!("memory-backend-file,id=m,size={memory}M,mem-path={},share=on{ahead}", ram.display());
         command.args(["-object", &backend, "-machine", &format!("{},memory-backend=m", self.kind)]);
         command.arg("-serial").arg(format!("file:{}", console.display()));

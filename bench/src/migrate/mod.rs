@@ -67,6 +67,9 @@ pub struct MigrateArgs {
     /// The guest's kernel [default: the newest in /boot, or of the SoftRoCE lab's]
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Have QEMU's own destinations allocate all memory before the guest comes (prealloc=on, which QEMU does not do by itself). belay's does
+    #[arg(long)]
+    prealloc: bool,
     /// Where the guest's memory lies: tmpfs with room for two of them
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     memory_dir: PathBuf,
@@ -164,6 +167,7 @@ pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
         vcpus: args.vcpus,
         working_set,
         rate: args.rate,
+        prealloc: args.prealloc,
         nonce: u64::from(std::process::id()),
         linux: Linux::make(folder.path(), args.kernel.as_deref())?,
         folder: folder.path().to_owned(),

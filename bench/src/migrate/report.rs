@@ -50,6 +50,8 @@ pub struct Report {
     pub working_set_bytes: u64,
     pub pages_per_s: u64,
     pub vcpus: u16,
+    /// Whether QEMU's own destinations had allocated all memory before the guest came.
+    pub prealloc: bool,
     pub rounds: u32,
     pub rows: Vec<Row>,
     #[serde(skip)]
@@ -66,6 +68,7 @@ impl Report {
             working_set_bytes: machine.working_set,
             pages_per_s: machine.rate,
             vcpus: machine.vcpus,
+            prealloc: machine.prealloc,
             rounds,
             rows: Vec::new(),
             samples: Vec::new(),
@@ -86,7 +89,7 @@ impl Report {
     /// As a table.
     pub fn print(&self) {
         println!(
-            "QEMU {}, {} ({}), {} MiB, {} vCPU, working set {} MiB written at {} pages/s; medians of {}",
+            "QEMU {}, {} ({}), {} MiB, {} vCPU, working set {} MiB written at {} pages/s{}; medians of {}",
             self.qemu,
             self.machine,
             self.accel,
@@ -94,6 +97,7 @@ impl Report {
             self.vcpus,
             self.working_set_bytes >> 20,
             self.pages_per_s,
+            if self.prealloc { "; QEMU's destinations with prealloc=on" } else { "" },
             self.rounds
         );
         println!(

@@ -13,13 +13,13 @@ use crate::migrate::registering::{Registrations, place, prefer};
 use crate::migrate::settings::Proposal;
 use belay_checkpoint::fold::FoldTarget;
 use belay_checkpoint::guest::Guest;
-use belay_checkpoint::ring::{OwnerRegion, RingReader};
+use belay_checkpoint::ring::{OwnerRegion, RingReader, RingShape};
 use belay_transport::fabric::{LaneId, LaneKind, Owner, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::region::Mapping;
 use belay_transport::session::{Offer, RegionGeometry, SourceSession};
 use belay_transport::stop_point::reached;
-use belay_transport::{Deadline, RegionId, fabric, session};
+use belay_transport::{Deadline, PAGE_SIZE, RegionId, fabric, session};
 use crossbeam_channel::select;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -133,7 +133,10 @@ impl Exported {
             ram.push((block.id, owner.export_read(&block.file, &block.alias, &extents)?));
         }
         let nonce = fresh_nonce()?;
-        let files = keep.make_ring(nonce, config.ring_bytes)?;
+        // Without a tether nothing is ever written there, and 64 MiB take some 50 ms to allocate.
+        let least = RingShape::LEAST.next_multiple_of(PAGE_SIZE);
+        let ring_bytes = if config.proposal.tether.is_some() { config.ring_bytes } else { least };
+        let files = keep.make_ring(nonce, ring_bytes)?;
         let ring = Arc::new(files.ring.map().map_err(io("map the ring"))?);
         let owner_region = Arc::new(files.owner.map().map_err(io("map the owner region"))?);
         prefer(&placement, &ring, observer, because);
