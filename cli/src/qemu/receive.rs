@@ -42,7 +42,7 @@ pub struct QemuReceive {
     /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
-    /// The QEMU to start when a guest comes: program and arguments
+    /// The QEMU to start, which waits for the guest with its memory allocated: program and arguments
     #[arg(last = true, value_name = "QEMU")]
     command: Vec<OsString>,
 }
