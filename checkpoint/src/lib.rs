@@ -13,6 +13,7 @@ pub mod fuzzing;
 mod golden;
 pub mod guest;
 pub mod journal;
+mod mutation;
 pub mod outbox;
 pub mod ownership;
 pub mod policy;
