@@ -2,6 +2,7 @@
 //!
 //! It knows guests only through the traits of [`guest`], and the other host only through `belay-transport`.
 
+mod clock;
 pub mod dirty;
 pub mod epoch;
 pub mod fold;
@@ -19,6 +20,8 @@ pub mod ownership;
 pub mod policy;
 pub mod record;
 pub mod ring;
+#[cfg(test)]
+mod simulation;
 pub mod staging;
 pub mod storage;
 #[cfg(test)]

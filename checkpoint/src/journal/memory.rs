@@ -133,6 +133,15 @@ impl KeptState {
         Ok(Self { file: Arc::new(file), mapping: Arc::new(mapping) })
     }
 
+    /// One of this process's own that takes room as it is written, for the simulation.
+    #[cfg(test)]
+    pub(crate) fn in_private_memory() -> Self {
+        let file =
+            RamFile::memfd("belay-kept-simulated", BYTES.next_multiple_of(4096), PageSize::Small).expect("memory");
+        let mapping = Arc::new(file.map().expect("memory"));
+        Self { file: Arc::new(file), mapping }
+    }
+
     /// What an earlier process left. `Ok(Err(…))`: it is there, and not as it was written.
     pub fn open(folder: &MemoryFolder) -> Result<Result<Self, Damaged>, RegionError> {
         let file = folder.file("state")?;
