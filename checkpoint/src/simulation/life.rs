@@ -251,7 +251,7 @@ pub fn live(kit: &mut Kit, seed: u64) -> Result<Lived, String> {
         acked: 0,
         lived: Lived { lives: 1, ..Lived::default() },
     };
-    let lived = life.to_the_catch();
+    let lived = life.lives_on();
     let Life { shipper, kit, .. } = life;
     kit.slots = shipper.staged.into_iter().chain(shipper.free).collect();
     assert_eq!(kit.slots.len(), SLOTS, "a slot was lost");
@@ -261,7 +261,7 @@ pub fn live(kit: &mut Kit, seed: u64) -> Result<Lived, String> {
 }
 
 impl Life<'_> {
-    fn to_the_catch(&mut self) -> Result<Lived, String> {
+    fn lives_on(&mut self) -> Result<Lived, String> {
         let most = 20 + self.rng.below(200);
         for _ in 0..2_000 {
             let good = self.something_happens()?;

@@ -1,6 +1,6 @@
 //! The promises, the bounds, and the runs.
 
-use super::quiet::home;
+use super::quiet::{ROUNDS, home};
 use super::world::{Broken, Gate, World};
 use super::{Bounds, Ownership};
 use crate::mutation::Mutation;
@@ -108,7 +108,7 @@ fn check(mode: OutputMode) {
     let began = Instant::now();
     let checked = model.checker().spawn_bfs().join();
     println!(
-        "ownership under {mode}: {} unique states, {} in all, depth {}, {:.1} s; {:?}",
+        "ownership under {mode}: {} unique states, {} in all, depth {}, {:.1} s; every end is quiet within {ROUNDS} rounds; {:?}",
         checked.unique_state_count(),
         checked.state_count(),
         checked.max_depth(),
