@@ -12,7 +12,7 @@ use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
 pub const SHAPE: [usize; 2] = [48, 16];
 const PAGES: usize = SHAPE[0] + SHAPE[1];
 /// What lies in a frame to which nothing has come yet.
-pub const NOTHING: u8 = 0xee;
+const NOTHING: u8 = 0xee;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Page {
@@ -38,7 +38,7 @@ pub struct SimGuest {
 }
 
 /// Region and page of the guest's page `at`.
-pub fn place(at: usize) -> (RegionId, PageIndex) {
+fn place(at: usize) -> (RegionId, PageIndex) {
     if at < SHAPE[0] { (RegionId(0), PageIndex(at as u64)) } else { (RegionId(1), PageIndex((at - SHAPE[0]) as u64)) }
 }
 
@@ -63,9 +63,22 @@ pub fn write_all(memory: &[RamBlock], bytes: &[u8]) {
     memory[1].alias.write(0, second);
 }
 
+/// The first page of `memory` that is not as in `bytes`.
+pub fn first_wrong(memory: &[RamBlock], bytes: &[u8]) -> Option<usize> {
+    let mut is = [0; PAGE_SIZE];
+    (0..PAGES).find(|&at| {
+        let (region, page) = place(at);
+        memory[usize::from(region.0)].alias.read(page.offset(), &mut is);
+        is != bytes[at * PAGE_SIZE..][..PAGE_SIZE]
+    })
+}
+
 impl SimGuest {
     pub fn new(source: &[RamBlock], memory: &[RamBlock], truth: Vec<u8>) -> Self {
-        write_all(memory, &vec![NOTHING; truth.len()]);
+        for at in 0..PAGES {
+            let (region, page) = place(at);
+            memory[usize::from(region.0)].alias.write(page.offset(), &[NOTHING; PAGE_SIZE]);
+        }
         Self {
             memory: memory.to_vec(),
             source: source.to_vec(),

@@ -1,7 +1,7 @@
 //! One migration, from the switch to the catch, and what must be so at its end.
 
 use super::Rng;
-use super::guest::{Delta, SHAPE, SimGuest, Vmm, at_the_switch, write_all};
+use super::guest::{Delta, SHAPE, SimGuest, Vmm, at_the_switch, first_wrong, write_all};
 use super::wire::{KEYS, Wire};
 use super::world::{Seen, World};
 use crate::dirty::Harvested;
@@ -13,7 +13,7 @@ use crate::outbox::{Bounds, Outbox, OutputMode};
 use crate::record::{Limits, kind};
 use crate::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReader, RingShape, RingWriter, Spool, Step};
 use crate::staging::{Exchange, Slot, StageError, Stager};
-use crate::testing::{bytes_of, memory, packet_bytes, ram, soon};
+use crate::testing::{memory, packet_bytes, ram, soon};
 use belay_transport::region::RamFile;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use std::collections::VecDeque;
@@ -34,6 +34,7 @@ pub struct Kit {
     wire: Wire,
     slots: Vec<Slot>,
     overflow: RamFile,
+    kept: KeptState,
 }
 
 impl Kit {
@@ -42,7 +43,14 @@ impl Kit {
         let shape = RingShape::of(RING).unwrap();
         let slots = (0..SLOTS).map(|_| Slot::new(&mut wire, SLOT, shape).unwrap()).collect();
         let overflow = RamFile::memfd("belay-overflow-simulated", OVERFLOW, PageSize::Small).unwrap();
-        Self { source: ram(&SHAPE), destination: ram(&SHAPE), wire, slots, overflow }
+        Self {
+            source: ram(&SHAPE),
+            destination: ram(&SHAPE),
+            wire,
+            slots,
+            overflow,
+            kept: KeptState::in_private_memory(),
+        }
     }
 }
 
@@ -151,7 +159,6 @@ struct Life<'a> {
     kit: &'a mut Kit,
     rng: Rng,
     mode: OutputMode,
-    kept: KeptState,
     guest: SimGuest,
     world: World,
     outbox: Outbox,
@@ -216,13 +223,13 @@ pub fn live(kit: &mut Kit, seed: u64) -> Result<Lived, String> {
     }
     let image = at_the_switch(&mut rng);
     write_all(&kit.source, &image);
-    let kept = KeptState::in_private_memory();
-    let spool = Spool::over(kit.overflow.try_clone().unwrap(), &kept).unwrap().0;
+    kit.kept.forget();
+    let spool = Spool::over(kit.overflow.try_clone().unwrap(), &kit.kept).unwrap().0;
     let nonce = rng.next();
     let reader = RingReader::with(spool, RING, nonce).unwrap();
     let state = b"state at the switch".to_vec();
     let (target, limits) = fold_target(&kit.source);
-    let fold = FoldState::kept(target, limits, state.clone(), &kept).unwrap();
+    let fold = FoldState::kept(target, limits, state.clone(), &kit.kept).unwrap();
     let (writer, beats) = begin_session(&mut kit.wire, (reader, fold), nonce, mode == OutputMode::Lease);
     let bounds = Bounds { bytes: 4096, packets: 24 };
     let outbox = Outbox::stepped((mode == OutputMode::Lease).then(|| beats.lease()), bounds);
@@ -235,7 +242,6 @@ pub fn live(kit: &mut Kit, seed: u64) -> Result<Lived, String> {
         kit,
         rng,
         mode,
-        kept,
         guest,
         world,
         outbox,
@@ -444,11 +450,12 @@ impl Life<'_> {
         drop((reader, state));
         let ring = net.revoke();
         drop(net);
-        let (spool, at) = Spool::over(self.kit.overflow.try_clone().unwrap(), &self.kept).map_err(|e| e.to_string())?;
+        let (spool, at) =
+            Spool::over(self.kit.overflow.try_clone().unwrap(), &self.kit.kept).map_err(|e| e.to_string())?;
         let at = at.ok_or("P3: the place in the ring was not kept")?;
         let reader = RingReader::resume(spool, at, RING).map_err(|error| error.to_string())?;
         let (target, limits) = fold_target(&self.kit.source);
-        let state = FoldState::resume(target, limits, &self.kept).map_err(|error| format!("P3: {error}"))?;
+        let state = FoldState::resume(target, limits, &self.kit.kept).map_err(|error| format!("P3: {error}"))?;
         let catch = Catch::resume(reader, state.ok_or("P3: no state was kept")?);
         Ok((catch.map_err(|error| format!("P3: {error}"))?, ring))
     }
@@ -466,9 +473,8 @@ impl Life<'_> {
         if state.is_some_and(|state| state != self.state) {
             return Err(format!("P3: the device state is not that of epoch {epoch}"));
         }
-        let ram = bytes_of(&self.kit.source);
-        let wrong = ram.chunks(PAGE_SIZE).zip(self.image.chunks(PAGE_SIZE)).position(|(is, must)| is != must);
-        wrong.map_or(Ok(()), |page| Err(format!("P3: page {page} is not that of epoch {epoch}")))
+        first_wrong(&self.kit.source, &self.image)
+            .map_or(Ok(()), |page| Err(format!("P3: page {page} is not that of epoch {epoch}")))
     }
 
     /// The session ends and another goes on.
@@ -507,8 +513,8 @@ impl Life<'_> {
     fn release(&mut self) -> Result<(), String> {
         self.lived.released += 1;
         self.guest.all_comes()?;
-        if bytes_of(&self.kit.destination) != self.guest.truth {
-            return Err("P1: the destination's memory is not the guest's".to_owned());
+        if let Some(page) = first_wrong(&self.kit.destination, &self.guest.truth) {
+            return Err(format!("P1: page {page} of the destination's memory is not the guest's"));
         }
         self.world.lock().released = true;
         self.outbox.open_for_good();
