@@ -2,112 +2,20 @@
 
 use super::Rng;
 use super::guest::{Delta, SHAPE, SimGuest, Vmm, at_the_switch, first_wrong, write_all};
-use super::wire::{KEYS, Wire};
+use super::kit::{Kit, LEASE, OVERFLOW, RING, SLOTS, Shipper, begin_session, fold_target};
+use super::lived::Lived;
 use super::world::{Seen, World};
 use crate::dirty::Harvested;
-use crate::epoch::{Arrivals, Beats, HeartbeatConfig, harvest};
-use crate::fold::{Catch, FoldConfig, FoldState, FoldTarget, Looking};
-use crate::guest::{Epoch, RamBlock};
-use crate::journal::KeptState;
+use crate::epoch::{Arrivals, Beats, harvest};
+use crate::fold::{Catch, FoldState};
+use crate::guest::Epoch;
 use crate::outbox::{Bounds, Outbox, OutputMode};
-use crate::record::{Limits, kind};
-use crate::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReader, RingShape, RingWriter, Spool, Step};
-use crate::staging::{Exchange, Slot, StageError, Stager};
-use crate::testing::{memory, packet_bytes, ram, soon};
-use belay_transport::region::RamFile;
-use belay_transport::{PAGE_SIZE, PageSize, RegionId};
+use crate::record::kind;
+use crate::ring::{OWNER_REGION_BYTES, RingReader, Spool, Step};
+use crate::staging::{StageError, Stager};
+use crate::testing::packet_bytes;
+use belay_transport::{PAGE_SIZE, RegionId};
 use std::collections::VecDeque;
-use std::time::Duration;
-
-/// A few large records fill it; bodies have three pages at most.
-const RING: usize = 64 << 10;
-/// Holds an epoch of six pages; larger ones leave in parts.
-const SLOT: usize = 28 << 10;
-const OVERFLOW: usize = 512 << 10;
-const LEASE: Duration = Duration::from_millis(2);
-const SLOTS: usize = 2;
-
-/// What outlives a life, because making it anew would take longer than the life. Nothing of a life is left in it that the next one reads.
-pub struct Kit {
-    source: Vec<RamBlock>,
-    destination: Vec<RamBlock>,
-    wire: Wire,
-    slots: Vec<Slot>,
-    overflow: RamFile,
-    kept: KeptState,
-}
-
-impl Kit {
-    pub fn new() -> Self {
-        let mut wire = Wire::new(memory(RING), memory(OWNER_REGION_BYTES));
-        let shape = RingShape::of(RING).unwrap();
-        let slots = (0..SLOTS).map(|_| Slot::new(&mut wire, SLOT, shape).unwrap()).collect();
-        let overflow = RamFile::memfd("belay-overflow-simulated", OVERFLOW, PageSize::Small).unwrap();
-        Self {
-            source: ram(&SHAPE),
-            destination: ram(&SHAPE),
-            wire,
-            slots,
-            overflow,
-            kept: KeptState::in_private_memory(),
-        }
-    }
-}
-
-/// What happened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Lived {
-    pub epochs: u64,
-    pub lives: u64,
-    pub caught: u64,
-    pub released: u64,
-    pub reattached: u64,
-    pub source_deaths: u64,
-    pub halfway_through_a_fold: u64,
-    pub cut_short: u64,
-    pub in_parts: u64,
-    pub not_yet_known: u64,
-    pub torn: u64,
-    pub shown: u64,
-    pub sent_again: u64,
-}
-
-impl Lived {
-    pub fn add(&mut self, other: &Self) {
-        self.epochs += other.epochs;
-        self.lives += other.lives;
-        self.caught += other.caught;
-        self.released += other.released;
-        self.reattached += other.reattached;
-        self.source_deaths += other.source_deaths;
-        self.halfway_through_a_fold += other.halfway_through_a_fold;
-        self.cut_short += other.cut_short;
-        self.in_parts += other.in_parts;
-        self.not_yet_known += other.not_yet_known;
-        self.torn += other.torn;
-        self.shown += other.shown;
-        self.sent_again += other.sent_again;
-    }
-
-    pub fn reached_everything(&self) -> bool {
-        let Self { caught, released, reattached, source_deaths, halfway_through_a_fold, cut_short, .. } = *self;
-        let Self { in_parts, not_yet_known, torn, shown, sent_again, .. } = *self;
-        let all = [
-            caught,
-            released,
-            reattached,
-            source_deaths,
-            halfway_through_a_fold,
-            cut_short,
-            in_parts,
-            not_yet_known,
-            torn,
-            shown,
-            sent_again,
-        ];
-        all.iter().all(|&times| times > 100)
-    }
-}
 
 /// An epoch that was taken and is not known to have committed.
 struct Outstanding {
@@ -117,42 +25,6 @@ struct Outstanding {
     device_state: Vec<u8>,
     /// Packets that the guest had emitted by then.
     emitted: u64,
-}
-
-/// The destination's shipping: what is staged, and the ring.
-struct Shipper {
-    writer: RingWriter,
-    staged: VecDeque<Slot>,
-    free: Vec<Slot>,
-    committed: Vec<u64>,
-    failed: bool,
-    parts: u64,
-}
-
-impl Shipper {
-    /// Ships the oldest part; whether the session is still good.
-    fn ship(&mut self) -> bool {
-        let Some(slot) = self.staged.pop_front() else { return !self.failed };
-        if !self.failed {
-            match self.writer.ship(&slot, soon()) {
-                Ok(shipped) => self.committed.extend(shipped.committed.map(|epoch| epoch.0)),
-                Err(_) => self.failed = true,
-            }
-        }
-        self.free.push(slot);
-        !self.failed
-    }
-}
-
-impl Exchange for Shipper {
-    fn exchange(&mut self, full: Slot) -> Result<Slot, StageError> {
-        self.parts += 1;
-        self.staged.push_back(full);
-        while !self.staged.is_empty() {
-            self.ship();
-        }
-        if self.failed { Err(StageError::ShippingEnded) } else { Ok(self.free.pop().expect("all are free")) }
-    }
 }
 
 struct Life<'a> {
@@ -178,35 +50,6 @@ struct Life<'a> {
 
 fn sizes() -> [(RegionId, u64); 2] {
     [(RegionId(0), SHAPE[0] as u64), (RegionId(1), SHAPE[1] as u64)]
-}
-
-fn fold_target(source: &[RamBlock]) -> (FoldTarget, Limits) {
-    let target = FoldTarget::new(source).unwrap();
-    let limits = Limits::for_regions(target.regions().collect::<Vec<_>>());
-    (target, limits)
-}
-
-/// Writer and heartbeat of a new session, whose ring the source reads into `state`.
-fn begin_session(
-    wire: &mut Wire,
-    (reader, state): (RingReader, FoldState),
-    nonce: u64,
-    granting: bool,
-) -> (RingWriter, Beats) {
-    let (committed, folded) = (reader.committed(), state.epoch());
-    {
-        let mut net = wire.lock();
-        net.begin_session(SLOTS);
-        let owner = OwnerRegion::new(net.owner.clone());
-        owner.set_folded(folded);
-        owner.set_applied(folded);
-        let config = FoldConfig { lease: LEASE, granting, ..FoldConfig::default() };
-        net.source = Some(Looking::new(config, net.ring.clone(), owner, reader, state));
-    }
-    let [first, second] = [0, 1].map(|_| Mailbox::new(wire).unwrap());
-    let writer = RingWriter::new(wire.lane(0), KEYS, RING, nonce, first, soon()).unwrap();
-    let config = HeartbeatConfig { lease: LEASE, ..HeartbeatConfig::default() };
-    (writer.going_on_from(committed), Beats::new(wire.lane(1), KEYS, second, config))
 }
 
 /// Plays the migration of `seed`. `Err`: which promise it broke, and how.

@@ -5,17 +5,21 @@
 //! guest.rs   the guest, its tracker, and pages that come one by one
 //! wire.rs    the lanes: what was posted lands later, in parts, and stops at any byte; the source looks in between
 //! world.rs   the observer of output
-//! life.rs    one migration, from the switch to the catch, and what must be so at its end
+//! kit.rs     memory, sessions and shipping
+//! life.rs    one migration, from the switch to the catch, and what must be so at its end (lived.rs: what happened in it)
 //! ```
 //! A failing seed is printed, and played again by `BELAY_SIM_SEED=… cargo test --release -p belay-checkpoint --lib simulation -- --nocapture`.
 
 mod guest;
+mod kit;
 mod life;
+mod lived;
 mod wire;
 mod world;
 
 use crate::mutation::Mutation;
-use life::{Kit, Lived};
+use kit::Kit;
+use lived::Lived;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
