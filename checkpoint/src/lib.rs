@@ -2,6 +2,7 @@
 //!
 //! It knows guests only through the traits of [`guest`], and the other host only through `belay-transport`.
 
+mod clock;
 pub mod dirty;
 pub mod epoch;
 pub mod fold;
@@ -13,11 +14,14 @@ pub mod fuzzing;
 mod golden;
 pub mod guest;
 pub mod journal;
+mod mutation;
 pub mod outbox;
 pub mod ownership;
 pub mod policy;
 pub mod record;
 pub mod ring;
+#[cfg(test)]
+mod simulation;
 pub mod staging;
 pub mod storage;
 #[cfg(test)]

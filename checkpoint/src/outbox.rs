@@ -16,6 +16,7 @@ mod resend;
 pub use resend::{Resend, ResendError};
 
 use crate::guest::{Epoch, Packet, PacketSink};
+use crate::mutation::{Mutation, mutated};
 use belay_transport::Deadline;
 use belay_transport::stop_point::reached;
 use hdrhistogram::Histogram;
@@ -185,31 +186,7 @@ impl Outbox {
     }
 
     fn start(gate: Gate, bounds: Bounds, mut out: Box<dyn Emitter>) -> io::Result<Self> {
-        let state = State {
-            gate,
-            shut: false,
-            stopping: false,
-            held: VecDeque::new(),
-            came: VecDeque::new(),
-            delays: Histogram::new_with_max(LONGEST_DELAY_NS, 2).expect("bounds that hdrhistogram takes"),
-            held_bytes: 0,
-            cleared: 0,
-            closed: VecDeque::new(),
-            committed: Epoch(0),
-            applied: Epoch(0),
-            sending: false,
-            released_up_to: None,
-            facts_sent: 0,
-            failures: 0,
-            last_failure: None,
-        };
-        let shared = Arc::new(Shared {
-            bounds,
-            state: Mutex::new(state),
-            work: Condvar::new(),
-            progress: Condvar::new(),
-            on_room: Mutex::new(None),
-        });
+        let shared = Arc::new(Shared::new(gate, bounds));
         let emitting = {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
@@ -246,6 +223,9 @@ impl Outbox {
         let packets: Vec<Packet> = state.held.range(first..).cloned().collect();
         let flushed = if flushed { epoch } else { last.map_or(Epoch(0), |last| last.flushed) };
         state.closed.push_back(Closed { epoch, packets: packets.len(), flushed });
+        if mutated(Mutation::ReleaseBeforeCommit) {
+            state.clear();
+        }
         packets
     }
 
@@ -417,7 +397,8 @@ impl State {
     /// Clears what may leave by now.
     fn clear(&mut self) {
         while let Some(closed) = self.closed.front().copied() {
-            if closed.epoch > self.committed || closed.flushed > self.applied {
+            let committed = closed.epoch <= self.committed || mutated(Mutation::ReleaseBeforeCommit);
+            if !committed || closed.flushed > self.applied {
                 break;
             }
             self.closed.pop_front();
@@ -443,13 +424,24 @@ impl State {
         self.cleared_to_send()
             && match &self.gate {
                 // What is sent again was committed once and needs no lease.
-                Gate::Lease(lease) => self.cleared > 0 || lease.valid(),
+                Gate::Lease(lease) => self.cleared > 0 || lease.valid() || mutated(Mutation::LeaseIgnored),
                 Gate::Open | Gate::Commit => true,
             }
     }
 
+    /// The first packet, where it may leave, marked as being sent.
+    fn begin_sending(&mut self) -> Option<Packet> {
+        let packet = self.may_send().then(|| self.held.front().cloned()).flatten();
+        self.sending = packet.is_some();
+        packet
+    }
+
     /// The first packet has left.
     fn sent(&mut self) {
+        if mutated(Mutation::DoubleRelease) && self.facts_sent.is_multiple_of(8) {
+            self.facts_sent += 1;
+            return;
+        }
         let packet = self.held.pop_front().expect("the packet that was sent is held until it is");
         let came = self.came.pop_front().expect("every packet held has come");
         self.delays.saturating_record(u64::try_from(came.elapsed().as_nanos()).unwrap_or(u64::MAX));
@@ -461,6 +453,34 @@ impl State {
 }
 
 impl Shared {
+    fn new(gate: Gate, bounds: Bounds) -> Self {
+        let state = State {
+            gate,
+            shut: false,
+            stopping: false,
+            held: VecDeque::new(),
+            came: VecDeque::new(),
+            delays: Histogram::new_with_max(LONGEST_DELAY_NS, 2).expect("bounds that hdrhistogram takes"),
+            held_bytes: 0,
+            cleared: 0,
+            closed: VecDeque::new(),
+            committed: Epoch(0),
+            applied: Epoch(0),
+            sending: false,
+            released_up_to: None,
+            facts_sent: 0,
+            failures: 0,
+            last_failure: None,
+        };
+        Self {
+            bounds,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            progress: Condvar::new(),
+            on_room: Mutex::new(None),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
@@ -512,9 +532,8 @@ impl Shared {
             if state.stopping {
                 return None;
             }
-            if state.may_send() {
-                state.sending = true;
-                return state.held.front().cloned();
+            if let Some(packet) = state.begin_sending() {
+                return Some(packet);
             }
             state = if state.cleared_to_send() {
                 // Only time tells that a lease has run out, so nobody else would tell those who wait.
@@ -525,6 +544,27 @@ impl Shared {
                 self.work.wait(state).unwrap_or_else(PoisonError::into_inner)
             };
         }
+    }
+}
+
+/// Without the emitting thread, for the simulation: one emission at a time.
+#[cfg(test)]
+impl Outbox {
+    pub(crate) fn stepped(lease: Option<Arc<dyn LeaseClock>>, bounds: Bounds) -> Self {
+        let gate = lease.map_or(Gate::Commit, Gate::Lease);
+        Self { shared: Arc::new(Shared::new(gate, bounds)), emitting: None }
+    }
+
+    /// Sends the first packet, if it may leave; whether there was one.
+    pub(crate) fn emit_one(&self, out: &mut dyn Emitter) -> bool {
+        let Some(packet) = self.shared.lock().begin_sending() else { return false };
+        let result = out.send(&packet);
+        let mut state = self.shared.lock();
+        state.sending = false;
+        if result.is_ok() {
+            state.sent();
+        }
+        true
     }
 }
 

@@ -3,7 +3,8 @@
 //! Nothing here does I/O, reads a clock or waits. Time enters as events (`LeaseRanOut`, `LeaseExpired`), and what a role decides
 //! leaves as a list of actions, to be carried out **in the order given, one after the other**; an action that can finish or fail
 //! answers with an event. What a clock raises counts from what was carried out, not from what was decided. The same functions are
-//! driven by the real roles, by the exhaustive tests and by the model of two hosts and a bad network in `model.rs`.
+//! driven by the real roles, by the exhaustive tests of `diagram.rs` and, through every history within bounds, by the model of two hosts and a
+//! bad network in `model/`.
 //!
 //! What they guarantee, whatever the order of events:
 //! * **P2** the source never folds, loads or resumes before the destination's session is revoked, and under `lease` not before

@@ -3,6 +3,7 @@
 use super::Arrivals;
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, Guest, GuestError};
+use crate::mutation::{Mutation, mutated};
 
 /// Fills `dirty` and `discards` (both emptied first) with what changed since the last harvest: pages the tracker saw written *and*
 /// that have landed, pages that user-space devices wrote, and pages that were discarded and not written since. Guest paused (P8).
@@ -19,11 +20,14 @@ pub fn harvest(
     dirty.clear();
     discards.clear();
     tracker.harvest(dirty)?;
-    dirty.retain(|region, page| arrivals.landed(region, page));
+    dirty.retain(|region, page| arrivals.landed(region, page) || mutated(Mutation::InFlightIsLanded));
     if !tracker.sees_device_writes() {
         guest.device_writes(dirty)?;
     }
     arrivals.take_discards(discards);
+    if mutated(Mutation::DiscardSkipped) {
+        discards.clear();
+    }
     discards.retain(|region, page| !dirty.contains(region, page));
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! counter it has seen, with a length: the lease then lasts that long *from when that counter was posted*, so that whatever
 //! time the way there and back took is on the safe side. CLOCK_BOOTTIME of this host only; clocks are never compared.
 
-use crate::fold::boottime_ns;
+use crate::clock::boottime_ns;
 use crate::guest::Epoch;
 use crate::outbox::LeaseClock;
 use crate::ring::{HEARTBEAT_OFFSET, Mailbox, OwnerWords, PULSE_OFFSET, fetch_words, make_room};
@@ -81,6 +81,16 @@ struct Shared {
 }
 
 impl Shared {
+    fn new() -> Self {
+        let status = HeartbeatStatus { counter: 0, granted: 0, words: None, failed: None };
+        Self {
+            state: Mutex::new((false, status)),
+            changed: Condvar::new(),
+            lease: Arc::default(),
+            applied: Mutex::new(None),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, (bool, HeartbeatStatus)> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,24 +110,8 @@ impl Heartbeat {
         mailbox: Mailbox,
         config: HeartbeatConfig,
     ) -> std::io::Result<Self> {
-        let status = HeartbeatStatus { counter: 0, granted: 0, words: None, failed: None };
-        let shared = Arc::new(Shared {
-            state: Mutex::new((false, status)),
-            changed: Condvar::new(),
-            lease: Arc::default(),
-            applied: Mutex::new(None),
-        });
-        let mut beating = Beating {
-            lane,
-            keys,
-            mailbox,
-            config,
-            shared: shared.clone(),
-            counter: 0,
-            granted: 0,
-            owner_epoch: None,
-            posted: vec![0; REMEMBERED],
-        };
+        let shared = Arc::new(Shared::new());
+        let mut beating = Beating::new(lane, keys, mailbox, config, shared.clone());
         let thread = std::thread::Builder::new().name("belay-heartbeat".into()).spawn(move || beating.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -175,6 +169,17 @@ struct Beating {
 }
 
 impl Beating {
+    fn new(
+        lane: Box<dyn Lane>,
+        keys: RingKeys,
+        mailbox: Mailbox,
+        config: HeartbeatConfig,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let posted = vec![0; REMEMBERED];
+        Self { lane, keys, mailbox, config, shared, counter: 0, granted: 0, owner_epoch: None, posted }
+    }
+
     fn run(&mut self) {
         loop {
             let next = Deadline::after(self.config.interval);
@@ -251,5 +256,24 @@ impl Beating {
         let lease = u64::try_from(lease.min(self.config.lease).as_nanos()).unwrap_or(u64::MAX);
         let ends = self.posted[granted as usize % REMEMBERED].saturating_add(lease);
         self.shared.lease.0.fetch_max(ends, Ordering::AcqRel);
+    }
+}
+
+/// The heartbeat without its thread, for the simulation: one beat at a time.
+#[cfg(test)]
+pub(crate) struct Beats(Beating);
+
+#[cfg(test)]
+impl Beats {
+    pub(crate) fn new(lane: Box<dyn Lane>, keys: RingKeys, mailbox: Mailbox, config: HeartbeatConfig) -> Self {
+        Self(Beating::new(lane, keys, mailbox, config, Arc::new(Shared::new())))
+    }
+
+    pub(crate) fn beat(&mut self) -> Result<(), HeartbeatError> {
+        self.0.beat()
+    }
+
+    pub(crate) fn lease(&self) -> Arc<dyn LeaseClock> {
+        self.0.shared.lease.clone()
     }
 }

@@ -21,6 +21,8 @@ mod stats;
 mod tether;
 
 pub use harvest::harvest;
+#[cfg(test)]
+pub(crate) use heartbeat::Beats;
 pub use heartbeat::{Heartbeat, HeartbeatConfig, HeartbeatError, HeartbeatStatus};
 pub use stats::{EpochStats, PauseParts, TetherStats};
 pub use tether::{Tether, TetherConfig, TetherEnd, TetherParts};

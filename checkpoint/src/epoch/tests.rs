@@ -553,7 +553,7 @@ fn the_lease_lasts_while_the_source_grants_it_and_runs_out_by_itself() {
     assert!(heart.wait(soon(), |status| status.granted > 3));
     let clock = heart.lease();
     assert!(clock.valid());
-    assert!(heart.lease_ends_at_ns() <= crate::fold::boottime_ns() + lease.as_nanos() as u64, "counted from posting");
+    assert!(heart.lease_ends_at_ns() <= crate::clock::boottime_ns() + lease.as_nanos() as u64, "counted from posting");
     folder.set_granting(false);
     let deadline = soon();
     while clock.valid() {
@@ -572,7 +572,7 @@ fn a_lease_is_never_longer_than_what_both_sides_said() {
     let own = Duration::from_millis(50);
     let heart = beating(&mut wire, own);
     assert!(heart.wait(soon(), |status| status.granted > 0));
-    assert!(heart.lease_ends_at_ns() <= crate::fold::boottime_ns() + own.as_nanos() as u64);
+    assert!(heart.lease_ends_at_ns() <= crate::clock::boottime_ns() + own.as_nanos() as u64);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 
 use super::{FoldError, FoldState};
 use crate::guest::{Epoch, Packet};
+use crate::mutation::{Mutation, mutated};
 use crate::ring::{RingBytes, RingReader, Step};
 use std::time::{Duration, Instant};
 
@@ -118,7 +119,10 @@ impl Catch {
             epochs: self.state.epoch().0 - epoch.0,
             pages: self.state.folded_pages() - pages,
         };
-        let (epoch, device_state, outputs, folded_pages) = self.state.into_parts();
+        let (epoch, device_state, mut outputs, folded_pages) = self.state.into_parts();
+        if mutated(Mutation::OutboxLost) {
+            outputs = Ok(Vec::new());
+        }
         let (outputs_to_resend, failed) = match (outputs, failed) {
             (Ok(outputs), failed) => (outputs, failed),
             (Err(_), Some(failed)) => (Vec::new(), Some(failed)),

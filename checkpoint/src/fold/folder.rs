@@ -2,12 +2,12 @@
 
 use super::catch::Catch;
 use super::{FoldError, FoldState};
+use crate::clock::boottime_ns;
 use crate::guest::Epoch;
 use crate::ring::{HEARTBEAT_OFFSET, OwnerRegion, RingReader, Step};
 use belay_transport::Deadline;
 use belay_transport::region::Mapping;
 use belay_transport::stop_point::reached;
-use rustix::time::{ClockId, clock_gettime};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -91,12 +91,6 @@ pub struct Folder {
     thread: Option<JoinHandle<(RingReader, FoldState)>>,
 }
 
-/// CLOCK_BOOTTIME in ns.
-pub(crate) fn boottime_ns() -> u64 {
-    let now = clock_gettime(ClockId::Boottime);
-    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
 impl Folder {
     /// Starts folding what arrives in `ring` into `state`, and granting leases.
     pub fn start(
@@ -106,29 +100,8 @@ impl Folder {
         reader: RingReader,
         state: FoldState,
     ) -> std::io::Result<Self> {
-        let now = boottime_ns();
-        let counter = ring.load_u64(HEARTBEAT_OFFSET, Ordering::Acquire);
-        let status = FoldStatus {
-            committed: reader.committed(),
-            folded: state.epoch(),
-            folded_pages: state.folded_pages(),
-            consumed: reader.consumed(),
-            failed: None,
-            stuck: None,
-        };
-        let shared = Arc::new(Shared {
-            status: Mutex::new(status),
-            changed: Condvar::new(),
-            parked: Condvar::new(),
-            stop: AtomicBool::new(false),
-            held: AtomicBool::new(false),
-            turn: Mutex::new(()),
-            granting: AtomicBool::new(config.granting),
-            counter: AtomicU64::new(counter),
-            changed_at_ns: AtomicU64::new(now),
-            looked_at_ns: AtomicU64::new(now),
-        });
-        let work = Work { config, ring, owner, reader, state, shared: shared.clone(), again: None };
+        let work = Work::new(config, ring, owner, reader, state);
+        let shared = work.shared.clone();
         let thread = std::thread::Builder::new().name("belay-fold".into()).spawn(move || work.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -211,6 +184,32 @@ struct Work {
 }
 
 impl Work {
+    fn new(config: FoldConfig, ring: Arc<Mapping>, owner: OwnerRegion, reader: RingReader, state: FoldState) -> Self {
+        let now = boottime_ns();
+        let counter = ring.load_u64(HEARTBEAT_OFFSET, Ordering::Acquire);
+        let status = FoldStatus {
+            committed: reader.committed(),
+            folded: state.epoch(),
+            folded_pages: state.folded_pages(),
+            consumed: reader.consumed(),
+            failed: None,
+            stuck: None,
+        };
+        let shared = Arc::new(Shared {
+            status: Mutex::new(status),
+            changed: Condvar::new(),
+            parked: Condvar::new(),
+            stop: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            turn: Mutex::new(()),
+            granting: AtomicBool::new(config.granting),
+            counter: AtomicU64::new(counter),
+            changed_at_ns: AtomicU64::new(now),
+            looked_at_ns: AtomicU64::new(now),
+        });
+        Self { config, ring, owner, reader, state, shared, again: None }
+    }
+
     fn run(mut self) -> (RingReader, FoldState) {
         let mut failed = false;
         while !self.shared.stop.load(Ordering::Acquire) {
@@ -293,4 +292,40 @@ fn listen(ring: &Mapping, owner: &OwnerRegion, shared: &Shared, lease: Duration)
         }
     }
     shared.looked_at_ns.store(now, Ordering::Release);
+}
+
+/// The folder without its thread, for the simulation: one look at a time.
+#[cfg(test)]
+pub(crate) struct Looking(Work);
+
+#[cfg(test)]
+impl Looking {
+    pub(crate) fn new(
+        config: FoldConfig,
+        ring: Arc<Mapping>,
+        owner: OwnerRegion,
+        reader: RingReader,
+        state: FoldState,
+    ) -> Self {
+        Self(Work::new(config, ring, owner, reader, state))
+    }
+
+    /// What the thread does between two looks at `stop`; whether there was something.
+    pub(crate) fn look(&mut self) -> Result<bool, FoldError> {
+        listen(&self.0.ring, &self.0.owner, &self.0.shared, self.0.config.lease);
+        self.0.turn()
+    }
+
+    /// When a heartbeat was last seen to change.
+    pub(crate) fn changed_at_ns(&self) -> u64 {
+        self.0.shared.changed_at_ns.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn into_catch(self) -> Catch {
+        Catch::new(self.0.reader, self.0.state, None, Duration::ZERO)
+    }
+
+    pub(crate) fn into_parts(self) -> (RingReader, FoldState) {
+        (self.0.reader, self.0.state)
+    }
 }

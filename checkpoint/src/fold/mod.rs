@@ -17,7 +17,8 @@ mod image;
 mod target;
 
 pub use catch::{Catch, CatchError, CatchTimings, Recovered};
-pub(crate) use folder::boottime_ns;
+#[cfg(test)]
+pub(crate) use folder::Looking;
 pub use folder::{FoldConfig, FoldStatus, Folder, Heard};
 pub use target::FoldTarget;
 
@@ -210,6 +211,15 @@ impl FoldState {
             })?;
         }
         Ok(())
+    }
+
+    /// As [`FoldState::fold`], where the process dies with so many of the record's runs in RAM.
+    #[cfg(test)]
+    pub(crate) fn fold_partly(&mut self, image: &[u8], runs: usize) {
+        let mut record = parse(image, &self.limits, false).expect("a committed record");
+        self.target.reserve(&record).expect("memory");
+        record.pages.truncate(runs);
+        self.target.apply(&record, &mut || ());
     }
 
     fn into_parts(self) -> (Epoch, Vec<u8>, Result<Vec<Packet>, ResendError>, u64) {

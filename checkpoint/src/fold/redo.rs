@@ -79,10 +79,7 @@ fn live(mut reader: RingReader, mut fold: FoldState, ring: &[u8], death: Death) 
                 taken += 1;
                 let image = reader.record().unwrap();
                 if let Death::Folding(runs) = death {
-                    let mut record = parse(image, &fold.limits, false).unwrap();
-                    fold.target.reserve(&record).unwrap();
-                    record.pages.truncate(runs);
-                    fold.target.apply(&record, &mut || ());
+                    fold.fold_partly(image, runs);
                     return;
                 }
                 fold.fold(image, || ()).unwrap();

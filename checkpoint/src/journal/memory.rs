@@ -133,6 +133,25 @@ impl KeptState {
         Ok(Self { file: Arc::new(file), mapping: Arc::new(mapping) })
     }
 
+    /// One of this process's own that takes room as it is written, for the simulation.
+    #[cfg(test)]
+    pub(crate) fn in_private_memory() -> Self {
+        let file =
+            RamFile::memfd("belay-kept-simulated", BYTES.next_multiple_of(4096), PageSize::Small).expect("memory");
+        let mapping = Arc::new(file.map().expect("memory"));
+        Self { file: Arc::new(file), mapping }
+    }
+
+    /// As new.
+    #[cfg(test)]
+    pub(crate) fn forget(&self) {
+        for (at, bytes) in [(MARK_AT, MARK_BYTES), (POSITION_AT, POSITION_BYTES), (IMAGE_AT, IMAGE_BYTES)] {
+            for slot in 0..2 {
+                self.mapping.zero(at + slot * Cell::stride(bytes) / 2, 64);
+            }
+        }
+    }
+
     /// What an earlier process left. `Ok(Err(…))`: it is there, and not as it was written.
     pub fn open(folder: &MemoryFolder) -> Result<Result<Self, Damaged>, RegionError> {
         let file = folder.file("state")?;

@@ -378,7 +378,7 @@ fn p2_another_sessions_lease_takes_the_place_of_the_one_that_ran_out() {
     // The old one says nothing any more, whatever it says.
     old.0.store(true, Ordering::SeqCst);
     assert!(outbox.wait_sent(soon()), "nothing may leave");
-    assert_eq!(world.sequences(), []);
+    assert!(world.sequences().is_empty());
     new.0.store(true, Ordering::SeqCst);
     let deadline = soon();
     while world.sequences().is_empty() && !deadline.expired() {

@@ -1,6 +1,7 @@
 //! The destination's side of ownership. The diagram is in [`super`].
 
 use super::{Fate, Illegal, Named, OwnerEpoch};
+use crate::mutation::{Mutation, mutated};
 use serde::{Deserialize, Serialize};
 
 /// Where the destination stands.
@@ -220,7 +221,9 @@ fn tethered(owner_epoch: OwnerEpoch, all_landed: bool, event: &Event) -> Option<
         Event::ReleaseWanted if all_landed => stay(vec![Action::AskRelease]),
         Event::ReleaseWanted => stay(vec![Action::Report(Named::PagesMissing)]),
         Event::ReleaseRefused => stay(vec![Action::Report(Named::ReleaseRefused)]),
-        Event::ReleaseAcknowledged if all_landed => {
+        Event::ReleaseAcknowledged | Event::ConnectionClosed
+            if all_landed && (event == &Event::ReleaseAcknowledged || mutated(Mutation::EofIsRelease)) =>
+        {
             let actions = vec![Action::StopTether, Action::OpenGateForGood, Action::Report(Named::Owner)];
             Some((State::Owner, actions))
         }

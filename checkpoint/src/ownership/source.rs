@@ -1,6 +1,7 @@
 //! The source's side of ownership. The diagram is in [`super`].
 
 use super::{Fate, Illegal, Named, OwnerEpoch};
+use crate::mutation::{Mutation, mutated};
 use crate::outbox::OutputMode;
 use serde::{Deserialize, Serialize};
 
@@ -290,9 +291,7 @@ fn resuming(mut now: Resuming, event: &Event) -> Option<Step> {
         recording_release: false,
     };
     match *event {
-        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => {
-            stay(now, vec![Action::AnswerFate(Fate::Revoked)])
-        }
+        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => stay(now, vec![answer_earlier()]),
         Event::FateAsked { owner_epoch: asked } if asked == owner_epoch => {
             let serving = Serving { lease: Lease::Granted, ..serving };
             Some((State::Serving(serving), vec![Action::AnswerFate(Fate::StillTethered), Action::GrantLease]))
@@ -329,7 +328,7 @@ fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
             Some((state, vec![Action::PauseGuest, Action::SendSwitch]))
         }
         // The guest runs here, so whoever asks has lost it.
-        Event::FateAsked { .. } => stay(vec![Action::AnswerFate(Fate::Revoked)]),
+        Event::FateAsked { .. } => stay(vec![answer_earlier()]),
         Event::ReleaseAsked { .. } => stay(vec![Action::RefuseRelease]),
         // Late words of a switch or session that is over.
         Event::StateSent
@@ -378,7 +377,7 @@ fn switching(mode: OutputMode, owner_epoch: OwnerEpoch, handed_over: bool, event
                 (State::Running { owner_epoch }, actions)
             })
         }
-        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => stay(vec![Action::AnswerFate(Fate::Revoked)]),
+        Event::FateAsked { owner_epoch: asked } if asked < owner_epoch => stay(vec![answer_earlier()]),
         // Fenced before we heard that it had resumed: the closed connection will be noticed here too, it asks again then.
         Event::FateAsked { owner_epoch: asked } if asked == owner_epoch && handed_over => stay(vec![]),
         Event::LeaseRanOut | Event::GraceRanOut | Event::GuestResumed => stay(vec![]),
@@ -420,9 +419,7 @@ fn serving(before: Serving, event: &Event) -> Option<Step> {
             now.recording_release = false;
             actions.extend([Action::RefuseRelease, Action::Report(Named::ReleaseRefused)]);
         }
-        Event::FateAsked { owner_epoch } if owner_epoch < now.owner_epoch => {
-            actions.push(Action::AnswerFate(Fate::Revoked));
-        }
+        Event::FateAsked { owner_epoch } if owner_epoch < now.owner_epoch => actions.push(answer_earlier()),
         // While a release is being written no answer is known to be true, whatever was ordered meanwhile; it asks again.
         Event::FateAsked { owner_epoch } if owner_epoch == now.owner_epoch && now.recording_release => {}
         // There is no way back from an ordered catch, whether the lease has run out yet or not.
@@ -470,12 +467,24 @@ fn may_catch(now: &Serving) -> bool {
     !now.recording_release
         && match now.mode {
             OutputMode::Commit => now.failed || now.catch_ordered,
-            OutputMode::Lease => now.death_proven || (now.catch_ordered && now.lease == Lease::RanOut),
+            OutputMode::Lease => {
+                let ran_out = now.lease == Lease::RanOut || mutated(Mutation::LeaseIgnored);
+                now.death_proven || (now.catch_ordered && ran_out)
+            }
         }
+}
+
+/// To a destination of an owner epoch that is over.
+fn answer_earlier() -> Action {
+    Action::AnswerFate(if mutated(Mutation::StaleOwnerEpoch) { Fate::StillTethered } else { Fate::Revoked })
 }
 
 fn begin_catch(owner_epoch: OwnerEpoch) -> Step {
     let owner_epoch = owner_epoch.next();
+    if mutated(Mutation::CatchBeforeRevoke) {
+        let state = State::Revoking { owner_epoch, step: CatchStep::Fold, stuck: false };
+        return (state, vec![Action::FoldAndLoad]);
+    }
     let state = State::Revoking { owner_epoch, step: CatchStep::Revoke, stuck: false };
     (state, vec![Action::Revoke { owner_epoch }, Action::Report(Named::Catching)])
 }
@@ -484,6 +493,9 @@ fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event
     let go = |step, actions| Some((State::Revoking { owner_epoch, step, stuck: false }, actions));
     match (*event, step) {
         (Event::Revoked, CatchStep::Revoke) if !stuck => go(CatchStep::Fold, vec![Action::FoldAndLoad]),
+        (Event::Folded, CatchStep::Fold) if !stuck && mutated(Mutation::OutboxLost) => {
+            go(CatchStep::Resume, vec![Action::ResumeGuest])
+        }
         (Event::Folded, CatchStep::Fold) if !stuck => {
             go(CatchStep::Resume, vec![Action::ResendOutput, Action::ResumeGuest])
         }
@@ -506,7 +518,7 @@ fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event
             },
         ),
         (Event::FateAsked { owner_epoch: asked }, _) if asked < owner_epoch => {
-            Some((State::Revoking { owner_epoch, step, stuck }, vec![Action::AnswerFate(Fate::Revoked)]))
+            Some((State::Revoking { owner_epoch, step, stuck }, vec![answer_earlier()]))
         }
         (Event::ReleaseAsked { .. }, _) => {
             Some((State::Revoking { owner_epoch, step, stuck }, vec![Action::RefuseRelease]))
@@ -535,9 +547,7 @@ fn released(state: &State, event: &Event) -> Option<Step> {
         Event::FateAsked { owner_epoch } if owner_epoch == state.owner_epoch() => {
             vec![Action::AnswerFate(Fate::Released)]
         }
-        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => {
-            vec![Action::AnswerFate(Fate::Revoked)]
-        }
+        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => vec![answer_earlier()],
         Event::OperatorCatch => vec![Action::Report(Named::Released)],
         Event::DeathSign
         | Event::ConnectionClosed
@@ -552,9 +562,7 @@ fn released(state: &State, event: &Event) -> Option<Step> {
 
 fn lost(state: &State, event: &Event) -> Option<Step> {
     let actions = match *event {
-        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => {
-            vec![Action::AnswerFate(Fate::Revoked)]
-        }
+        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => vec![answer_earlier()],
         Event::ReleaseAsked { .. } => vec![Action::RefuseRelease],
         Event::OperatorCatch => vec![Action::Report(Named::Lost)],
         Event::DeathSign

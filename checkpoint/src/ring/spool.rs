@@ -6,7 +6,7 @@
 use super::RingError;
 use crate::guest::Epoch;
 use crate::journal::{Cell, Damaged, KeptState, MemoryFolder};
-use belay_transport::region::{Arena, RegionError};
+use belay_transport::region::{Arena, RamFile, RegionError};
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -81,13 +81,17 @@ impl Spool {
         // Reserved first: where there is no room that is said, before a part of it is touched.
         let file = folder.make(OVERFLOW, bytes, true)?;
         file.preallocate(1, &|_| ())?;
-        let arena = Arena::new(file).map_err(SpoolError::Arena)?;
-        Ok(Self(Memory::Kept(arena, state.position()?.0)))
+        Ok(Self::over(file, state)?.0)
     }
 
     /// What an earlier process left, and where it was.
     pub fn open(folder: &MemoryFolder, state: &KeptState) -> Result<(Self, Option<Place>), SpoolError> {
-        let arena = Arena::new(folder.file(OVERFLOW)?).map_err(SpoolError::Arena)?;
+        Self::over(folder.file(OVERFLOW)?, state)
+    }
+
+    /// Memory in `file`, and the place that is kept in `state`.
+    pub(crate) fn over(file: RamFile, state: &KeptState) -> Result<(Self, Option<Place>), SpoolError> {
+        let arena = Arena::new(file).map_err(SpoolError::Arena)?;
         let (cell, place) = state.position()?;
         let damaged = || Damaged { what: "the place in the ring", offset: 0 };
         let place = match place {

@@ -2,10 +2,10 @@
 
 use super::shared::Shared;
 use super::{FLOOD_LOOK, LOOK, TetherConfig};
+use crate::clock::boottime_ns;
 use crate::dirty::Harvested;
 use crate::epoch::ship::{Part, Taken};
 use crate::epoch::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, harvest};
-use crate::fold::boottime_ns;
 use crate::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet};
 use crate::outbox::Outbox;
 use crate::policy::{Decision, EpochFacts, Policy};
