@@ -42,13 +42,19 @@ pub trait Policy: Send {
     fn next(&mut self, since_last: Duration, dirty_so_far: Option<u64>, last: &EpochFacts) -> Decision;
 }
 
+/// When, after the last close, an epoch's time of `longest` is over. A guest that was stopped for most of it, or for longer than it, would be
+/// stopped again before it has come anywhere: it runs as long as it was stopped, and no longer than `longest`.
+fn over_after(longest: Duration, last: &EpochFacts) -> Duration {
+    longest.max(last.pause.saturating_add(last.pause.min(longest)))
+}
+
 /// Closes an epoch every `0`, whatever was dirtied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FixedPeriod(pub Duration);
 
 impl Policy for FixedPeriod {
-    fn next(&mut self, since_last: Duration, _dirty_so_far: Option<u64>, _last: &EpochFacts) -> Decision {
-        match self.0.checked_sub(since_last) {
+    fn next(&mut self, since_last: Duration, _dirty_so_far: Option<u64>, last: &EpochFacts) -> Decision {
+        match over_after(self.0, last).checked_sub(since_last) {
             None | Some(Duration::ZERO) => Decision::CloseNow,
             Some(left) => Decision::WaitAtMost(left),
         }
@@ -69,7 +75,7 @@ pub struct DirtyBudget {
 
 impl Policy for DirtyBudget {
     fn next(&mut self, since_last: Duration, dirty_so_far: Option<u64>, last: &EpochFacts) -> Decision {
-        let Some(left) = self.at_most.checked_sub(since_last).filter(|left| !left.is_zero()) else {
+        let Some(left) = over_after(self.at_most, last).checked_sub(since_last).filter(|left| !left.is_zero()) else {
             return Decision::CloseNow;
         };
         let dirty = dirty_so_far.unwrap_or_else(|| pages_at_rate(since_last, last));
@@ -250,6 +256,23 @@ mod tests {
         assert_eq!(policy.next(ms(4), Some(1 << 40), &facts), Decision::WaitAtMost(ms(6)));
         assert_eq!(policy.next(ms(10), Some(0), &facts), Decision::CloseNow);
         assert_eq!(policy.next(ms(25), None, &facts), Decision::CloseNow);
+    }
+
+    #[test]
+    fn a_guest_whose_pauses_take_its_whole_period_runs_all_the_same() {
+        let after = |pause| EpochFacts { lasted: ms(10), pause, ..EpochFacts::default() };
+        let mut policies: [Box<dyn Policy>; 2] =
+            [Box::new(FixedPeriod(ms(10))), Box::new(DirtyBudget { pages: 1000, at_most: ms(10) })];
+        for policy in &mut policies {
+            // Up to half of a period nothing changes.
+            assert_eq!(policy.next(ms(10), Some(0), &after(ms(5))), Decision::CloseNow);
+            for (pause, close_at) in [(8, 16), (10, 20), (200, 210)] {
+                assert_eq!(policy.next(ms(close_at - 1), Some(0), &after(ms(pause))), Decision::WaitAtMost(ms(1)));
+                assert_eq!(policy.next(ms(close_at), Some(0), &after(ms(pause))), Decision::CloseNow);
+            }
+        }
+        let longest = EpochFacts { pause: Duration::MAX, ..EpochFacts::default() };
+        assert!(matches!(FixedPeriod(ms(10)).next(ms(10), None, &longest), Decision::WaitAtMost(_)));
     }
 
     #[test]

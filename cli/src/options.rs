@@ -27,7 +27,7 @@ pub struct TetherOptions {
     /// How often a checkpoint is taken: fixed:10ms, dirty:4096,max=100ms, or none (no tether) [default: fixed:10ms]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<PolicyChoice>,
-    /// Shorthand for --policy fixed:TIME
+    /// Shorthand for --policy fixed:TIME. Where stopping the guest takes most of that, it runs for as long as it was stopped, at most for TIME
     #[arg(long, value_name = "TIME", conflicts_with = "policy")]
     pub period: Option<Span>,
     /// When output may leave the guest: when its checkpoint has committed, or while the lease is good (faster, and after a catch

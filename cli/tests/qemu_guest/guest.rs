@@ -1,5 +1,5 @@
 //! The only program of the test guest: its init. It keeps a working set that it checks itself, on every processor, and says so on the
-//! console: `tick N` every few milliseconds, each number once; `WRONG …` if memory is ever not what it wrote there last.
+//! console: `tick N` every few milliseconds (`tick_ms`), each number once; `WRONG …` if memory is ever not what it wrote there last.
 //!
 //! A page of the set holds a sequence number and words made of it and of the page's own number. What the number must be stands in a table,
 //! so a page that is older than its entry, torn, or another's is found when it is next looked at, and all of them are looked at in turns.
@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const WORDS: usize = 512;
-const TICK: Duration = Duration::from_millis(10);
 
 fn mixed(sequence: u64, page: u64, word: u64) -> u64 {
     let x = sequence.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ page.wrapping_mul(0xc2b2_ae3d_27d4_eb4f) ^ word << 32;
@@ -296,10 +295,11 @@ fn main() {
     for part in 0..parts {
         std::thread::spawn(move || work(part, pages, at_once, &STEPS));
     }
+    let pace = Duration::from_millis(wanted("tick_ms", 10) as u64);
     let (mut tick, mut slowest) = (0u64, Duration::ZERO);
     let mut at = Instant::now();
     loop {
-        std::thread::sleep(TICK);
+        std::thread::sleep(pace);
         slowest = slowest.max(at.elapsed());
         at = Instant::now();
         tick += 1;

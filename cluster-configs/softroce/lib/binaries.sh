@@ -18,11 +18,12 @@ share_binary() { # path, name
 # Those tests of transport that suites run in a host; the others need no device.
 readonly TRANSPORT_TESTS=(--lib --test conformance --test fabrics --test verbs --test verbs_registration)
 
-# Builds what a suite needs: belay, bench, transport-tests. Once a run each.
+# Makes what a suite needs: belay, bench, transport-tests, qemu. Once a run each.
 need_binaries() {
   local what file
   for what in "$@"; do
     [ ! -e "$WORK/built.$what" ] || continue
+    if [ "$what" = qemu ]; then share_qemu; : >"$WORK/built.$what"; continue; fi
     command -v cargo >/dev/null || die "cargo is not here, and this suite runs belay's own programs" "Install Rust, or run the suites that need none: lab --list."
     note "building $what"
     case $what in

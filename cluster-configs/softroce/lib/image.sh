@@ -40,7 +40,7 @@ make_image() { # kernel, into
   # shellcheck disable=SC2064 # the directory is known now
   trap "rm -rf '$tree'" EXIT
   note "fetching and unpacking $(locked "$1" | wc -l) packages for kernel $1"
-  unpack_packages "$1" "$tree/pkg"
+  unpack_packages "$tree/pkg" < <(locked "$1")
   root=$tree/root
   release=$(ls "$tree/pkg/lib/modules")
   mkdir -p "$root"/{bin,sbin,etc/libibverbs.d,proc,sys,dev,tmp,run,lab,opt,modules,usr/bin,lib/x86_64-linux-gnu,lib64,var/lib,root}
@@ -60,7 +60,7 @@ make_image() { # kernel, into
   printf '%s\n' "$release" >"$2.new/release"
   mv "$2.new" "$2"
   # Images of other locks and scripts, and trees of a lab that was killed, are of no use after a week.
-  find "$CACHE" -maxdepth 1 \( -name 'image-*' -o -name '.tree.*' \) -mtime +7 ! -path "$2" -exec rm -rf {} +
+  find "$CACHE" -maxdepth 1 \( -name 'image-*' -o -name 'qemu-*' -o -name '.tree.*' \) -mtime +7 ! -path "$2" -exec rm -rf {} +
   note "image ready: kernel $release, initramfs of $(($(stat -c %s "$2/initramfs") >> 20)) MiB"
 }
 

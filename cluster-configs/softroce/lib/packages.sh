@@ -1,8 +1,9 @@
 # shellcheck shell=bash
 # The hosts' packages: named in packages.lock by name, version and SHA256, fetched into the lab's cache, unpacked and never installed.
 #
-# A line of the lock: set, package, version, sha256, origin. The set is `both` or a kernel's number. The origin is a Debian suite,
-# or for a kernel `SUITE:META`, where META is the package that always depends on the newest image (an image's name has its version).
+# A line of the lock: set, package, version, sha256, origin. The set is `both` or a kernel's number, with `qemu:` before it for what only
+# hosts that run a QEMU of their own get (lib/qemu.sh). The origin is a Debian suite, or for a kernel `SUITE:META`, where META is the
+# package that always depends on the newest image (an image's name has its version).
 
 readonly LOCK=$LAB/packages.lock
 readonly DEFAULT_MIRROR=http://deb.debian.org/debian
@@ -61,8 +62,10 @@ END
   APT_PREPARED=yes
 }
 
-# Lines of the lock for a kernel.
-locked() { awk -v k="$1" '!/^#/ && NF == 5 && ($1 == "both" || $1 == k)' "$LOCK"; }
+# Lines of the lock for a kernel; with `qemu:`, those of the QEMU that goes with it.
+locked() { # kernel, prefix of the sets
+  awk -v k="$1" -v p="${2-}" '!/^#/ && NF == 5 && ($1 == p "both" || $1 == p k)' "$LOCK"
+}
 
 # The newest version in a suite. Backports must be asked for by name; everything else is the newest of bookworm and its updates.
 newest_version() { # package, suite
@@ -116,14 +119,14 @@ fetch_package() { # package, version, sha256, origin
 
 is_sum() { [ -f "$1" ] && [ "$(sha256sum <"$1" | cut -d' ' -f1)" = "$2" ]; }
 
-# Fetches and unpacks everything for a kernel into a directory, checksums verified.
-unpack_packages() { # kernel, into
+# Fetches and unpacks the packages of the lock's lines on stdin into a directory, checksums verified.
+unpack_packages() { # into
   local set package version sum origin
-  mkdir -p "$CACHE/debs" "$2"
+  mkdir -p "$CACHE/debs" "$1"
   while read -r set package version sum origin; do
     fetch_package "$package" "$version" "$sum" "$origin" </dev/null
-    dpkg-deb -x "$DEB" "$2"
-  done < <(locked "$1")
+    dpkg-deb -x "$DEB" "$1"
+  done
 }
 
 # Writes the lock again with what the suites have today.
