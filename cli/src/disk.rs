@@ -3,7 +3,7 @@
 use crate::exit::Exit;
 use crate::{report, signals};
 use belay_vmm_glue::migrate::observation::Kind;
-use belay_vmm_glue::qemu::disk::{DiskRelay, MOST_NAME_BYTES, Place, Told};
+use belay_vmm_glue::qemu::disk::{DiskRelay, ImageError, MOST_NAME_BYTES, Place, Told};
 use belay_vmm_glue::qemu::relay::RelayError;
 use clap::Args;
 use std::os::fd::{AsFd, OwnedFd};
@@ -67,8 +67,11 @@ pub fn run(args: DiskArgs) -> Exit {
         Ok(begun) => begun,
         Err(error) => {
             let advice = match &error {
-                RelayError::Image(_) => {
+                RelayError::Image(ImageError::InUse { .. }) => {
                     "Nothing was changed. Of two hosts one writes an image: on the one where a guest is to come, say --incoming."
+                }
+                RelayError::Image(_) => {
+                    "Nothing was changed. --image names a raw image that is there already, or a block device."
                 }
                 RelayError::Served { .. } => "End that one first, or choose another path.",
                 _ => "Nothing was changed.",
