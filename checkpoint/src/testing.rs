@@ -26,6 +26,12 @@ pub fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(20))
 }
 
+/// For a test that computes for long: this thread, and those it starts, let tests that watch a clock go first.
+pub fn give_way() {
+    // Where that is refused it only takes from the others.
+    let _ = rustix::process::nice(5);
+}
+
 /// A session whose two ends are in this process. Every operation is done whole under one lock, except the one at which the
 /// initiator "dies".
 #[derive(Clone)]

@@ -99,6 +99,7 @@ fn a_million_epochs_lose_nothing_and_show_nothing_that_was_not_committed() {
         return;
     }
     let run = std::env::var("BELAY_SIM_RUN").map_or(1, |text| text.parse().expect("BELAY_SIM_RUN is a number"));
+    crate::testing::give_way();
     let began = Instant::now();
     let lived = play(run, EPOCHS);
     let seconds = began.elapsed().as_secs_f64();

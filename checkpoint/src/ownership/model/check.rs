@@ -105,6 +105,7 @@ pub fn properties() -> Vec<Property<Ownership>> {
 /// Goes through every history within the bounds.
 fn check(mode: OutputMode) {
     let model = Ownership { mode, bounds: bounds(mode), mutation: None };
+    crate::testing::give_way();
     let began = Instant::now();
     let checked = model.checker().spawn_bfs().join();
     println!(
