@@ -67,7 +67,7 @@ pub fn run(args: DiskArgs) -> Exit {
         Ok(begun) => begun,
         Err(error) => {
             let advice = match &error {
-                RelayError::Image(ImageError::InUse { .. }) => {
+                RelayError::Image(error) if matches!(**error, ImageError::InUse { .. }) => {
                     "Nothing was changed. Of two hosts one writes an image: on the one where a guest is to come, say --incoming."
                 }
                 RelayError::Image(_) => {
