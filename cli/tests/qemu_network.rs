@@ -165,13 +165,15 @@ impl Network {
                 return Ok(());
             }
             let device = tap();
+            // Not before the last answer has come.
+            let heard = Arc::new(AtomicBool::new(false));
             let passing = {
-                let ended = Arc::clone(&ended);
-                std::thread::spawn(move || switch(&listener, device, &ended))
+                let heard = Arc::clone(&heard);
+                std::thread::spawn(move || switch(&listener, device, &heard))
             };
             let _ = told.send(Ok(()));
             let spoken = converse(&counter, &ended);
-            ended.store(true, Ordering::Release);
+            heard.store(true, Ordering::Release);
             passing.join().expect("the switch");
             spoken
         });
