@@ -359,7 +359,7 @@ impl Envelope {
                 self.gbits, self.mtu, self.pcie, self.mps, self.mrrs, self.rtt, self.read_depth
             ),
             format!(
-                "pages of {page}, {} shards, {} vCPUs, chunks of {} KiB",
+                "pages of {page}, {} shard(s), {} vCPU(s), chunks of {} KiB",
                 self.shards,
                 self.vcpus,
                 self.chunk >> 10
