@@ -7,6 +7,7 @@ mod error;
 mod fault;
 mod floor;
 mod migrate;
+mod policies;
 mod profile;
 mod pull;
 mod quantity;
@@ -39,6 +40,7 @@ enum Command {
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
     Migrate(Box<migrate::MigrateArgs>),
+    Policy(Box<policies::PolicyArgs>),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
 }
@@ -88,31 +90,33 @@ impl Fabric {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
-        Command::Fault(options) => match options.fabric.floor() {
-            Some(wire) => fault::run(wire, options.quick).and_then(|report| options.save(&report)),
-            None => options.through_device(wire::Test::Fault),
-        },
-        Command::Pull(options) => match options.fabric.floor() {
-            Some(wire) => pull::run(wire, options.quick).and_then(|report| options.save(&report)),
-            None => options.through_device(wire::Test::Pull),
-        },
-        Command::Checkpoint(options) => {
-            let (fabric, device) = (options.fabric.into(), options.device.clone());
-            checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
-        }
-        Command::Migrate(args) => {
-            migrate::run(&args).and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report)))
-        }
-        Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
-            (Some(report), Some(path)) => save(path, &report),
-            _ => Ok(()),
-        }),
-        Command::Envelope(envelope) => {
-            println!("{}", envelope.text());
-            envelope.out_json.as_deref().map_or(Ok(()), |path| save(path, &envelope.report()))
-        }
-    };
+    let outcome =
+        match Cli::parse().command {
+            Command::Fault(options) => match options.fabric.floor() {
+                Some(wire) => fault::run(wire, options.quick).and_then(|report| options.save(&report)),
+                None => options.through_device(wire::Test::Fault),
+            },
+            Command::Pull(options) => match options.fabric.floor() {
+                Some(wire) => pull::run(wire, options.quick).and_then(|report| options.save(&report)),
+                None => options.through_device(wire::Test::Pull),
+            },
+            Command::Checkpoint(options) => {
+                let (fabric, device) = (options.fabric.into(), options.device.clone());
+                checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
+            }
+            Command::Migrate(args) => migrate::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Policy(args) => policies::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
+                (Some(report), Some(path)) => save(path, &report),
+                _ => Ok(()),
+            }),
+            Command::Envelope(envelope) => {
+                println!("{}", envelope.text());
+                envelope.out_json.as_deref().map_or(Ok(()), |path| save(path, &envelope.report()))
+            }
+        };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

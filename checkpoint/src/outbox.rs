@@ -229,6 +229,12 @@ impl Outbox {
         packets
     }
 
+    /// Since when the oldest output of the open epoch has been held, if there is any. Without output commit none waits for an epoch.
+    pub fn open_since(&self) -> Option<Instant> {
+        let state = self.shared.lock();
+        matches!(state.gate, Gate::Commit).then(|| state.came.get(state.first_open()).copied())?
+    }
+
     /// `epoch` and all before it have committed: their output may leave.
     pub fn committed(&self, epoch: Epoch) {
         let mut state = self.shared.lock();

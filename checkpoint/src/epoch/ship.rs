@@ -21,6 +21,8 @@ pub(super) struct Part {
 pub(super) struct Taken {
     pub instant: Instant,
     pub resumed: Instant,
+    /// Since when the oldest of its output was held.
+    pub output_since: Option<Instant>,
     pub stats: EpochStats,
 }
 
@@ -33,6 +35,7 @@ pub(super) struct Shipping {
     pub shared: Arc<Shared>,
     /// Longest that one part may take.
     pub bound: Duration,
+    pub last_commit: Option<Instant>,
 }
 
 impl Shipping {
@@ -60,13 +63,17 @@ impl Shipping {
         }
     }
 
-    fn committed(&self, epoch: Epoch, taken: Taken, parts: u32, waited_for_room: Duration) {
+    fn committed(&mut self, epoch: Epoch, taken: Taken, parts: u32, waited_for_room: Duration) {
         self.outbox.committed(epoch);
+        let begun = self.last_commit.map_or(taken.resumed, |last| last.max(taken.resumed));
+        self.last_commit = Some(Instant::now());
         let stats = EpochStats {
             parts,
             waited_for_room,
             commit: taken.resumed.elapsed(),
+            on_link: begun.elapsed(),
             age: taken.instant.elapsed(),
+            held_output: taken.output_since.map(|since| since.elapsed()),
             ..taken.stats
         };
         self.shared.committed(epoch, &stats);

@@ -1,6 +1,7 @@
 //! What epochs cost.
 
 use crate::guest::Epoch;
+use crate::policy::Committed;
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
@@ -49,6 +50,12 @@ pub struct EpochStats {
     pub age: Duration,
     /// Of which waiting for the source to take in earlier segments.
     pub waited_for_room: Duration,
+    /// What of `commit` it had the link for: since the resume, or since the commit before it if that came later.
+    pub on_link: Duration,
+    /// How long the guest was held back before it ran in it, because it wrote more than the link carried.
+    pub held_back: Duration,
+    /// How long the oldest packet that it covers was held until the commit was reported. `None`: it covers none, or nothing is held.
+    pub held_output: Option<Duration>,
 }
 
 impl EpochStats {
@@ -66,6 +73,8 @@ pub struct TetherStats {
     pub discards: u64,
     pub bytes: u64,
     pub stop_timeouts: u64,
+    /// For how long the guest was held back, all in all.
+    pub held_back: Duration,
     pub pause_ns: Histogram<u64>,
     pub commit_ns: Histogram<u64>,
     pub age_ns: Histogram<u64>,
@@ -83,6 +92,7 @@ impl Default for TetherStats {
             discards: 0,
             bytes: 0,
             stop_timeouts: 0,
+            held_back: Duration::ZERO,
             pause_ns: histogram(),
             commit_ns: histogram(),
             age_ns: histogram(),
@@ -92,11 +102,18 @@ impl Default for TetherStats {
 }
 
 impl TetherStats {
+    /// The newest one, as a policy sees it.
+    pub(super) fn newest(&self) -> Committed {
+        let EpochStats { pages, on_link, held_output, .. } = self.last;
+        Committed { epochs: self.committed, pages, took: on_link, held_output }
+    }
+
     pub(super) fn record(&mut self, stats: &EpochStats) {
         self.committed += 1;
         self.pages += stats.pages;
         self.discards += stats.discards;
         self.bytes += stats.bytes;
+        self.held_back += stats.held_back;
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.pause_ns.saturating_record(ns(stats.pause.total()));
         self.commit_ns.saturating_record(ns(stats.commit));

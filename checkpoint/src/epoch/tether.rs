@@ -1,5 +1,6 @@
 //! A tether: how it behaves, what it is made of, and what is left when it has ended. Its thread is in `tether/taking.rs`.
 
+mod pending;
 mod shared;
 mod taking;
 
@@ -14,6 +15,7 @@ use crate::ring::RingWriter;
 use crate::staging::Slot;
 use belay_transport::{Deadline, PAGE_SIZE};
 use crossbeam_channel::bounded;
+use pending::Pending;
 pub(super) use shared::Shared;
 use shared::State;
 use std::collections::VecDeque;
@@ -115,6 +117,7 @@ impl Tether {
             observer: observer.clone(),
             shared: shared.clone(),
             bound: config.commit_bound,
+            last_commit: None,
         };
         let sizes: Vec<_> =
             guest.memory().iter().map(|block| (block.id, (block.alias.len() / PAGE_SIZE) as u64)).collect();
@@ -140,7 +143,10 @@ impl Tether {
             output: Vec::new(),
             disk_writes: Vec::new(),
             facts: EpochFacts::default(),
+            pending: Pending::default(),
             closed_at: Instant::now(),
+            resumed_at: Instant::now(),
+            held_back: Duration::ZERO,
             tries: 0,
             paused: false,
             paused_since: None,

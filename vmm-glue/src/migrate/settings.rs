@@ -62,12 +62,18 @@ impl Proposal {
             return Err(format!("a tether kept for {kept:?}; say never instead"));
         }
         match tether.policy {
-            PolicySpec::Fixed { period } | PolicySpec::DirtyBudget { at_most: period, .. }
-                if period.is_zero() || period > LONGEST =>
+            PolicySpec::Fixed { period: time }
+            | PolicySpec::DirtyBudget { at_most: time, .. }
+            | PolicySpec::OnEvent { at_most: time, .. }
+            | PolicySpec::Adaptive { delay_bound: time }
+                if time.is_zero() || time > LONGEST =>
             {
-                Err(format!("a checkpoint period of {period:?}; more than nothing and at most {LONGEST:?} is possible"))
+                Err(format!("a checkpoint period of {time:?}; more than nothing and at most {LONGEST:?} is possible"))
             }
-            PolicySpec::Fixed { .. } | PolicySpec::DirtyBudget { .. } => Ok(()),
+            PolicySpec::Fixed { .. }
+            | PolicySpec::DirtyBudget { .. }
+            | PolicySpec::OnEvent { .. }
+            | PolicySpec::Adaptive { .. } => Ok(()),
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::epoch::{EpochObserver, EpochStats, TetherError, TetherStats};
 use crate::guest::Epoch;
 use belay_transport::Deadline;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 pub(in crate::epoch) struct Shared {
     pub(super) state: Mutex<State>,
@@ -17,6 +18,8 @@ pub(super) struct State {
     /// Newest epoch whose guest has gone on, and newest that has committed.
     pub taken: Epoch,
     pub committed: Epoch,
+    /// When that was reported.
+    pub committed_at: Option<Instant>,
     /// This epoch is wanted at once, whatever the policy says.
     pub wanted: Epoch,
     pub stop: bool,
@@ -31,6 +34,7 @@ impl State {
             begun: epoch,
             taken: epoch,
             committed: epoch,
+            committed_at: None,
             wanted: epoch,
             stop: false,
             ended: false,
@@ -68,6 +72,7 @@ impl Shared {
     pub fn committed(&self, epoch: Epoch, stats: &EpochStats) {
         let mut state = self.lock();
         state.committed = epoch;
+        state.committed_at = Some(Instant::now());
         state.stats.record(stats);
         drop(state);
         self.changed.notify_all();

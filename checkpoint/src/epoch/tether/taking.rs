@@ -1,5 +1,6 @@
 //! The tether thread: decides when, stops the guest, and puts the epoch together.
 
+use super::pending::Pending;
 use super::shared::Shared;
 use super::{FLOOD_LOOK, LOOK, TetherConfig};
 use crate::clock::boottime_ns;
@@ -8,7 +9,7 @@ use crate::epoch::ship::{Part, Taken};
 use crate::epoch::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, harvest};
 use crate::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet};
 use crate::outbox::Outbox;
-use crate::policy::{Decision, EpochFacts, Policy};
+use crate::policy::{Decision, EpochFacts, Open, Policy};
 use crate::record::{DEVICE_VMM, Limits, PacketHeader, kind};
 use crate::staging::{Exchange, Slot, StageError, Stager};
 use crate::storage::DiskWrites;
@@ -72,7 +73,11 @@ pub(super) struct TetherLoop {
     pub output: Vec<u8>,
     pub disk_writes: Vec<DiskWrites>,
     pub facts: EpochFacts,
+    pub pending: Pending,
     pub closed_at: Instant,
+    pub resumed_at: Instant,
+    /// For how long the guest was held back before it went on last.
+    pub held_back: Duration,
     /// Attempts to stop in a row that failed.
     pub tries: u32,
     pub paused: bool,
@@ -111,7 +116,16 @@ impl TetherLoop {
             let dirty = self.tracker.dirty_so_far();
             let decision = match self.is_near_limit(dirty) || self.is_flooded() {
                 true => Decision::CloseNow,
-                false => self.policy.next(self.closed_at.elapsed(), dirty, &self.facts),
+                false => {
+                    let on_its_way = {
+                        let state = self.shared.lock();
+                        self.facts.committed = state.stats.newest();
+                        self.pending.on_its_way(&state)
+                    };
+                    let output_waits = self.outbox.open_since().map(|since| since.elapsed());
+                    let open = Open { lasted: self.closed_at.elapsed(), dirty_pages: dirty, output_waits, on_its_way };
+                    self.policy.next(&open, &self.facts)
+                }
             };
             let state = self.shared.lock();
             if state.is_over() {
@@ -195,7 +209,8 @@ impl TetherLoop {
         };
         let guest_error = |doing| move |source| TetherError::Guest { doing, epoch, source };
         // Where the guest was stopped to wait for this slot, that was part of the pause.
-        let mut clock = Lap(self.paused_since.take().unwrap_or_else(Instant::now));
+        let began = self.paused_since.take().unwrap_or_else(Instant::now);
+        let mut clock = Lap(began);
         let mut pause = PauseParts::default();
         match self.guest.pause(Deadline::after(self.config.stop_bound)) {
             Ok(()) => {}
@@ -221,27 +236,71 @@ impl TetherLoop {
         self.harvest().map_err(guest_error("the harvest"))?;
         reached("epoch-harvested");
         pause.harvest = clock.lap();
+        let output_since = self.outbox.open_since();
         let (slot, mut stats) = self.stage(slot, epoch)?;
         let next = self.emptied.pop().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
         self.outstanding.push_back((epoch, std::mem::replace(&mut self.pages, next)));
         self.harvesting = false;
         reached("epoch-staged");
         pause.stage = clock.lap();
-        self.guest.resume().map_err(guest_error("resuming the guest after the checkpoint"))?;
-        self.paused = false;
-        reached("epoch-resumed");
-        pause.resume = clock.lap();
-        stats.pause = pause;
         stats.lasted = instant - self.closed_at;
+        stats.held_back = std::mem::take(&mut self.held_back);
         self.closed_at = instant;
-        let commit = self.shared.lock().stats.last.commit;
-        self.facts = EpochFacts { lasted: stats.lasted, dirty_pages: stats.pages, pause: pause.total(), commit };
+        self.facts = EpochFacts {
+            closed: self.facts.closed + 1,
+            lasted: stats.lasted,
+            dirty_pages: stats.pages,
+            ran: began.saturating_duration_since(self.resumed_at),
+            pause: pause.total(),
+            committed: self.facts.committed,
+        };
+        let on_its_way = self.pending.on_its_way(&self.shared.lock());
+        let hold = self.policy.hold_back(&self.facts, on_its_way);
+        let resume_failed = guest_error("resuming the guest after the checkpoint");
+        if hold.is_zero() {
+            self.guest.resume().map_err(resume_failed)?;
+            self.resumed();
+            pause.resume = clock.lap();
+            self.facts.pause = pause.total();
+            self.ship(
+                slot,
+                epoch,
+                Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } },
+            );
+        } else {
+            self.ship(
+                slot,
+                epoch,
+                Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } },
+            );
+            self.hold_back(hold);
+            self.guest.resume().map_err(resume_failed)?;
+            self.resumed();
+        }
+        Ok(())
+    }
+
+    fn resumed(&mut self) {
+        self.paused = false;
+        self.resumed_at = Instant::now();
+        reached("epoch-resumed");
+    }
+
+    fn ship(&mut self, slot: Slot, epoch: Epoch, taken: Taken) {
         self.shared.lock().taken = epoch;
         self.shared.changed.notify_all();
-        let taken = Taken { instant, resumed: Instant::now(), stats };
+        self.pending.ship(epoch, taken.stats.pages);
         // If shipping has ended its failure is noted, and the next look finds it.
         let _ = self.slots.ship(Part { slot, taken: Some(taken) });
-        Ok(())
+    }
+
+    /// Leaves the guest stopped for so long, or until the tether is over.
+    fn hold_back(&mut self, hold: Duration) {
+        let began = Instant::now();
+        let end = Deadline::after(hold);
+        let over = self.shared.changed.wait_timeout_while(self.shared.lock(), end.left(), |state| !state.is_over());
+        drop(over);
+        self.held_back = began.elapsed();
     }
 
     /// Fills `pages` with what the epoch holds. From here on only this thread knows of them.

@@ -1,0 +1,117 @@
+//! Checkpoint policies on the same traces, in simulated time: what output is delayed by, what is sent, and for how long the guest is stopped.
+
+use crate::error::BenchError;
+use crate::quantity;
+use belay_checkpoint::policy::PolicySpec;
+use belay_checkpoint::policy::simulator::{Costs, Outcome, simulate};
+use belay_checkpoint::policy::trace::Workload;
+use clap::Args;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Compare checkpoint policies on the same traces, in a simulator
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Nothing runs and nothing is sent: the tether loop's course is simulated over what a guest of each workload writes and sends, a link of the given
+speed, and costs that are straight lines in pages with noise from the seed. The same seed gives the same table.
+
+Columns: the delay of output (how long packets were held for their checkpoint); what went over the link; epochs; the share of its time that the
+guest was stopped, and how much of that because it wrote more than the link carried.")]
+pub struct PolicyArgs {
+    /// Which policies, as --policy of `belay send` has them
+    #[arg(long, value_name = "POLICY", default_values = ["fixed:5ms", "fixed:10ms", "fixed:25ms", "fixed:40ms", "dirty:2048,max=40ms", "event:2048,max=40ms", "adaptive:50ms"])]
+    policy: Vec<PolicySpec>,
+    /// The link, in 10^9 bits a second
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    gbits: u64,
+    /// Guest RAM
+    #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = quantity::bytes)]
+    memory: u64,
+    /// Seconds of the guest's time in each trace
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    /// A pause without pages, in µs, and what a page adds, in ns
+    #[arg(long, value_name = "US", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pause_us: u64,
+    #[arg(long, value_name = "NS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    page_ns: u64,
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Also write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    pub out_json: Option<PathBuf>,
+}
+
+/// One policy on one workload.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    workload: String,
+    policy: String,
+    delay_p50_ms: f64,
+    delay_p99_ms: f64,
+    delay_max_ms: f64,
+    sent_bytes: u64,
+    epochs: u64,
+    paused_percent: f64,
+    /// Of which held back, because the guest wrote more than the link carried.
+    held_back_percent: f64,
+}
+
+fn row(workload: Workload, policy: PolicySpec, outcome: &Outcome) -> Row {
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
+    Row {
+        workload: workload.to_string(),
+        policy: policy.to_string(),
+        delay_p50_ms: ms(outcome.delay_at(50.0)),
+        delay_p99_ms: ms(outcome.delay_at(99.0)),
+        delay_max_ms: ms(outcome.delay_at(100.0)),
+        sent_bytes: outcome.bytes,
+        epochs: outcome.epochs,
+        paused_percent: 100.0 * outcome.pause_share(),
+        held_back_percent: 100.0 * outcome.held_back.as_secs_f64() / outcome.took.as_secs_f64(),
+    }
+}
+
+/// Prints the table.
+pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
+    let pages =
+        u32::try_from(args.memory >> 12).ok().filter(|pages| *pages > 0).ok_or_else(|| BenchError::Options {
+            what: "a guest that cannot be simulated",
+            why: format!("--memory {} is not between a page and 16 TiB", args.memory),
+        })?;
+    let costs = Costs {
+        pause: Duration::from_micros(args.pause_us),
+        pause_a_page: Duration::from_nanos(args.page_ns),
+        commit: Duration::from_micros(150),
+        link_bytes_per_s: args.gbits * 125_000_000,
+        noise: 0.3,
+        hiccup_in: 500,
+        counts: true,
+    };
+    println!("{} s of a guest of {} MiB over {} Gb/s, seed {}", args.seconds, args.memory >> 20, args.gbits, args.seed);
+    let titles = ["p50[ms]", "p99[ms]", "max[ms]", "sent[MiB]", "epochs", "paused[%]", "held[%]"];
+    let titles = titles.map(|title| format!("{title:>10}")).concat();
+    let mut rows = Vec::new();
+    for workload in Workload::ALL {
+        println!("{workload:<12} {:<24}{titles}", "output delay");
+        let trace = workload.trace(args.seed, pages, Duration::from_secs(args.seconds));
+        for policy in &args.policy {
+            let row = row(workload, *policy, &simulate(&trace, &costs, &mut *policy.build(), args.seed));
+            println!(
+                "{:<12} {:<24}{:>10.2}{:>10.2}{:>10.2}{:>10.1}{:>10}{:>10.2}{:>10.2}",
+                "",
+                row.policy,
+                row.delay_p50_ms,
+                row.delay_p99_ms,
+                row.delay_max_ms,
+                row.sent_bytes as f64 / f64::from(1 << 20),
+                row.epochs,
+                row.paused_percent,
+                row.held_back_percent
+            );
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
