@@ -5,7 +5,7 @@ use super::*;
 use crate::fold::{FoldConfig, FoldState, FoldTarget, Folder};
 use crate::guest::{DirtyTracker, Guest, Packet, RamBlock, TrackerKind};
 use crate::outbox::{Bounds, Emitter, Outbox};
-use crate::policy::FixedPeriod;
+use crate::policy::{Adaptive, Decision, EpochFacts, FixedPeriod, OnItsWay, Open, Policy};
 use crate::record::{Limits, largest_record};
 use crate::ring::{Mailbox, OwnerRegion, RingReader, RingShape, SEGMENTS_OFFSET};
 use crate::staging::Slot;
@@ -60,6 +60,8 @@ struct Setting {
     overflow: u64,
     step_time: Duration,
     config: TetherConfig,
+    /// In place of the period.
+    policy: Option<Box<dyn Policy>>,
 }
 
 impl Default for Setting {
@@ -74,6 +76,7 @@ impl Default for Setting {
             overflow,
             step_time: Duration::ZERO,
             config,
+            policy: None,
         }
     }
 }
@@ -107,7 +110,7 @@ impl Setting {
             guest: Box::new(model.clone()),
             tracker,
             arrivals: Box::new(model.clone()),
-            policy: Box::new(FixedPeriod(self.period)),
+            policy: self.policy.unwrap_or(Box::new(FixedPeriod(self.period))),
             outbox: outbox.clone(),
             writer,
             slots,
@@ -235,6 +238,46 @@ fn an_epoch_larger_than_slot_and_ring_streams_through_them_with_the_guest_stoppe
     }
     let (_, end) = rig.catch_and_check();
     assert!(end.stats.committed > 0 && end.stats.pause_ns.len() == end.stats.committed);
+}
+
+/// Holds the guest back after every epoch.
+struct HoldsBack(Duration);
+
+impl Policy for HoldsBack {
+    fn next(&mut self, open: &Open, last: &EpochFacts) -> Decision {
+        FixedPeriod(Duration::from_micros(300)).next(open, last)
+    }
+    fn hold_back(&mut self, _: &EpochFacts, _: OnItsWay) -> Duration {
+        self.0
+    }
+}
+
+#[test]
+fn a_guest_is_held_back_for_as_long_as_the_policy_says_and_its_checkpoints_commit_meanwhile() {
+    let hold = Duration::from_millis(2);
+    let rig = Setting { policy: Some(Box::new(HoldsBack(hold))), ..Setting::default() }.start();
+    rig.commits(20);
+    let held: Vec<Duration> = rig.log.0.lock().unwrap().iter().map(|stats| stats.held_back).collect();
+    assert_eq!(held[0], Duration::ZERO, "it had not been held back before the first");
+    assert!(held[1..].iter().all(|held| *held >= hold), "{held:?}");
+    assert!(rig.tether.stats().held_back >= hold * 18);
+    rig.catch_and_check();
+}
+
+#[test]
+fn a_guest_that_is_held_back_for_long_is_let_go_when_its_tether_ends() {
+    let policy: Option<Box<dyn Policy>> = Some(Box::new(HoldsBack(Duration::from_secs(3600))));
+    let rig = Setting { policy, ..Setting::default() }.start();
+    rig.commits(1);
+    rig.catch_and_check();
+}
+
+#[test]
+fn p3_p4_a_guest_under_the_adaptive_policy_is_caught_whole() {
+    let policy: Option<Box<dyn Policy>> = Some(Box::new(Adaptive::new(Duration::from_millis(5))));
+    let rig = Setting { policy, ..Setting::default() }.start();
+    rig.commits(30);
+    rig.catch_and_check();
 }
 
 #[test]

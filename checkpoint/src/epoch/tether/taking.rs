@@ -274,6 +274,10 @@ impl TetherLoop {
                 Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } },
             );
             self.hold_back(hold);
+            if self.shared.lock().failed.is_some() {
+                // It stays stopped: nothing it did from here on could be caught.
+                return Ok(());
+            }
             self.guest.resume().map_err(resume_failed)?;
             self.resumed();
         }
