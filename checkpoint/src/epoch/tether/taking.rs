@@ -256,38 +256,31 @@ impl TetherLoop {
         };
         let on_its_way = self.pending.on_its_way(&self.shared.lock());
         let hold = self.policy.hold_back(&self.facts, on_its_way);
+        let taken =
+            |pause| Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } };
         let resume_failed = guest_error("resuming the guest after the checkpoint");
         if hold.is_zero() {
-            self.guest.resume().map_err(resume_failed)?;
-            self.resumed();
+            self.resume().map_err(resume_failed)?;
             pause.resume = clock.lap();
             self.facts.pause = pause.total();
-            self.ship(
-                slot,
-                epoch,
-                Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } },
-            );
-        } else {
-            self.ship(
-                slot,
-                epoch,
-                Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } },
-            );
-            self.hold_back(hold);
-            if self.shared.lock().failed.is_some() {
-                // It stays stopped: nothing it did from here on could be caught.
-                return Ok(());
-            }
-            self.guest.resume().map_err(resume_failed)?;
-            self.resumed();
+            self.ship(slot, epoch, taken(pause));
+            return Ok(());
         }
-        Ok(())
+        self.ship(slot, epoch, taken(pause));
+        self.hold_back(hold);
+        if self.shared.lock().failed.is_some() {
+            // It stays stopped: nothing it did from here on could be caught.
+            return Ok(());
+        }
+        self.resume().map_err(resume_failed)
     }
 
-    fn resumed(&mut self) {
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.guest.resume()?;
         self.paused = false;
         self.resumed_at = Instant::now();
         reached("epoch-resumed");
+        Ok(())
     }
 
     fn ship(&mut self, slot: Slot, epoch: Epoch, taken: Taken) {
