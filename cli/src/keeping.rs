@@ -3,15 +3,16 @@
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
 use crate::operate::console::Console;
-use crate::options::{FabricOptions, GuestOptions, SecurityOptions, TetherOptions};
+use crate::options::{FabricOptions, FenceOptions, GuestOptions, SecurityOptions, TetherOptions};
 use crate::quantity::Span;
-use crate::send::{Going, SendArgs, SessionRefused, see_through, session, sizes};
+use crate::send::{Going, SendArgs, SessionRefused, fence_hook, see_through, session, sizes};
 use crate::{report, signals};
 use belay_checkpoint::journal::{JournalError, MigrationId};
 use belay_checkpoint::outbox::Outbox;
 use belay_transport::region::{RegionError, backing_of};
 use belay_transport::session::Address;
 use belay_transport::{PageSize, RegionId};
+use belay_vmm_glue::fence_hook::FenceHook;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::reattach::Identity;
@@ -58,6 +59,8 @@ struct Remembered {
     fabric: FabricOptions,
     security: SecurityOptions,
     catch_on_loss: bool,
+    #[serde(default)]
+    fence: FenceOptions,
 }
 
 /// For the journal.
@@ -75,6 +78,7 @@ pub fn remember(args: &SendArgs) -> Vec<u8> {
         fabric: args.fabric.clone(),
         security,
         catch_on_loss: args.catch_on_loss,
+        fence: args.fence.clone(),
     };
     serde_json::to_vec(&remembered).expect("options are plain data")
 }
@@ -185,6 +189,11 @@ fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observ
     args.fabric = args.fabric.or(remembered.fabric);
     args.security = args.security.or(remembered.security);
     args.catch_on_loss |= remembered.catch_on_loss;
+    args.fence = args.fence.or(remembered.fence);
+    let fence = match fence_hook(&args, observer) {
+        Ok(fence) => fence,
+        Err(exit) => return exit,
+    };
     let to = match args.to.clone().map_or_else(|| written.to.parse::<Address>(), Ok) {
         Ok(to) => to,
         Err(error) => return fail(&error, "Say with --to where the destination listens.", Exit::Usage),
@@ -212,7 +221,7 @@ fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observ
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
     board.emits_through(&output);
-    let config = config(&args, &written, proposal, session, to);
+    let config = config(&args, &written, proposal, session, to, fence);
     if keep.is_released() {
         let mut keep = keep;
         return tell_release(&mut keep, &config, &output, words, observer).map_or_else(
@@ -245,6 +254,7 @@ fn config(
     proposal: Proposal,
     session: belay_transport::session::SessionConfig,
     address: Address,
+    fence: Option<FenceHook>,
 ) -> SourceConfig {
     let memory_bytes = match &proposal.vmm {
         VmmSpec::Kvm(spec) => spec.memory_bytes,
@@ -262,6 +272,7 @@ fn config(
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
+        fence,
     }
 }
 

@@ -106,6 +106,9 @@ enum Command {
     /// The small process that ends a QEMU with belay (started by send and receive)
     #[command(hide = true)]
     Leash(vmm::GuardArgs),
+    /// The small process that ends a fence hook with belay (started by send)
+    #[command(hide = true)]
+    Hook(vmm::HookArgs),
 }
 
 /// Runs the command that this process was started with.
@@ -142,6 +145,8 @@ pub fn main() -> ExitCode {
         Command::Vmm(args) => vmm::run(args),
         Command::Guard(args) => vmm::run_guard(args),
         Command::Leash(args) => vmm::run_leash(args),
+        // Its exit code is the hook's own.
+        Command::Hook(args) => return vmm::run_hook(&args),
     };
     ExitCode::from(exit.code())
 }

@@ -4,6 +4,7 @@
 //! know is an error, because a misspelt `output = "commit"` must not silently mean something else.
 
 mod choices;
+mod fencing;
 
 use crate::operate::console::ConsoleOptions;
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
@@ -16,6 +17,7 @@ pub use choices::{
     TrackerChoice, VmmPlace,
 };
 use clap::Args;
+pub use fencing::FenceOptions;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -149,6 +151,7 @@ pub struct ConfigFile {
     pub fabric: FabricOptions,
     pub security: SecurityOptions,
     pub operate: ConsoleOptions,
+    pub fence: FenceOptions,
 }
 
 /// Why a configuration file was refused.
@@ -320,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_key_nobody_knows_is_an_error_in_every_table() {
-        for table in ["tether", "guest", "fabric", "security", "operate"] {
+        for table in ["tether", "guest", "fabric", "security", "operate", "fence"] {
             let error = toml::from_str::<ConfigFile>(&format!("[{table}]\ntrusted-fabrik = true\n")).expect_err(table);
             assert!(error.to_string().contains("trusted-fabrik"), "{error}");
         }

@@ -6,7 +6,7 @@ use crate::holder::{self, Driver, Held};
 use crate::keeping::{self, KeepOptions};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
-    ConfigFile, FabricOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
+    ConfigFile, FabricOptions, FenceOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
 };
 use crate::qemu::send::QemuSend;
 use crate::quantity::Span;
@@ -19,6 +19,7 @@ use belay_checkpoint::ring::SpoolError;
 use belay_transport::region::RegionError;
 use belay_transport::session::{Address, SessionConfig, SessionError};
 use belay_transport::{PageSize, RegionId};
+use belay_vmm_glue::fence_hook::FenceHook;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::operator::{Ended as WaitEnded, Words};
@@ -72,6 +73,8 @@ pub struct SendArgs {
     #[arg(long)]
     pub catch_on_loss: bool,
     #[command(flatten)]
+    pub fence: FenceOptions,
+    #[command(flatten)]
     pub console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
@@ -116,6 +119,7 @@ pub fn run(mut args: SendArgs) -> Exit {
                 args.tether = args.tether.or(tether);
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
+                args.fence = args.fence.or(file.fence);
             }
             Err(error) => {
                 let observer = report::reporter("source", args.json);
@@ -155,6 +159,10 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         return Exit::Usage;
     };
     let spec = guest_spec(&args.guest);
+    let fence = match fence_hook(args, observer) {
+        Ok(fence) => fence,
+        Err(exit) => return exit,
+    };
     let session = match session(args, &to) {
         Ok(session) => session,
         Err(SessionRefused::Security(error)) => {
@@ -265,6 +273,7 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
+        fence,
     };
     see_through(args, Going { config: &config, keep, held, taken_over: false }, &output, words, observer)
 }
@@ -370,6 +379,14 @@ pub fn sizes(tether: &TetherOptions, memory_bytes: u64) -> (usize, u64) {
 pub enum SessionRefused {
     Security(SessionError),
     Fabric(fabric::Refused),
+}
+
+/// What makes sure that a lost destination is off, if anything was named.
+pub fn fence_hook(args: &SendArgs, observer: &Observer) -> Result<Option<FenceHook>, Exit> {
+    args.fence.hook().map_err(|why| {
+        report::failed_text(observer, &why, "Nothing was started; `belay help send` tells what the fence needs.");
+        Exit::Usage
+    })
 }
 
 /// What a session is made with.

@@ -5,9 +5,11 @@ use crate::quantity::Span;
 use crate::{complain, holder};
 use belay_vmm_glue::kvm::apart;
 use clap::Args;
+use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// The VMM takes everything over its standard input, a socket.
 #[derive(Debug, Clone, Args)]
@@ -49,6 +51,24 @@ pub fn run_guard(_args: GuardArgs) -> Exit {
         Err(error) => {
             complain(&error, "`belay receive` starts the guard; it is of no use by itself.");
             Exit::Failed
+        }
+    }
+}
+
+/// What the fence hook's holder is given.
+#[derive(Debug, Clone, Args)]
+pub struct HookArgs {
+    /// For sh
+    command: OsString,
+}
+
+/// Runs the fence hook and holds it.
+pub fn run_hook(args: &HookArgs) -> ExitCode {
+    match belay_vmm_glue::fence_hook::hold(&args.command) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            complain(&error, "`belay send --fence-hook` starts it; it is of no use by itself.");
+            ExitCode::from(Exit::Failed.code())
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod fuzzing;
 #[cfg(test)]
 #[path = "../../transport/src/golden.rs"]
 mod golden;
+pub mod fence_hook;
 pub mod guard;
 pub mod kvm;
 pub mod migrate;

@@ -5,7 +5,7 @@ use crate::exit::Exit;
 use crate::keeping;
 use crate::operate::console::Console;
 use crate::options::GuestOptions;
-use crate::send::{SendArgs, SessionRefused, not_begun, release_policy, session, sizes, tether_settings};
+use crate::send::{SendArgs, SessionRefused, fence_hook, not_begun, release_policy, session, sizes, tether_settings};
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
@@ -117,6 +117,10 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         return usage(&what, advice);
     }
     let Some(to) = args.to.clone() else { return usage("--to is missing", "Say where `belay receive` listens.") };
+    let fence = match fence_hook(args, observer) {
+        Ok(fence) => fence,
+        Err(exit) => return exit,
+    };
     let session = match session(args, &to) {
         Ok(session) => session,
         Err(SessionRefused::Security(error)) => {
@@ -212,6 +216,7 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         bounds: Bounds::default(),
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
+        fence,
     };
     see_through(&config, (keep, guest), &output, &console.words, observer)
 }

@@ -157,6 +157,7 @@ pub fn source_config(address: Address, spec: &GuestSpec, tracker: TrackerKind) -
         bounds: Bounds::default(),
         numa: NumaChoice::Off,
         catch_on_loss: false,
+        fence: None,
     }
 }
 

@@ -76,7 +76,7 @@ impl Source<'_> {
                 self.lease_ends = Some(boot_time() + lasts);
                 None
             }
-            Action::Revoke { .. } => self.revoke(),
+            Action::Revoke { .. } => self.revoke_once_fenced(),
             Action::FoldAndLoad => self.fold_and_load(),
             Action::ResendOutput => {
                 // Once: a resume that is tried again finds them on their way already.

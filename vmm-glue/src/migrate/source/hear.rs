@@ -64,7 +64,7 @@ impl Source<'_> {
         }
         match what {
             Happening::DeathSign => Some(self.lost(Event::DeathSign, "the guard beside it says that it is dying")),
-            Happening::DeathProven => Some(self.lost(Event::DeathProven, "the guard beside it says that it has ended")),
+            Happening::DeathProven => self.death_proven("the guard beside it says that it has ended"),
             Happening::LaneBroken => {
                 let by = self.with_what_the_fabric_says("a data lane closed");
                 Some(self.lost(Event::ConnectionClosed, &by))
@@ -80,6 +80,7 @@ impl Source<'_> {
             }
             Happening::GraceOver(why) => Some(self.grace_is_over(&why)),
             Happening::CameBack(session) => self.came_back(*session),
+            Happening::Fence(number, report) => self.fence_said(number, report),
         }
     }
 
@@ -117,6 +118,7 @@ impl Source<'_> {
                 None
             }
             State::Revoking { stuck, .. } => {
+                self.hurry_the_fence();
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
             }
@@ -160,7 +162,7 @@ impl Source<'_> {
             ToSource::FateAsked { owner_epoch } => Some(Event::FateAsked { owner_epoch }),
             ToSource::GuestGone { because } => {
                 self.last = because;
-                Some(self.lost(Event::DeathProven, "the destination says that its VMM has ended"))
+                self.death_proven("the destination says that its VMM has ended")
             }
             ToSource::Failed { reason, because } => {
                 self.last = because;

@@ -5,6 +5,7 @@
 
 mod act;
 mod catch;
+mod fence;
 mod hear;
 mod herald;
 pub mod keep;
@@ -22,6 +23,7 @@ use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
 use super::registering::Registrations;
 use super::settings::{Bounds, Proposal};
+use crate::fence_hook::{FenceHook, Report};
 use crate::guard::{DeathWatch, GuardError};
 use belay_checkpoint::fold::{Catch, CatchError, FoldError, FoldTarget, Folder, Recovered};
 use belay_checkpoint::guest::{Epoch, Guest, GuestError};
@@ -35,6 +37,7 @@ use belay_transport::region::{Extent, Mapping, RegionError};
 use belay_transport::session::{Address, Control, LaneDialer, SessionConfig, SessionError, SourceSession};
 use belay_transport::{Deadline, RegionId};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use fence::Fence;
 use herald::Herald;
 use keep::{Keep, KeepError, LeftBehind};
 pub(super) use prepare::lanes;
@@ -61,6 +64,8 @@ pub struct SourceConfig {
     pub numa: NumaChoice,
     /// The operator's standing word for `--output lease`: order the catch as soon as the destination is lost.
     pub catch_on_loss: bool,
+    /// What makes sure that a lost destination is off.
+    pub fence: Option<FenceHook>,
 }
 
 /// How a migration ended, seen from the source.
@@ -143,6 +148,8 @@ enum Happening {
     NotBack(String),
     /// It was looked for as long as it was to be.
     GraceOver(String),
+    /// What the fence hook's runs, by their number, have come to.
+    Fence(u64, Report),
 }
 
 /// Takes what happens, with the nonce of the session it happened in: what is left of an earlier session means nothing.
@@ -198,6 +205,7 @@ pub struct Source<'a> {
     live: Option<Live>,
     left: Option<Left>,
     herald: Option<Herald>,
+    fence: Fence,
     /// Until when the herald is to look.
     grace_until: Option<Instant>,
     asking: Option<Asking>,
@@ -275,12 +283,13 @@ pub fn take_over(given: Given<'_>) -> Result<Outcome, SourceError> {
         return Err(KeepError::NothingLeft { id: given.keep.identity().migration, why }.into());
     }
     given.words.board.session(given.keep.identity().migration.number());
-    let was = state.name().to_lowercase();
+    let (was, kept) = (state.name().to_lowercase(), state);
     let migration = given.keep.identity().migration.to_string();
     let last = given.observer.note(None, Kind::TakenOver { migration, was });
     let (state, actions) = restart(&state);
     let mut source = Source::new(given, state, channel, last);
     source.nonces.extend(since);
+    source.take_over_proof(&kept);
     if let Some(LeftBehind { ring, owner_region, catch }) = left {
         source.left = Some(Left { ring, owner_region });
         source.catch = Some(catch);
@@ -328,6 +337,7 @@ impl<'a> Source<'a> {
             live: None,
             left: None,
             herald: None,
+            fence: Fence::default(),
             grace_until: None,
             asking: None,
             happened,
@@ -447,6 +457,7 @@ impl<'a> Source<'a> {
             }
         }
         self.settle();
+        self.see_to_the_fence();
         self.settle_orders(None);
         events
     }

@@ -34,8 +34,16 @@ impl Source<'_> {
             (Ask::Catch, State::Switching { .. }) => Ok((Event::Cancelled, "the guest is being taken back")),
             (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
             (Ask::Catch, State::Revoking { stuck, .. }) => {
+                self.hurry_the_fence();
                 self.ordered_again = stuck;
-                Ok((Event::OperatorCatch, if stuck { "the catch is tried again" } else { "a catch is under way" }))
+                Ok((
+                    Event::OperatorCatch,
+                    match stuck {
+                        true => "the catch is tried again",
+                        false if self.awaits_fence() => "the catch waits for the fence hook, which is run again now",
+                        false => "a catch is under way",
+                    },
+                ))
             }
             (ask, state) => {
                 Err(format!("the migration is over here ({}): there is nothing to {ask}", state.name().to_lowercase()))
