@@ -24,6 +24,11 @@ fn limits() -> Limits {
     Limits { device_state_bytes: 1000, output_bytes: 1000, ..Limits::for_regions(regions) }
 }
 
+/// What an arbiter answers.
+pub fn arbiter(data: &[u8]) {
+    crate::arbiter::etcd::fuzzing::arbiter(&data[..data.len().min(MOST_BYTES)]);
+}
+
 /// A journal on disk, and a value in kept memory.
 pub fn journal(data: &[u8]) {
     let Some((mode, bytes)) = data.split_first() else { return };

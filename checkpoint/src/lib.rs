@@ -2,6 +2,7 @@
 //!
 //! It knows guests only through the traits of [`guest`], and the other host only through `belay-transport`.
 
+pub mod arbiter;
 mod clock;
 pub mod dirty;
 pub mod epoch;

@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{journal, record, ring};
+use super::{arbiter, journal, record, ring};
 use crate::guest::Packet;
 use crate::record::build::Image;
 use crate::record::{CRITICAL, DEVICE_VMM, kind};
@@ -57,6 +57,11 @@ fn the_corpus_of_ring_breaks_no_promise() {
 }
 
 #[test]
+fn the_corpus_of_arbiter_breaks_no_promise() {
+    check(&at("arbiter"), &crate::arbiter::etcd::fuzzing::seeds(), arbiter);
+}
+
+#[test]
 fn the_corpus_of_journal_breaks_no_promise() {
     let whole = [&[0; 32][..], b"what a source must know to be started again"].concat();
     let seeds = [("sealed", of(1, &[whole])), ("kept", of(2, &[crate::journal::cell::seed()]))];
@@ -64,6 +69,11 @@ fn the_corpus_of_journal_breaks_no_promise() {
 }
 
 proptest! {
+    #[test]
+    fn no_arbiter_breaks_a_promise(input in changed(corpus(&at("arbiter")))) {
+        arbiter(&input);
+    }
+
     #[test]
     fn no_journal_breaks_a_promise(input in changed(corpus(&at("journal")))) {
         journal(&input);
