@@ -26,9 +26,9 @@ struct Server {
 
 impl Server {
     fn start(program: PathBuf) -> Self {
-        let folder = tempfile::tempdir().expect("a temporary directory");
         // Two that nobody has now; whoever takes one meanwhile makes etcd end, and another pair is tried.
         for _ in 0..20 {
+            let folder = tempfile::tempdir().expect("a temporary directory");
             let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("loopback"));
             let ports = free.each_ref().map(|port| port.local_addr().expect("bound").port());
             drop(free);
@@ -37,7 +37,6 @@ impl Server {
             if server.answers() {
                 return server;
             }
-            folder = tempfile::tempdir().expect("a temporary directory");
         }
         panic!("etcd does not start");
     }
