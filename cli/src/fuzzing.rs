@@ -5,7 +5,8 @@ use crate::metrics::http;
 use crate::operate::console::ConsoleOptions;
 use crate::operate::protocol;
 use crate::options::{
-    ConfigFile, FabricOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice, SecurityOptions, TetherOptions,
+    ConfigFile, FabricOptions, FenceOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice, SecurityOptions,
+    TetherOptions,
 };
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use serde::Serialize;
@@ -99,8 +100,12 @@ fn file(text: &str) {
     same::<FabricOptions>(&file.fabric);
     same::<SecurityOptions>(&file.security);
     same::<ConsoleOptions>(&file.operate);
+    same::<FenceOptions>(&file.fence);
     let table: toml::Table = text.parse().expect("it was read");
-    assert!(table.keys().all(|key| ["tether", "guest", "fabric", "security", "operate"].contains(&&**key)), "{text:?}");
+    assert!(
+        table.keys().all(|key| ["tether", "guest", "fabric", "security", "operate", "fence"].contains(&&**key)),
+        "{text:?}"
+    );
     // Every file goes under any command line.
     let tether = TetherOptions::default().or(file.tether.clone());
     assert_eq!(written(&tether), written(&file.tether));
@@ -164,7 +169,8 @@ mod tests {
         let file = "[tether]\npolicy = \"dirty:4096,max=100ms\"\noutput = \"lease\"\ntracker = \"uffd-wp\"\nlease = \"1.5s\"\n\
             ring = \"64M\"\nrelease = \"30s\"\nshards = 2\npace = \"2.5G\"\n[guest]\nmemory = \"1G\"\npage-size = \"2M\"\n\
             vmm = \"apart\"\n[fabric]\nfabric = \"verbs\"\ntrusted-fabric = true\nnuma-node = \"1\"\nib-port = 1\n\
-            [security]\ncert = \"a.crt\"\ninsecure = true\n";
+            [security]\ncert = \"a.crt\"\ninsecure = true\n\
+            [fence]\nfence-hook = \"power-off $BELAY_FENCE_HOST\"\nfence-timeout = \"60s\"\nfence-always = true\n";
         let of = |mode: u8, text: &str| [&[mode], text.as_bytes()].concat();
         let seeds = [
             ("file", of(0, file)),

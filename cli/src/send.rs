@@ -6,7 +6,8 @@ use crate::holder::{self, Driver, Held};
 use crate::keeping::{self, KeepOptions};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
-    ConfigFile, FabricOptions, FenceOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions, TetherOptions,
+    ConfigFile, FabricOptions, FenceOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions,
+    TetherOptions,
 };
 use crate::qemu::send::QemuSend;
 use crate::quantity::Span;

@@ -48,7 +48,8 @@ impl Road {
     /// The hook has been run and has failed.
     fn expect_refused(&mut self) {
         self.source.wait_for("a hook that proves nothing", |event| {
-            event["event"] == "failed" && event["what"].as_str().is_some_and(|what| what.contains("the fence hook ended"))
+            event["event"] == "failed"
+                && event["what"].as_str().is_some_and(|what| what.contains("the fence hook ended"))
         });
     }
 
@@ -115,14 +116,17 @@ fn p5_where_the_fence_is_asked_for_always_nothing_is_revoked_or_folded_before_it
 }
 
 #[test]
-fn p5_a_destination_that_comes_back_while_the_fence_is_awaited_does_not_run_the_guest() {
+fn p2_a_destination_that_comes_back_while_the_fence_is_awaited_stays_fenced_and_retires_after_the_catch() {
     let mut road = Road::start(ALLOWED, &["--fence-always", "--run-on", "100ms"]);
     road.freeze();
     road.expect_refused();
     road.destination.signal(libc::SIGCONT);
-    assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
+    // Its lease has run out and is not renewed; it stops the guest and keeps its memory.
+    road.destination.wait_for_state("fenced");
+    assert!(!road.source.was("fence-hook-succeeded"));
     road.allow();
     assert_eq!(road.source.end(), 10, "{}", road.source.story());
+    assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
 }
 
 #[test]

@@ -52,7 +52,9 @@ impl FenceOptions {
             return Err("--fence-hook is no command: the shell would do nothing and call that a success".to_owned());
         }
         if timeout.is_zero() || timeout > LONGEST_TIMEOUT {
-            return Err(format!("a --fence-timeout of {timeout:?}; more than nothing and at most {LONGEST_TIMEOUT:?} is possible"));
+            return Err(format!(
+                "a --fence-timeout of {timeout:?}; more than nothing and at most {LONGEST_TIMEOUT:?} is possible"
+            ));
         }
         let holder = GuardCommand::this_program(&["hook", "--"]).map_err(|error| error.to_string())?;
         Ok(Some(FenceHook { command: command.into(), timeout, always: self.fence_always, holder }))
@@ -75,7 +77,7 @@ mod tests {
             "fence-timeout = \"5s\"",
             "fence-hook = \" \"",
             "fence-hook = \"fence\"\nfence-timeout = \"0s\"",
-            "fence-hook = \"fence\"\nfence-timeout = \"2h\"",
+            "fence-hook = \"fence\"\nfence-timeout = \"7200s\"",
         ] {
             assert!(options(wrong).hook().is_err(), "{wrong}");
         }

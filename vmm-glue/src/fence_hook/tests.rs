@@ -78,8 +78,7 @@ fn place() -> (tempfile::TempDir, impl Fn(&str) -> PathBuf) {
 fn a_fence_hook_that_succeeds_is_told_whom_to_end_and_is_proof() {
     let (_folder, path) = place();
     let told = path("told");
-    let script =
-        format!("echo $BELAY_FENCE_HOST $BELAY_FENCE_OWNER_EPOCH $BELAY_FENCE_MIGRATION > {}", told.display());
+    let script = format!("echo $BELAY_FENCE_HOST $BELAY_FENCE_OWNER_EPOCH $BELAY_FENCE_MIGRATION > {}", told.display());
     let (_runs, said) = start(&script, BOUND);
     assert!(matches!(said.recv_timeout(BOUND), Ok(Report::Proven { .. })));
     assert_eq!(std::fs::read_to_string(told).expect("written"), "host-b 7 00ff\n");
@@ -112,7 +111,8 @@ fn a_fence_hook_that_hangs_is_killed_with_its_children_at_its_deadline_and_prove
     let (_folder, path) = place();
     let child = path("child");
     // The shell ignores whatever it can, and its child holds its pipes open.
-    let script = format!("trap '' TERM HUP INT; sleep 600 & echo $! > {}; echo waiting >&2; wait; wait", child.display());
+    let script =
+        format!("trap '' TERM HUP INT; sleep 600 & echo $! > {}; echo waiting >&2; wait; wait", child.display());
     let (_runs, said) = start(&script, Duration::from_millis(1500));
     let (error, _) = failure(&said);
     assert!(matches!(error, HookError::TooLong { .. }), "{error}");

@@ -62,7 +62,8 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let record = r#"{"header":{"revision":"6"},"kvs":[{"key":"YmVsYXkvZ3Vlc3Qvdm0x","create_revision":"2","mod_revision":"6","version":"4",
         "value":"eyJvd25lciI6Imhvc3QtYSIsIm93bmVyLWVwb2NoIjozLCJtaWdyYXRpb24iOiIwMGZmIn0=","lease":"7587861231285799685"}],"count":"1"}"#;
     let of = |mode: u8, parts: &[&str]| [&[mode][..], parts.concat().as_bytes()].concat();
-    let length = format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", record.len());
+    let length =
+        format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", record.len());
     let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{\"result\":{\"ID\":\r\n5;x=y\r\n\"7\"}}\r\n0\r\n\r\n";
     vec![
         ("length", of(0, &[&length, record])),

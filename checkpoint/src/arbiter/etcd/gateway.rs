@@ -18,9 +18,7 @@ impl<'de> Deserialize<'de> for Number {
         }
         match Written::deserialize(deserializer)? {
             Written::Number(number) => Ok(Self(number)),
-            Written::Text(text) => {
-                text.parse().map(Self).map_err(|_| D::Error::custom("a number that is none"))
-            }
+            Written::Text(text) => text.parse().map(Self).map_err(|_| D::Error::custom("a number that is none")),
         }
     }
 }

@@ -74,7 +74,13 @@ impl Etcd {
     }
 
     /// Posts one request and reads what the gateway says to it.
-    fn ask<T: DeserializeOwned>(&self, doing: Doing, path: &str, body: &Value, deadline: Deadline) -> Result<T, ArbiterError> {
+    fn ask<T: DeserializeOwned>(
+        &self,
+        doing: Doing,
+        path: &str,
+        body: &Value,
+        deadline: Deadline,
+    ) -> Result<T, ArbiterError> {
         let (Doing::Look(what) | Doing::Write(what)) = doing;
         let address = || self.endpoint.to_string();
         let body = serde_json::to_vec(body).expect("a value is plain data");
@@ -115,7 +121,8 @@ impl Etcd {
             return Err(self.misunderstood(doing, "a record without a revision"));
         }
         let foreign = |what: String| ArbiterError::ForeignRecord { guest: guest.clone(), what };
-        let value = base64::decode(&record.value).ok_or_else(|| self.misunderstood(doing, "a value that is no base64"))?;
+        let value =
+            base64::decode(&record.value).ok_or_else(|| self.misunderstood(doing, "a value that is no base64"))?;
         let claim: Claim = serde_json::from_slice(&value).map_err(|error| foreign(error.to_string()))?;
         if !claim.fits() {
             return Err(foreign("its owner or migration has no bytes, or too many".to_owned()));

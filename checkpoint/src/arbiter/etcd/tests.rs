@@ -89,7 +89,9 @@ fn request(stream: &mut TcpStream) -> String {
 fn record(claim: &Claim, revision: u64) -> String {
     let value = base64::encode(&serde_json::to_vec(claim).expect("plain data"));
     let key = base64::encode(b"belay/guest/vm1");
-    format!(r#"{{"header":{{"revision":"{revision}"}},"kvs":[{{"key":"{key}","value":"{value}","mod_revision":"{revision}"}}],"count":"1"}}"#)
+    format!(
+        r#"{{"header":{{"revision":"{revision}"}},"kvs":[{{"key":"{key}","value":"{value}","mod_revision":"{revision}"}}],"count":"1"}}"#
+    )
 }
 
 #[test]
@@ -97,7 +99,16 @@ fn an_endpoint_is_a_host_and_a_port_in_clear() {
     for right in ["http://127.0.0.1:2379", "http://[::1]:2379", "http://etcd-0.example:80"] {
         assert_eq!(right.parse::<Endpoint>().expect(right).to_string(), right);
     }
-    let wrong = ["", "127.0.0.1:2379", "https://a:2379", "http://a", "http://a:0", "http://:1", "http://a:2379/v3", "http://a\r\nb:1"];
+    let wrong = [
+        "",
+        "127.0.0.1:2379",
+        "https://a:2379",
+        "http://a",
+        "http://a:0",
+        "http://:1",
+        "http://a:2379/v3",
+        "http://a\r\nb:1",
+    ];
     for wrong in wrong {
         assert!(wrong.parse::<Endpoint>().is_err(), "{wrong}");
     }
@@ -126,7 +137,9 @@ fn a_claim_compares_the_version_that_was_read_and_writes_owner_and_owner_epoch()
 #[test]
 fn a_claim_that_lost_says_who_has_it_and_one_that_is_found_there_word_for_word_has_won() {
     let (mine, other) = (claim_of("host-b", 3), claim_of("host-a", 4));
-    let found = |claim: &Claim| format!(r#"{{"header":{{"revision":"9"}},"responses":[{{"response_range":{}}}]}}"#, record(claim, 7));
+    let found = |claim: &Claim| {
+        format!(r#"{{"header":{{"revision":"9"}},"responses":[{{"response_range":{}}}]}}"#, record(claim, 7))
+    };
     let mut server = Scripted::ok(&found(&other));
     let lost = server.etcd.claim(&vm1(), &mine, Some(Version(6)), None, soon()).expect("an answer");
     assert_eq!(lost, Verdict::Not(Some(Held { claim: other, version: Version(7), lease: None })));
@@ -141,7 +154,8 @@ fn whatever_an_arbiter_answers_that_is_no_answer_is_an_error_with_what_it_was() 
     let endless = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LONGEST + 1));
     let many_headers = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(200));
     let foreign = record(&claim_of("host-a", 1), 4).replace("eyJ", "ey1");
-    let other_key = record(&claim_of("host-a", 1), 4).replace(&base64::encode(b"belay/guest/vm1"), &base64::encode(b"x"));
+    let other_key =
+        record(&claim_of("host-a", 1), 4).replace(&base64::encode(b"belay/guest/vm1"), &base64::encode(b"x"));
     for (answer, what) in [
         ("".to_owned(), "ended after 0 bytes"),
         ("HTTP/1.1 200 OK\r\nContent-Le".to_owned(), "ended after 27 bytes"),
@@ -160,8 +174,14 @@ fn whatever_an_arbiter_answers_that_is_no_answer_is_an_error_with_what_it_was() 
         (http_ok(&"[".repeat(5000)), "answered something else"),
         (http_ok(&foreign), "not belay's"),
         (http_ok(&other_key), "another key"),
-        ("HTTP/1.1 503 Unavailable\r\nContent-Length: 22\r\n\r\n{\"error\":\"no\\u0007leader\"}".to_owned(), "ended after"),
-        ("HTTP/1.0 503 Unavailable\r\n\r\n{\"error\":\"no\\u0007leader\",\"code\":14}".to_owned(), "(HTTP status 503): no leader"),
+        (
+            "HTTP/1.1 503 Unavailable\r\nContent-Length: 99\r\n\r\n{\"error\":\"no\\u0007leader\"}".to_owned(),
+            "ended after",
+        ),
+        (
+            "HTTP/1.0 503 Unavailable\r\n\r\n{\"error\":\"no\\u0007leader\",\"code\":14}".to_owned(),
+            "(HTTP status 503): no leader",
+        ),
     ] {
         let mut server = Scripted::saying(answer.clone());
         let error = server.etcd.who(&vm1(), soon()).expect_err(&answer);

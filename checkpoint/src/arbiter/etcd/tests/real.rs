@@ -54,8 +54,9 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        let die_with_the_test =
-            || rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(Into::into);
+        let die_with_the_test = || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(Into::into)
+        };
         // SAFETY: prctl(2) allocates nothing and touches no memory of this process: it may be called between fork and exec.
         unsafe { command.pre_exec(die_with_the_test) };
         command.spawn().expect("etcd starts")
@@ -144,7 +145,10 @@ fn a_claim_outlives_its_arbiter_and_may_be_made_again() {
     assert!(held.lease.is_some());
     server.kill();
     let bound = Duration::from_secs(2);
-    assert!(client.who(&vm1(), Deadline::after(bound)).is_err() && client.renew(&vm1(), &held, Deadline::after(bound)).is_err());
+    assert!(
+        client.who(&vm1(), Deadline::after(bound)).is_err()
+            && client.renew(&vm1(), &held, Deadline::after(bound)).is_err()
+    );
     server.start_again();
     assert_eq!(client.who(&vm1(), soon()).expect("an answer"), Some(held.clone()));
     assert_eq!(ours(client.renew(&vm1(), &held, soon())), held);
