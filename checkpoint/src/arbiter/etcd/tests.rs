@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::ownership::OwnerEpoch;
+use rustix::net::{AddressFamily, SocketType};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -221,8 +222,10 @@ fn a_claim_that_was_heard_and_not_answered_may_have_happened_and_one_that_was_no
     let error = server.etcd.claim(&vm1(), &claim_of("host-b", 1), None, None, soon()).expect_err("no answer");
     assert!(matches!(error, ArbiterError::MayHaveHappened { .. }) && error.may_have_happened(), "{error}");
     // A port that nobody listens on.
-    let free = TcpListener::bind("127.0.0.1:0").expect("loopback").local_addr().expect("bound");
-    let mut nobody = Etcd::new(format!("http://{free}").parse().expect("an endpoint"));
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).expect("loopback");
+    let taken = SocketAddr::try_from(rustix::net::getsockname(&socket).expect("bound")).expect("of IPv4");
+    let mut nobody = Etcd::new(format!("http://{taken}").parse().expect("an endpoint"));
     let error = nobody.claim(&vm1(), &claim_of("host-b", 1), None, None, soon()).expect_err("nobody there");
     assert!(matches!(error, ArbiterError::NotAsked { .. }) && !error.may_have_happened(), "{error}");
     let error = nobody.claim(&vm1(), &claim_of("", 1), None, None, soon()).expect_err("nobody's");

@@ -4,6 +4,7 @@ use super::*;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 /// Where etcd is; says why and is none where it is not.
 fn etcd() -> Option<PathBuf> {
@@ -16,6 +17,16 @@ fn etcd() -> Option<PathBuf> {
     found
 }
 
+/// Two that nobody has now. They lie below what the kernel gives out by itself, so that no listener of another test takes one meanwhile;
+/// whoever else does makes etcd end, and other ones are tried.
+fn free_ports() -> [u16; 2] {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + (std::process::id() % 1000) as u16 * 10;
+    let mut free = std::iter::repeat_with(|| 20_000 + (first - 20_000 + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000)
+        .filter(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok());
+    [(); 2].map(|()| free.next().expect("one after the other"))
+}
+
 /// One that dies with the test.
 struct Server {
     program: PathBuf,
@@ -26,12 +37,9 @@ struct Server {
 
 impl Server {
     fn start(program: PathBuf) -> Self {
-        // Two that nobody has now; whoever takes one meanwhile makes etcd end, and another pair is tried.
-        for _ in 0..20 {
+        for _ in 0..50 {
             let folder = tempfile::tempdir().expect("a temporary directory");
-            let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("loopback"));
-            let ports = free.each_ref().map(|port| port.local_addr().expect("bound").port());
-            drop(free);
+            let ports = free_ports();
             let child = Self::spawn(&program, &folder, ports);
             let mut server = Self { program: program.clone(), folder, ports, child };
             if server.answers() {
