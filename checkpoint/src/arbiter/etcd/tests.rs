@@ -22,6 +22,9 @@ fn claim_of(owner: &str, owner_epoch: u64) -> Claim {
     Claim { owner: owner.to_owned(), owner_epoch: OwnerEpoch(owner_epoch), migration: "00ff".to_owned() }
 }
 
+/// What a server does once it was asked.
+type Script = Box<dyn FnOnce(&mut TcpStream) + Send>;
+
 /// Answers one connection after the other by what the script makes of them; what was asked comes over the channel.
 struct Scripted {
     etcd: Etcd,
@@ -30,7 +33,7 @@ struct Scripted {
 }
 
 impl Scripted {
-    fn new(connections: Vec<Box<dyn FnOnce(&mut TcpStream) + Send>>) -> Self {
+    fn new(connections: Vec<Script>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
         let endpoint = format!("http://{}", listener.local_addr().expect("bound"));
         let (say, asked) = channel();
