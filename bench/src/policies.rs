@@ -4,17 +4,20 @@ use crate::error::BenchError;
 use crate::quantity;
 use belay_checkpoint::policy::PolicySpec;
 use belay_checkpoint::policy::simulator::{Costs, Outcome, simulate};
-use belay_checkpoint::policy::trace::Workload;
+use belay_checkpoint::policy::trace::file::{self, TraceError};
+use belay_checkpoint::policy::trace::{Trace, Workload};
 use clap::Args;
 use serde::Serialize;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Compare checkpoint policies on the same traces, in a simulator
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Nothing runs and nothing is sent: the tether loop's course is simulated over what a guest of each workload writes and sends, a link of the given
-speed, and costs that are straight lines in pages with noise from the seed. The same seed gives the same table.
+Nothing runs and nothing is sent: the tether loop's course is simulated over what a guest of each workload writes and sends (made from the seed, or
+recorded by `belay receive --record-trace`), a link of the given speed, and costs that are straight lines in pages with noise from the seed. The same seed gives the same table.
 
 Columns: the delay of output (how long packets were held for their checkpoint); what went over the link; epochs; the share of its time that the
 guest was stopped, and how much of that because it wrote more than the link carried.")]
@@ -25,10 +28,13 @@ pub struct PolicyArgs {
     /// The link, in 10^9 bits a second
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=1000))]
     gbits: u64,
-    /// Guest RAM
+    /// What `belay receive --record-trace` has recorded, in place of made workloads; may be said several times
+    #[arg(long, value_name = "FILE")]
+    trace: Vec<PathBuf>,
+    /// Guest RAM of a made workload
     #[arg(long, value_name = "BYTES", default_value = "256M", value_parser = quantity::bytes)]
     memory: u64,
-    /// Seconds of the guest's time in each trace
+    /// Seconds of the guest's time in a made workload
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
     /// A pause without pages, in µs, and what a page adds, in ns
@@ -58,7 +64,7 @@ pub struct Row {
     held_back_percent: f64,
 }
 
-fn row(workload: Workload, policy: PolicySpec, outcome: &Outcome) -> Row {
+fn row(workload: &str, policy: PolicySpec, outcome: &Outcome) -> Row {
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     Row {
         workload: workload.to_string(),
@@ -73,13 +79,39 @@ fn row(workload: Workload, policy: PolicySpec, outcome: &Outcome) -> Row {
     }
 }
 
+/// What the policies are compared on, each with its name.
+fn traces(args: &PolicyArgs) -> Result<Vec<(String, Trace)>, BenchError> {
+    let bad = |what, why| BenchError::Options { what, why };
+    if args.trace.is_empty() {
+        let pages = u32::try_from(args.memory >> 12).ok().filter(|pages| *pages > 0).ok_or_else(|| {
+            bad(
+                "a guest that cannot be simulated",
+                format!("--memory {} is not between a page and 16 TiB", args.memory),
+            )
+        })?;
+        println!(
+            "{} s of a guest of {} MiB over {} Gb/s, seed {}",
+            args.seconds,
+            args.memory >> 20,
+            args.gbits,
+            args.seed
+        );
+        let made = |workload: Workload| {
+            (workload.to_string(), workload.trace(args.seed, pages, Duration::from_secs(args.seconds)))
+        };
+        return Ok(Workload::ALL.into_iter().map(made).collect());
+    }
+    println!("recorded traces over {} Gb/s, seed {}", args.gbits, args.seed);
+    let recorded = |path: &PathBuf| {
+        let file = File::open(path).map_err(TraceError::from).and_then(|file| file::read(BufReader::new(file)));
+        let trace = file.map_err(|error| bad("a trace", format!("{}: {error}", path.display())))?;
+        Ok((path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), trace))
+    };
+    args.trace.iter().map(recorded).collect()
+}
+
 /// Prints the table.
 pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
-    let pages =
-        u32::try_from(args.memory >> 12).ok().filter(|pages| *pages > 0).ok_or_else(|| BenchError::Options {
-            what: "a guest that cannot be simulated",
-            why: format!("--memory {} is not between a page and 16 TiB", args.memory),
-        })?;
     let costs = Costs {
         pause: Duration::from_micros(args.pause_us),
         pause_a_page: Duration::from_nanos(args.page_ns),
@@ -89,15 +121,13 @@ pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
         hiccup_in: 500,
         counts: true,
     };
-    println!("{} s of a guest of {} MiB over {} Gb/s, seed {}", args.seconds, args.memory >> 20, args.gbits, args.seed);
     let titles = ["p50[ms]", "p99[ms]", "max[ms]", "sent[MiB]", "epochs", "paused[%]", "held[%]"];
     let titles = titles.map(|title| format!("{title:>10}")).concat();
     let mut rows = Vec::new();
-    for workload in Workload::ALL {
+    for (workload, trace) in traces(args)? {
         println!("{workload:<12} {:<24}{titles}", "output delay");
-        let trace = workload.trace(args.seed, pages, Duration::from_secs(args.seconds));
         for policy in &args.policy {
-            let row = row(workload, *policy, &simulate(&trace, &costs, &mut *policy.build(), args.seed));
+            let row = row(&workload, *policy, &simulate(&trace, &costs, &mut *policy.build(), args.seed));
             println!(
                 "{:<12} {:<24}{:>10.2}{:>10.2}{:>10.2}{:>10.1}{:>10}{:>10.2}{:>10.2}",
                 "",

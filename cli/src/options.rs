@@ -27,7 +27,8 @@ use std::path::{Path, PathBuf};
 #[command(next_help_heading = "Tether")]
 pub struct TetherOptions {
     /// When a checkpoint is taken: fixed:10ms; dirty:4096,max=100ms (so many pages); event:4096,max=100ms (output waits, or so many pages);
-    /// adaptive:50ms (as seldom as keeps the delay of output under that); or none (no tether) [default: fixed:10ms]
+    /// adaptive:50ms (as seldom as keeps the delay of output under that); or none (no tether) [default: adaptive:50ms; fixed:10ms with
+    /// --output lease]
     #[arg(long, value_name = "POLICY")]
     pub policy: Option<PolicyChoice>,
     /// Shorthand for --policy fixed:TIME. Where stopping the guest takes most of that, it runs for as long as it was stopped, at most for TIME

@@ -17,6 +17,7 @@ use belay_vmm_glue::migrate::destination::{
     self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
 };
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
+use belay_vmm_glue::migrate::recording::Recording;
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
 use belay_vmm_glue::migrate::status::Board;
 use belay_vmm_glue::qemu::estate::QemuEstate;
@@ -64,6 +65,10 @@ pub struct ReceiveArgs {
     /// Hold the background pull once this share of pages is here, and serve only faults (for demonstrations and tests)
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     hold_pull_at: Option<u8>,
+    /// Write down what the guest writes and sends while it is tethered, a line a checkpoint, at most 4G: `belay-bench policy --trace FILE` compares
+    /// policies on it, best taken with `--policy fixed:1ms` at the source
+    #[arg(long, value_name = "FILE")]
+    record_trace: Option<PathBuf>,
     /// After a release: end this long after it (without this the guest runs until a signal)
     #[arg(long, value_name = "TIME")]
     run_on: Option<Span>,
@@ -193,12 +198,17 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
+    let recording = match args.record_trace.as_deref().map(|path| recording(path, observer)).transpose() {
+        Ok(recording) => recording,
+        Err(exit) => return exit,
+    };
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
         state_dir,
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
+        recording,
         numa: args.fabric.numa(),
     };
     let listening = || {
@@ -253,6 +263,21 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         }
         other => not_owned(args, other, observer),
     }
+}
+
+/// Most bytes of a recorded trace.
+const MOST_RECORDED: u64 = 4 << 30;
+
+fn recording(path: &Path, observer: &Observer) -> Result<Arc<Recording>, Exit> {
+    Recording::create(path, MOST_RECORDED, observer.clone()).map(Arc::new).map_err(|error| {
+        let what = format!("--record-trace {}: {error}", path.display());
+        report::failed_text(
+            observer,
+            &what,
+            "Nothing was started; name a file that is not there yet, in a directory that is.",
+        );
+        Exit::Usage
+    })
 }
 
 /// What a page server has left that died.

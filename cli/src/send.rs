@@ -33,7 +33,6 @@ use belay_vmm_glue::migrate::status::Board;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Run a guest and move it to a waiting `belay receive`, tethered; or move the guest of a QEMU that runs
 #[derive(Debug, Clone, Args)]
@@ -418,16 +417,17 @@ fn guest_spec(options: &GuestOptions) -> GuestSpec {
 
 /// The tether, with the defaults of the command; `None` with `--policy none`.
 pub fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<TetherSettings> {
+    let output = options.output.map_or(OutputMode::Commit, Into::into);
     let policy = match (&options.policy, options.period) {
         (Some(PolicyChoice::None), _) => return None,
         (Some(PolicyChoice::Take(policy)), _) => *policy,
         (None, Some(period)) => PolicySpec::Fixed { period: period.0 },
-        (None, None) => PolicySpec::Fixed { period: Duration::from_millis(10) },
+        (None, None) => PolicySpec::of_output(output),
     };
     Some(TetherSettings {
         tracker: options.tracker.map_or(tracker, Into::into),
         policy,
-        output: options.output.map_or(OutputMode::Commit, Into::into),
+        output,
         lease: LeaseSettings {
             length: options.lease.map_or(LeaseSettings::default().length, |lease| lease.0),
             ..LeaseSettings::default()

@@ -46,6 +46,8 @@ pub trait Arrivals: Send {
 
 /// Hears of epochs. Called on the tether's threads; must not block.
 pub trait EpochObserver: Send + Sync {
+    /// An epoch has been closed and is on its way: the guest `ran` in it for so long, sent `packets` and wrote `dirty`. Called while the next one runs.
+    fn closed(&self, _ran: Duration, _packets: usize, _dirty: &DirtySet) {}
     /// An epoch has committed.
     fn committed(&self, _stats: &EpochStats) {}
     /// The guest would not stop in time and goes on; tried again soon. `tries` in a row so far.

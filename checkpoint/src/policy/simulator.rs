@@ -113,9 +113,9 @@ pub fn simulate(trace: &Trace, costs: &Costs, policy: &mut dyn Policy, seed: u64
 
 impl Run<'_> {
     fn all(&mut self, policy: &mut dyn Policy) {
-        let steps = (self.trace.slot.as_nanos() / STEP.as_nanos()).max(1) as u32;
         let mut ask_at = Duration::ZERO;
         for slot in &self.trace.slots {
+            let steps = (slot.lasts.as_nanos() / STEP.as_nanos()).max(1);
             for &page in &slot.pages {
                 let (word, bit) = (&mut self.dirty[page as usize / 64], 1 << (page % 64));
                 self.dirty_pages += u64::from(*word & bit == 0);

@@ -1,6 +1,7 @@
 //! Policies as they are written: `fixed:10ms`, `dirty:4096,max=100ms`, `event:4096,max=100ms`, `adaptive:50ms`.
 
 use super::{Adaptive, DirtyBudget, FixedPeriod, LONGEST_PERIOD, OnEvent, Policy, SHORTEST_PERIOD};
+use crate::outbox::OutputMode;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -8,6 +9,8 @@ use std::time::Duration;
 
 /// What output may be delayed by under `adaptive`, if nothing else is said.
 pub const DELAY_BOUND: Duration = Duration::from_millis(50);
+/// How old a checkpoint may be where no output waits for it, if nothing else is said.
+pub const LEASE_PERIOD: Duration = Duration::from_millis(10);
 
 /// A policy as it is written: on the command line, in a config file, in a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +27,15 @@ pub enum PolicySpec {
 }
 
 impl PolicySpec {
+    /// What is best for output of this mode where nothing is said: its delay is bounded; where it has none, what a catch takes back of what the
+    /// world has seen.
+    pub const fn of_output(mode: OutputMode) -> Self {
+        match mode {
+            OutputMode::Commit => Self::Adaptive { delay_bound: DELAY_BOUND },
+            OutputMode::Lease => Self::Fixed { period: LEASE_PERIOD },
+        }
+    }
+
     /// The policy it describes.
     pub fn build(&self) -> Box<dyn Policy> {
         match *self {
@@ -41,12 +53,6 @@ impl PolicySpec {
             Self::DirtyBudget { at_most, .. } | Self::OnEvent { at_most, .. } => at_most,
             Self::Adaptive { delay_bound } => Adaptive::longest_epoch(delay_bound),
         }
-    }
-}
-
-impl Default for PolicySpec {
-    fn default() -> Self {
-        Self::Fixed { period: Duration::from_millis(10) }
     }
 }
 

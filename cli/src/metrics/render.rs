@@ -55,6 +55,10 @@ impl Text {
         self.gauge(name, help, us.map(|us| us as f64 / 1e6));
     }
 
+    fn seconds_total(&mut self, name: &str, help: &str, us: Option<u64>) {
+        self.one(name, "counter", help, us.map(|us| us as f64 / 1e6));
+    }
+
     fn histogram(&mut self, name: &str, help: &str, of: Option<&Distribution>) {
         let Some(of) = of else { return };
         self.head(name, "histogram", help);
@@ -157,6 +161,11 @@ pub fn text(status: &Status) -> String {
         "belay_checkpoint_commit_age_seconds",
         "How old a checkpoint was when it had committed.",
         known.and_then(|known| known.age_at_commit.as_ref()),
+    );
+    out.seconds_total(
+        "belay_guest_held_back_seconds_total",
+        "How long the guest was held back because it wrote more than the link carried.",
+        known.filter(|_| status.role == "destination").map(|known| known.held_back_us),
     );
     let output = status.output.as_ref();
     out.gauge("belay_output_held_packets", "Packets that may not leave yet.", output.map(|output| output.held_packets));

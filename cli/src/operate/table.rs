@@ -86,6 +86,9 @@ pub fn page(status: &Status) -> String {
         if let Some(pause) = &known.pause {
             row("pause", distribution(pause));
         }
+        if known.held_back_us > 0 {
+            row("held back", format!("{}: the guest writes more than the link carries", time(known.held_back_us)));
+        }
         if let Some(age) = &known.age_at_commit {
             row("commit age", distribution(age));
         }

@@ -91,7 +91,15 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
             }
         }
         Lie::LostCommit => {
-            let later = Kind::Committed { epoch: 1 << 40, pages: 1, bytes: 1, pause_us: 1, commit_us: 1, age_us: 1 };
+            let later = Kind::Committed {
+                epoch: 1 << 40,
+                pages: 1,
+                bytes: 1,
+                pause_us: 1,
+                held_back_us: 0,
+                commit_us: 1,
+                age_us: 1,
+            };
             add(&mut evidence.destination.events, later);
         }
         Lie::TwoOwners => {

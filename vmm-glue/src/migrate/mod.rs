@@ -15,6 +15,7 @@ pub mod operator;
 pub mod peer;
 pub mod protocol;
 pub mod reattach;
+pub mod recording;
 mod registering;
 pub mod release;
 pub mod settings;

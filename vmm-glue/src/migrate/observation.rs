@@ -105,7 +105,16 @@ pub enum Kind {
     /// Every frame has landed.
     AllLanded { took_us: u64, bytes: u64, faults: u64 },
     /// A checkpoint has committed.
-    Committed { epoch: u64, pages: u64, bytes: u64, pause_us: u64, commit_us: u64, age_us: u64 },
+    Committed {
+        epoch: u64,
+        pages: u64,
+        bytes: u64,
+        pause_us: u64,
+        /// How long the guest was held back before it ran in it, beside its pause: it wrote more than the link carried.
+        held_back_us: u64,
+        commit_us: u64,
+        age_us: u64,
+    },
     /// A checkpoint has been taken into the source's RAM.
     Folded { epoch: u64, pages: u64, took_us: u64 },
     /// The destination is thought dead, and what said so.
@@ -164,6 +173,7 @@ pub enum Kind {
         commit_p50_us: f64,
         age_p50_us: f64,
         age_p99_us: f64,
+        held_back_us: u64,
     },
     /// Processor time this process has used.
     CpuTime { user_us: u64, system_us: u64 },

@@ -62,6 +62,10 @@ impl Proposal {
             return Err(format!("a tether kept for {kept:?}; say never instead"));
         }
         match tether.policy {
+            PolicySpec::Adaptive { .. } if tether.output == OutputMode::Lease => {
+                Err("an adaptive policy with output by lease: it bounds how long output waits, and there none does; a fixed period bounds how old a \
+                     checkpoint is".to_owned())
+            }
             PolicySpec::Fixed { period: time }
             | PolicySpec::DirtyBudget { at_most: time, .. }
             | PolicySpec::OnEvent { at_most: time, .. }

@@ -95,6 +95,8 @@ pub struct Checkpoints {
     pub commits: u64,
     pub pages: u64,
     pub bytes: u64,
+    /// For how long the guest was held back, all in all, because it wrote more than the link carried. At the destination.
+    pub held_back_us: u64,
     /// Pages that checkpoints found written, over the last second.
     pub dirty_pages_per_second: Option<f64>,
     pub pause: Option<Distribution>,
@@ -372,7 +374,7 @@ impl Board {
         let mut facts = lock(&self.facts);
         let facts = &mut *facts;
         match &seen.kind {
-            Kind::Committed { epoch, pages, bytes, pause_us, age_us, .. } => {
+            Kind::Committed { epoch, pages, bytes, pause_us, held_back_us, age_us, .. } => {
                 facts.pause_ns.saturating_record(pause_us.saturating_mul(1000));
                 facts.age_ns.saturating_record(age_us.saturating_mul(1000));
                 facts.shown_at_us = Some(seen.at_us.saturating_sub(*age_us));
@@ -381,6 +383,7 @@ impl Board {
                 known.commits += 1;
                 known.pages += pages;
                 known.bytes += bytes;
+                known.held_back_us += held_back_us;
                 let pages = known.pages;
                 facts.dirtied.sample(seen.at_us, pages);
                 return;

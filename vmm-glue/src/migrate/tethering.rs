@@ -4,6 +4,7 @@
 use super::destination::Happening;
 use super::observation::{Kind, ObservationId, Observer, us};
 use super::protocol::{RingOffer, explain};
+use super::recording::Recording;
 use super::settings::{LeaseSettings, TetherSettings};
 use belay_checkpoint::dirty::{DirtySet, Harvested};
 use belay_checkpoint::epoch::{
@@ -204,6 +205,7 @@ impl Tethering {
         outbox: Arc<Outbox>,
         observer: Observer,
         because: ObservationId,
+        recording: Option<Arc<Recording>>,
     ) -> Result<(), TetheringError> {
         let Ready { writer, slots, tracker, arrivals } = self.ready.take().expect("started once");
         if let Some(storage) = guest.storage() {
@@ -213,6 +215,9 @@ impl Tethering {
                 outbox.applied(epoch);
             });
         }
+        if let Some(recording) = &recording {
+            recording.begins(guest.memory());
+        }
         let parts = TetherParts {
             guest,
             tracker: tracker.expect("armed before it is started"),
@@ -221,7 +226,7 @@ impl Tethering {
             outbox,
             writer,
             slots,
-            observer: Arc::new(Ears { observer, because, happened: self.happened.clone() }),
+            observer: Arc::new(Ears { observer, because, happened: self.happened.clone(), recording }),
             carried: self.carried.take(),
         };
         let config = TetherConfig {
@@ -269,6 +274,7 @@ impl Tethering {
             commit_p50_us: at(&stats.commit_ns, 0.5),
             age_p50_us: at(&stats.age_ns, 0.5),
             age_p99_us: at(&stats.age_ns, 0.99),
+            held_back_us: us(stats.held_back),
         };
         (Some(end), Some(summary))
     }
@@ -320,9 +326,16 @@ struct Ears {
     observer: Observer,
     because: ObservationId,
     happened: Sender<Happening>,
+    recording: Option<Arc<Recording>>,
 }
 
 impl EpochObserver for Ears {
+    fn closed(&self, ran: Duration, packets: usize, dirty: &DirtySet) {
+        if let Some(recording) = &self.recording {
+            recording.closed(ran, packets, dirty);
+        }
+    }
+
     fn committed(&self, stats: &EpochStats) {
         self.observer.note(
             Some(&self.because),
@@ -331,6 +344,7 @@ impl EpochObserver for Ears {
                 pages: stats.pages,
                 bytes: stats.bytes,
                 pause_us: us(stats.pause.total()),
+                held_back_us: us(stats.held_back),
                 commit_us: us(stats.commit),
                 age_us: us(stats.age),
             },

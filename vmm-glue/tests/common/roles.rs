@@ -123,6 +123,7 @@ pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> Destinatio
         output_to: None,
         state_dir: place.join("destination"),
         engine_cores: Vec::new(),
+        recording: None,
         numa: NumaChoice::Off,
         hold_pull_at,
         bounds: Bounds::default(),

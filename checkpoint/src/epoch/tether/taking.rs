@@ -256,6 +256,7 @@ impl TetherLoop {
         };
         let on_its_way = self.pending.on_its_way(&self.shared.lock());
         let hold = self.policy.hold_back(&self.facts, on_its_way);
+        let (ran, packets) = (self.facts.ran, stats.packets);
         let taken =
             |pause| Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } };
         let resume_failed = guest_error("resuming the guest after the checkpoint");
@@ -264,15 +265,19 @@ impl TetherLoop {
             pause.resume = clock.lap();
             self.facts.pause = pause.total();
             self.ship(slot, epoch, taken(pause));
-            return Ok(());
+        } else {
+            self.ship(slot, epoch, taken(pause));
+            self.hold_back(hold);
+            if self.shared.lock().failed.is_some() {
+                // It stays stopped: nothing it did from here on could be caught.
+                return Ok(());
+            }
+            self.resume().map_err(resume_failed)?;
         }
-        self.ship(slot, epoch, taken(pause));
-        self.hold_back(hold);
-        if self.shared.lock().failed.is_some() {
-            // It stays stopped: nothing it did from here on could be caught.
-            return Ok(());
+        if let Some((_, pages)) = self.outstanding.back() {
+            self.observer.closed(ran, packets, &pages.dirty);
         }
-        self.resume().map_err(resume_failed)
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

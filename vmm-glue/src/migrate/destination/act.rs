@@ -35,7 +35,8 @@ impl Destination<'_> {
                 };
                 let guest = self.guest.take()?;
                 let (output, observer) = (Arc::clone(&self.output), self.observer.clone());
-                match tethering.start(guest, output, observer, self.last.clone()) {
+                let recording = self.config.recording.clone();
+                match tethering.start(guest, output, observer, self.last.clone(), recording) {
                     Ok(()) => None,
                     Err(error) => {
                         self.why = protocol::explain(&error);

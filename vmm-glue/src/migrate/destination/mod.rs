@@ -20,6 +20,7 @@ use super::operator::{Pending, Words};
 use super::peer::{Inbox, listen_to};
 use super::protocol;
 use super::protocol::{ProtocolError, ToDestination, ToSource};
+use super::recording::Recording;
 use super::settings::{Bounds, Proposal, VmmSpec};
 use super::switch_map::{RegionClasses, SwitchMapError};
 use super::tethering::{Leftover, Tethering, TetheringError};
@@ -63,6 +64,8 @@ pub struct DestinationConfig {
     pub numa: NumaChoice,
     /// Hold the background pull once this share of frames has landed.
     pub hold_pull_at: Option<f64>,
+    /// Where what a tethered guest writes and sends is recorded, if anywhere.
+    pub recording: Option<Arc<Recording>>,
     pub bounds: Bounds,
 }
 

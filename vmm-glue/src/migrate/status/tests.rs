@@ -47,12 +47,15 @@ fn commits_make_age_rate_and_pause() {
     assert_eq!(board.status().checkpoints, None);
     let now = monotonic_us();
     for epoch in 1..=100_u64 {
-        let kind = Kind::Committed { epoch, pages: 200, bytes: 4096, pause_us: 600, commit_us: 900, age_us: 1500 };
+        let held_back_us = if epoch % 10 == 0 { 2000 } else { 0 };
+        let (pages, bytes, pause_us, commit_us, age_us) = (200, 4096, 600, 900, 1500);
+        let kind = Kind::Committed { epoch, pages, bytes, pause_us, held_back_us, commit_us, age_us };
         let id = ObservationId(format!("destination-1-{epoch}"));
         board.heard(&Observation { id, parent: None, at_us: now - 1_000_000 + epoch * 10_000, kind });
     }
     let checkpoints = board.status().checkpoints.expect("there are some");
     assert_eq!((checkpoints.committed_epoch, checkpoints.commits, checkpoints.pages), (100, 100, 20_000));
+    assert_eq!(checkpoints.held_back_us, 20_000);
     // 200 pages every 10 ms.
     let rate = checkpoints.dirty_pages_per_second.expect("a hundred of them make a rate");
     assert!((rate - 20_000.0).abs() < 200.0, "{rate}");

@@ -1,26 +1,8 @@
-//! What a guest writes and sends over time: recorded from a run, or made from a seed for a named workload.
+//! Traces made from a seed.
 
-use serde::{Deserialize, Serialize};
+use super::{Slot, Trace};
 use std::fmt;
 use std::time::Duration;
-
-/// A short stretch of the guest's own time.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Slot {
-    /// Pages written in it, each once.
-    pub pages: Vec<u32>,
-    /// Packets sent at its end.
-    pub outputs: u32,
-}
-
-/// A guest's writes and output. Time is the guest's: a stopped guest does nothing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trace {
-    pub slot: Duration,
-    /// How many pages it has.
-    pub pages: u32,
-    pub slots: Vec<Slot>,
-}
 
 /// Ways in which guests write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,16 +26,15 @@ impl Workload {
 
     /// What a guest of `pages` pages does in `length`, in slots of 1 ms.
     pub fn trace(self, seed: u64, pages: u32, length: Duration) -> Trace {
-        let slot = Duration::from_millis(1);
         let mut random = Random(seed);
         let mut at = 0;
         let count = (length.as_millis() as u64).max(1);
         let slots = (0..count).map(|ms| self.slot(ms, pages, &mut random, &mut at)).collect();
-        Trace { slot, pages, slots }
+        Trace { pages, slots }
     }
 
     fn slot(self, ms: u64, pages: u32, random: &mut Random, at: &mut u32) -> Slot {
-        let mut slot = Slot::default();
+        let mut slot = Slot { lasts: Duration::from_millis(1), ..Slot::default() };
         let mut write = |page: u32| {
             if !slot.pages.contains(&page) {
                 slot.pages.push(page);
@@ -104,7 +85,7 @@ impl fmt::Display for Workload {
 }
 
 /// Numbers from a seed (splitmix64).
-pub(super) struct Random(pub u64);
+pub(in super::super) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {

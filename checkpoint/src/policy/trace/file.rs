@@ -1,0 +1,206 @@
+//! A recorded trace as a file: a line of JSON for the guest, and one for each stretch of its time.
+//!
+//! ```text
+//! {"belay-trace":1,"pages":65536}
+//! {"us":1003,"outputs":2,"runs":[[17,4],[4096,1]]}
+//! ```
+//! `us` is the guest's own time, `runs` the pages it wrote in it as (first, count), `outputs` the packets it sent. What a reader finds is bounded,
+//! and what is wrong is told by its line.
+
+use super::{Slot, Trace};
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufRead, Read, Write};
+use std::time::Duration;
+
+const VERSION: u32 = 1;
+/// Longest line: a run for every other page of 64 GiB.
+const LONGEST_LINE: u64 = 256 << 20;
+/// Most stretches: a day of milliseconds.
+const MOST_SLOTS: usize = 24 * 3600 * 1000;
+/// Most pages written in all of them, as many as fit into 4 GiB.
+const MOST_WRITES: u64 = 1 << 30;
+const LONGEST_SLOT: Duration = Duration::from_secs(3600);
+const MOST_OUTPUTS: u32 = 1_000_000;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Head {
+    #[serde(rename = "belay-trace")]
+    version: u32,
+    pages: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    us: u64,
+    outputs: u32,
+    runs: Vec<(u32, u32)>,
+}
+
+/// Why a file is no trace.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    #[error("it cannot be read")]
+    Io(#[from] io::Error),
+    #[error("line {line}: {what}")]
+    Line { line: usize, what: String },
+    #[error("it has no stretch of time in it")]
+    Empty,
+}
+
+/// A stretch of a guest's time with its pages in runs: what [`Writer`] takes, so that who records need not take pages apart.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stretch {
+    pub lasts: Duration,
+    pub outputs: u32,
+    /// First page and count, in any order, none in two of them.
+    pub runs: Vec<(u32, u32)>,
+}
+
+impl Stretch {
+    /// Adds a page; pages that come in order make runs.
+    pub fn wrote(&mut self, page: u32) {
+        match self.runs.last_mut() {
+            Some((first, count)) if u64::from(*first) + u64::from(*count) == u64::from(page) => *count += 1,
+            _ => self.runs.push((page, 1)),
+        }
+    }
+}
+
+/// Writes a trace as it comes.
+#[derive(Debug)]
+pub struct Writer<W: Write> {
+    into: W,
+    bytes: u64,
+}
+
+impl<W: Write> Writer<W> {
+    /// Of a guest of so many pages.
+    pub fn new(into: W, pages: u32) -> io::Result<Self> {
+        let mut writer = Self { into, bytes: 0 };
+        writer.line(&Head { version: VERSION, pages })?;
+        Ok(writer)
+    }
+
+    /// What the guest did next.
+    pub fn write(&mut self, stretch: Stretch) -> io::Result<()> {
+        let Stretch { lasts, outputs, runs } = stretch;
+        self.line(&Line { us: u64::try_from(lasts.as_micros()).unwrap_or(u64::MAX), outputs, runs })
+    }
+
+    /// Bytes written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Hands on what is still in buffers.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.into.flush()
+    }
+
+    fn line(&mut self, line: &impl Serialize) -> io::Result<()> {
+        let mut text = serde_json::to_vec(line)?;
+        text.push(b'\n');
+        self.bytes += text.len() as u64;
+        self.into.write_all(&text)
+    }
+}
+
+/// Reads a whole trace.
+pub fn read(mut from: impl BufRead) -> Result<Trace, TraceError> {
+    let mut text = Vec::new();
+    let mut next = |line: usize| -> Result<Option<Vec<u8>>, TraceError> {
+        text.clear();
+        let length = from.by_ref().take(LONGEST_LINE + 1).read_until(b'\n', &mut text)?;
+        if length as u64 > LONGEST_LINE {
+            return Err(TraceError::Line { line, what: format!("it is longer than {LONGEST_LINE} bytes") });
+        }
+        Ok((length > 0).then(|| std::mem::take(&mut text)))
+    };
+    let bad = |line, what: String| TraceError::Line { line, what };
+    let head = next(1)?.ok_or(TraceError::Empty)?;
+    let Head { version, pages } = serde_json::from_slice(&head).map_err(|error| bad(1, error.to_string()))?;
+    if version != VERSION {
+        return Err(bad(1, format!("version {version}; this belay reads version {VERSION}")));
+    }
+    let (mut slots, mut writes) = (Vec::new(), 0);
+    let mut line = 2;
+    while let Some(text) = next(line)? {
+        let Line { us, outputs, runs } = serde_json::from_slice(&text).map_err(|error| bad(line, error.to_string()))?;
+        let lasts = Duration::from_micros(us);
+        if lasts > LONGEST_SLOT || outputs > MOST_OUTPUTS || slots.len() == MOST_SLOTS {
+            return Err(bad(
+                line,
+                format!(
+                    "{lasts:?} with {outputs} packets, after {} stretches; {LONGEST_SLOT:?}, {MOST_OUTPUTS} and {MOST_SLOTS} are the most",
+                    slots.len()
+                ),
+            ));
+        }
+        let mut slot = Slot { lasts, pages: Vec::new(), outputs };
+        for (first, count) in runs {
+            let end = first.checked_add(count).filter(|end| *end <= pages);
+            let end = end.ok_or_else(|| bad(line, format!("{count} pages from {first} on; the guest has {pages}")))?;
+            writes += u64::from(count);
+            if writes > MOST_WRITES {
+                return Err(bad(line, format!("more than {MOST_WRITES} pages written so far")));
+            }
+            slot.pages.extend(first..end);
+        }
+        slots.push(slot);
+        line += 1;
+    }
+    if slots.is_empty() { Err(TraceError::Empty) } else { Ok(Trace { pages, slots }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const TEXT: &str = "{\"belay-trace\":1,\"pages\":64}\n{\"us\":1003,\"outputs\":2,\"runs\":[[17,4],[0,1]]}\n";
+
+    fn refused(text: &str) -> String {
+        read(text.as_bytes()).expect_err(text).to_string()
+    }
+
+    #[test]
+    fn a_trace_reads_back_as_it_was_written() {
+        let mut written = Vec::new();
+        let mut writer = Writer::new(&mut written, 64).unwrap();
+        let mut stretch = Stretch { lasts: Duration::from_micros(1003), outputs: 2, runs: Vec::new() };
+        [17, 18, 19, 20, 0].into_iter().for_each(|page| stretch.wrote(page));
+        writer.write(stretch).unwrap();
+        assert_eq!(writer.bytes(), TEXT.len() as u64);
+        assert_eq!(String::from_utf8(written).unwrap(), TEXT);
+        let slot = Slot { lasts: Duration::from_micros(1003), pages: vec![17, 18, 19, 20, 0], outputs: 2 };
+        assert_eq!(read(TEXT.as_bytes()).unwrap(), Trace { pages: 64, slots: vec![slot] });
+    }
+
+    #[test]
+    fn what_is_no_trace_is_refused_by_its_line() {
+        assert_eq!(refused(""), "it has no stretch of time in it");
+        assert_eq!(refused("{\"belay-trace\":1,\"pages\":64}\n"), "it has no stretch of time in it");
+        assert_eq!(refused("{\"belay-trace\":2,\"pages\":64}\n"), "line 1: version 2; this belay reads version 1");
+        let after = |line: &str| refused(&format!("{TEXT}{line}\n"));
+        assert_eq!(after("{\"us\":1,\"outputs\":0,\"runs\":[[63,2]]}"), "line 3: 2 pages from 63 on; the guest has 64");
+        assert!(after("{\"us\":1,\"outputs\":0,\"runs\":[[4294967295,2]]}").starts_with("line 3: 2 pages"));
+        assert!(after("{\"us\":9999999999,\"outputs\":0,\"runs\":[]}").starts_with("line 3: 9999.9"));
+        assert!(after("{\"us\":1,\"outputs\":0}").starts_with("line 3: missing field `runs`"));
+        assert!(after("").starts_with("line 3: "));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_at_all_make_it_panic_or_take_much_memory(cut in 0..TEXT.len(), at in 0..TEXT.len(), byte: u8, more: Vec<u8>) {
+            let mut bytes = TEXT.as_bytes().to_vec();
+            bytes[at] = byte;
+            bytes.truncate(cut.max(at));
+            bytes.extend(more);
+            if let Ok(trace) = read(&*bytes) {
+                prop_assert!(trace.slots.iter().all(|slot| slot.pages.iter().all(|page| *page < trace.pages)));
+            }
+        }
+    }
+}
