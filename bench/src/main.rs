@@ -1,17 +1,20 @@
 //! `belay-bench`: measures belay side by side with floors that use nothing of it, in the same run, interleaved.
 
+mod belay;
 mod carrier;
 mod checkpoint;
 mod envelope;
 mod error;
 mod fault;
 mod floor;
+mod folder;
 mod migrate;
 mod policies;
 mod profile;
 mod pull;
 mod quantity;
 mod rig;
+mod sweep;
 mod table;
 mod tethered;
 mod wire;
@@ -40,6 +43,7 @@ enum Command {
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
     Migrate(Box<migrate::MigrateArgs>),
+    Sweep(Box<sweep::SweepArgs>),
     Policy(Box<policies::PolicyArgs>),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
@@ -106,6 +110,9 @@ fn main() -> ExitCode {
             }
             Command::Migrate(args) => migrate::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Sweep(args) => {
+                sweep::run(&args).and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report)))
+            }
             Command::Policy(args) => policies::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {

@@ -232,13 +232,23 @@ pub fn sentence(kind: &Kind) -> Option<String> {
             format!("checked all {pages} pages of RAM in {}: every byte is what it must be", time(*took_us))
         }
         Kind::Checked { detail, .. } => format!("CHECK FAILED: {detail}"),
-        Kind::TetherSummary { epochs, pages, pause_p50_us, pause_p99_us, age_p99_us, held_back_us, .. } => {
+        Kind::TetherSummary {
+            epochs,
+            pages,
+            pause_p50_us,
+            pause_p99_us,
+            age_p99_us,
+            held_back_us,
+            output_delay_p99_us,
+            ..
+        } => {
+            let delay = output_delay_p99_us.map_or(String::new(), |us| format!("; output delay p99 {us:.0} µs"));
             let held_back = match held_back_us {
                 0 => String::new(),
                 us => format!("; held back for {}", time(*us)),
             };
             format!(
-                "tether: {epochs} checkpoints, {pages} pages; pause p50 {pause_p50_us:.0} µs, p99 {pause_p99_us:.0} µs; commit age p99 {age_p99_us:.0} µs{held_back}"
+                "tether: {epochs} checkpoints, {pages} pages; pause p50 {pause_p50_us:.0} µs, p99 {pause_p99_us:.0} µs; commit age p99 {age_p99_us:.0} µs{delay}{held_back}"
             )
         }
         Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),

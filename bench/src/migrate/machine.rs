@@ -8,7 +8,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -186,25 +186,4 @@ pub fn cpu_time(pid: u32) -> Duration {
     // After the command's name: state (no number), then 10 more, then utime and stime.
     let ticks = fields.get(10).copied().unwrap_or(0) + fields.get(11).copied().unwrap_or(0);
     Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
-}
-
-/// A folder for everything that the bench puts down, which goes with it.
-pub struct Folder(PathBuf);
-
-impl Folder {
-    pub fn make(parent: &Path) -> Result<Self, BenchError> {
-        let path = parent.join(format!("bench-migrate-{}", std::process::id()));
-        fs::create_dir(&path).map_err(BenchError::io("make a folder for the guests' memory (--memory-dir)"))?;
-        Ok(Self(path))
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }

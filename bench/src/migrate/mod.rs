@@ -3,24 +3,25 @@
 //! The guest is booted once and goes from one QEMU into the next: each way of each round takes it where the one before has left it. It writes
 //! pages at a steady rate all along, checks each, and is watched from outside, in the file that is its memory.
 
-mod belay;
 #[path = "guest/layout.rs"]
 mod layout;
 mod linux;
 mod machine;
 mod moved;
+mod ours;
 mod pulse;
 mod qemu;
 mod report;
 
+use crate::belay::Belay;
 use crate::error::BenchError;
+use crate::folder::Folder;
 use crate::quantity;
-use belay::Belay;
 use belay_transport::fabric::FabricKind;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use linux::Linux;
-use machine::{Begin, Folder, Machine, Vm, cpu_time};
+use machine::{Begin, Machine, Vm, cpu_time};
 use pulse::{Page, Pulse, times_between};
 use qemu::Own;
 use report::{Report, Sample};
@@ -157,7 +158,7 @@ pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
             why: "its page faults are held".into(),
         });
     }
-    let folder = Folder::make(&args.memory_dir)?;
+    let folder = Folder::make(&args.memory_dir, "migrate")?;
     let belay = Belay::find(args.belay.as_deref(), folder.path())?;
     let machine = Machine {
         program: args.qemu.clone(),
@@ -246,8 +247,8 @@ fn once(
     let begun = Instant::now();
     let pulse = Pulse::watch(here, page.in_file(&destination.ram)?)?;
     let moved = match way {
-        Way::BelayTcp => belay.migrate(FabricKind::Tcp, &source, &destination),
-        Way::BelayLocal => belay.migrate(FabricKind::Local, &source, &destination),
+        Way::BelayTcp => ours::migrate(belay, FabricKind::Tcp, &source, &destination),
+        Way::BelayLocal => ours::migrate(belay, FabricKind::Local, &source, &destination),
         Way::Precopy => qemu::migrate(Own::Precopy, &mut source, &mut destination),
         Way::Multifd => qemu::migrate(Own::Multifd, &mut source, &mut destination),
         Way::Postcopy => qemu::migrate(Own::Postcopy, &mut source, &mut destination),

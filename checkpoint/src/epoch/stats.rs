@@ -73,7 +73,9 @@ pub struct TetherStats {
     pub discards: u64,
     pub bytes: u64,
     pub stop_timeouts: u64,
-    /// For how long the guest was held back, all in all.
+    /// For how long the guest was stopped, all in all.
+    pub paused: Duration,
+    /// For how long it was held back beside that.
     pub held_back: Duration,
     pub pause_ns: Histogram<u64>,
     pub commit_ns: Histogram<u64>,
@@ -92,6 +94,7 @@ impl Default for TetherStats {
             discards: 0,
             bytes: 0,
             stop_timeouts: 0,
+            paused: Duration::ZERO,
             held_back: Duration::ZERO,
             pause_ns: histogram(),
             commit_ns: histogram(),
@@ -113,6 +116,7 @@ impl TetherStats {
         self.pages += stats.pages;
         self.discards += stats.discards;
         self.bytes += stats.bytes;
+        self.paused += stats.pause.total();
         self.held_back += stats.held_back;
         let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.pause_ns.saturating_record(ns(stats.pause.total()));

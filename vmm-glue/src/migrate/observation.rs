@@ -173,7 +173,12 @@ pub enum Kind {
         commit_p50_us: f64,
         age_p50_us: f64,
         age_p99_us: f64,
+        /// All pauses together, and for how long the guest was held back beside them.
+        pause_total_us: u64,
         held_back_us: u64,
+        /// How long its packets were held, where there were any.
+        output_delay_p50_us: Option<f64>,
+        output_delay_p99_us: Option<f64>,
     },
     /// Processor time this process has used.
     CpuTime { user_us: u64, system_us: u64 },

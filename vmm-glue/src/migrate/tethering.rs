@@ -86,6 +86,8 @@ pub struct Tethering {
     /// Of an earlier session's tether: what its records never brought to the source.
     carried: Option<Harvested>,
     tether: Option<Tether>,
+    /// Of the guest, once the tether has begun.
+    outbox: Option<Arc<Outbox>>,
 }
 
 /// What a tether leaves for the next one.
@@ -128,6 +130,7 @@ impl Reserved {
             ready: Some(Ready { writer, slots, tracker: None, arrivals: None }),
             carried: None,
             tether: None,
+            outbox: None,
         })
     }
 }
@@ -218,6 +221,7 @@ impl Tethering {
         if let Some(recording) = &recording {
             recording.begins(guest.memory());
         }
+        self.outbox = Some(Arc::clone(&outbox));
         let parts = TetherParts {
             guest,
             tracker: tracker.expect("armed before it is started"),
@@ -263,6 +267,7 @@ impl Tethering {
         let Some(tether) = self.tether else { return (None, None) };
         let Ok(end) = tether.stop() else { return (None, None) };
         let stats = &end.stats;
+        let delays = self.outbox.map(|outbox| outbox.delays()).filter(|delays| !delays.is_empty());
         let at =
             |histogram: &hdrhistogram::Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
         let summary = Kind::TetherSummary {
@@ -274,7 +279,10 @@ impl Tethering {
             commit_p50_us: at(&stats.commit_ns, 0.5),
             age_p50_us: at(&stats.age_ns, 0.5),
             age_p99_us: at(&stats.age_ns, 0.99),
+            pause_total_us: us(stats.paused),
             held_back_us: us(stats.held_back),
+            output_delay_p50_us: delays.as_ref().map(|delays| at(delays, 0.5)),
+            output_delay_p99_us: delays.as_ref().map(|delays| at(delays, 0.99)),
         };
         (Some(end), Some(summary))
     }

@@ -1,0 +1,265 @@
+//! What is said in the end: medians of all rounds, and of the ratios within each.
+
+use super::{Way, Workload};
+use crate::table::median;
+use belay_transport::fabric::FabricKind;
+use belay_vmm_glue::migrate::observation::Kind;
+use serde::Serialize;
+use std::time::Duration;
+
+/// One migration.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    total_ms: f64,
+    down_ms: f64,
+    host_ms: [f64; 2],
+    tether: Option<Tethered>,
+}
+
+#[derive(Debug, Clone)]
+struct Tethered {
+    epochs: f64,
+    pages: f64,
+    bytes: f64,
+    /// Of age and of output delay.
+    age_ms: [f64; 2],
+    delay_ms: Option<[f64; 2]>,
+    held_back_ms: f64,
+}
+
+impl Sample {
+    pub fn new(total: Duration, blackout: Duration, summary: Option<&Kind>, hosts: [Duration; 2]) -> Self {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let mut sample = Self { total_ms: ms(total), down_ms: ms(blackout), host_ms: hosts.map(ms), tether: None };
+        if let Some(Kind::TetherSummary {
+            epochs,
+            pages,
+            bytes,
+            age_p50_us,
+            age_p99_us,
+            pause_total_us,
+            held_back_us,
+            output_delay_p50_us,
+            output_delay_p99_us,
+            ..
+        }) = summary
+        {
+            sample.down_ms += (pause_total_us + held_back_us) as f64 / 1e3;
+            let delay = output_delay_p50_us.zip(*output_delay_p99_us);
+            sample.tether = Some(Tethered {
+                epochs: *epochs as f64,
+                pages: *pages as f64,
+                bytes: *bytes as f64,
+                age_ms: [age_p50_us / 1e3, age_p99_us / 1e3],
+                delay_ms: delay.map(|(half, most)| [half / 1e3, most / 1e3]),
+                held_back_ms: *held_back_us as f64 / 1e3,
+            });
+        }
+        sample
+    }
+}
+
+/// One guest with one workload, in all ways.
+pub struct Case {
+    workload: Workload,
+    memory: u64,
+    samples: Vec<(usize, Way, Sample)>,
+}
+
+impl Case {
+    pub fn new(workload: Workload, memory: u64) -> Self {
+        Self { workload, memory, samples: Vec::new() }
+    }
+
+    pub fn add(&mut self, round: usize, way: Way, sample: Sample) {
+        self.samples.push((round, way, sample));
+    }
+
+    fn rows(&self, ways: &[Way]) -> Vec<Row> {
+        ways.iter().filter_map(|way| self.row(*way)).collect()
+    }
+
+    fn row(&self, way: Way) -> Option<Row> {
+        let of = |wanted: Way| self.samples.iter().filter(move |(_, way, _)| *way == wanted);
+        let samples: Vec<&Sample> = of(way).map(|(_, _, sample)| sample).collect();
+        if samples.is_empty() {
+            return None;
+        }
+        let all = |value: &dyn Fn(&Sample) -> f64| samples.iter().map(|sample| value(sample)).collect::<Vec<f64>>();
+        let tethers: Vec<&Tethered> = samples.iter().filter_map(|sample| sample.tether.as_ref()).collect();
+        let tether = |value: &dyn Fn(&Tethered) -> Option<f64>| {
+            let values: Vec<f64> = tethers.iter().filter_map(|tether| value(tether)).collect();
+            (!values.is_empty()).then(|| median(&values))
+        };
+        let without = |round: usize| of(Way::None).find(|(at, ..)| *at == round).map(|(.., sample)| sample.total_ms);
+        let ratios: Vec<f64> =
+            of(way).filter_map(|(round, _, sample)| Some(sample.total_ms / without(*round)?)).collect();
+        let totals = all(&|sample| sample.total_ms);
+        let a_second = |sample: &Sample| sample.tether.as_ref().map(|tether| tether.epochs * 1e3 / sample.total_ms);
+        let rates: Vec<f64> = samples.iter().filter_map(|sample| a_second(sample)).collect();
+        Some(Row {
+            workload: self.workload.to_string(),
+            memory_bytes: self.memory,
+            policy: way.to_string(),
+            migrations: samples.len(),
+            total_ms: median(&totals),
+            total_ms_least_most: [
+                totals.iter().copied().fold(f64::INFINITY, f64::min),
+                totals.iter().copied().fold(0.0, f64::max),
+            ],
+            of_none: (!ratios.is_empty()).then(|| median(&ratios)),
+            down_ms: median(&all(&|sample| sample.down_ms)),
+            commits_per_s: (!rates.is_empty()).then(|| median(&rates)),
+            pages: tether(&|tether| Some(tether.pages)),
+            checkpoint_mib: tether(&|tether| Some(tether.bytes / f64::from(1 << 20))),
+            age_p50_ms: tether(&|tether| Some(tether.age_ms[0])),
+            age_p99_ms: tether(&|tether| Some(tether.age_ms[1])),
+            delay_p50_ms: tether(&|tether| Some(tether.delay_ms?[0])),
+            delay_p99_ms: tether(&|tether| Some(tether.delay_ms?[1])),
+            held_back_ms: tether(&|tether| Some(tether.held_back_ms)),
+            host_a_cpu_ms: median(&all(&|sample| sample.host_ms[0])),
+            host_b_cpu_ms: median(&all(&|sample| sample.host_ms[1])),
+        })
+    }
+}
+
+/// All migrations of one guest by one policy: medians.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    pub workload: String,
+    pub memory_bytes: u64,
+    pub policy: String,
+    pub migrations: usize,
+    pub total_ms: f64,
+    pub total_ms_least_most: [f64; 2],
+    /// Total, as a share of the same round's without checkpoints.
+    pub of_none: Option<f64>,
+    pub down_ms: f64,
+    pub commits_per_s: Option<f64>,
+    pub pages: Option<f64>,
+    pub checkpoint_mib: Option<f64>,
+    pub age_p50_ms: Option<f64>,
+    pub age_p99_ms: Option<f64>,
+    pub delay_p50_ms: Option<f64>,
+    pub delay_p99_ms: Option<f64>,
+    pub held_back_ms: Option<f64>,
+    pub host_a_cpu_ms: f64,
+    pub host_b_cpu_ms: f64,
+}
+
+/// See the module.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub fabric: FabricKind,
+    pub pace: Option<String>,
+    pub hold_ms: Option<f64>,
+    pub rounds: u32,
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    pub fn new(fabric: FabricKind, pace: Option<&str>, hold: Option<Duration>, rounds: u32) -> Self {
+        let hold_ms = hold.map(|hold| hold.as_secs_f64() * 1e3);
+        Self { fabric, pace: pace.map(str::to_owned), hold_ms, rounds, rows: Vec::new() }
+    }
+
+    pub fn add(&mut self, case: &Case, ways: &[Way]) {
+        self.rows.extend(case.rows(ways));
+    }
+
+    /// One guest's table.
+    pub fn print(&self, case: &Case, ways: &[Way]) {
+        let pace = self.pace.as_ref().map_or(String::new(), |pace| format!(" at {pace}"));
+        let hold = self.hold_ms.map_or(String::new(), |ms| format!(", held for {ms:.0} ms once all is there"));
+        println!(
+            "{}, {} MiB, over {}{pace}{hold}; medians of {}",
+            case.workload,
+            case.memory >> 20,
+            self.fabric,
+            self.rounds
+        );
+        println!(
+            " {:<16}{:>10}{:>8}{:>10}{:>11}{:>9}{:>10}{:>12}{:>12}{:>14}{:>14}{:>10}{:>12}{:>12}",
+            "policy",
+            "total[ms]",
+            "/none",
+            "down[ms]",
+            "commits/s",
+            "pages",
+            "sent[MiB]",
+            "age p50[ms]",
+            "age p99[ms]",
+            "delay p50[ms]",
+            "delay p99[ms]",
+            "held[ms]",
+            "host a[ms]",
+            "host b[ms]"
+        );
+        let or_none =
+            |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
+        for row in case.rows(ways) {
+            println!(
+                " {:<16}{:>10.0}{:>8}{:>10.1}{:>11}{:>9}{:>10}{:>12}{:>12}{:>14}{:>14}{:>10}{:>12.0}{:>12.0}",
+                row.policy,
+                row.total_ms,
+                or_none(row.of_none, 3),
+                row.down_ms,
+                or_none(row.commits_per_s, 1),
+                or_none(row.pages, 0),
+                or_none(row.checkpoint_mib, 1),
+                or_none(row.age_p50_ms, 2),
+                or_none(row.age_p99_ms, 2),
+                or_none(row.delay_p50_ms, 2),
+                or_none(row.delay_p99_ms, 2),
+                or_none(row.held_back_ms, 1),
+                row.host_a_cpu_ms,
+                row.host_b_cpu_ms
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use belay_checkpoint::policy::PolicySpec;
+
+    fn summary() -> Kind {
+        Kind::TetherSummary {
+            epochs: 50,
+            pages: 1000,
+            bytes: 4 << 20,
+            pause_p50_us: 300.0,
+            pause_p99_us: 600.0,
+            commit_p50_us: 100.0,
+            age_p50_us: 1200.0,
+            age_p99_us: 2400.0,
+            pause_total_us: 15_000,
+            held_back_us: 5000,
+            output_delay_p50_us: Some(7000.0),
+            output_delay_p99_us: None,
+        }
+    }
+
+    #[test]
+    fn a_ratio_is_the_median_of_each_rounds_own_and_downtime_is_the_switch_the_pauses_and_the_holding_back() {
+        let fixed = Way::Tethered(PolicySpec::Fixed { period: Duration::from_millis(10) });
+        let mut case = Case::new(Workload::Random, 1 << 30);
+        let ms = Duration::from_millis;
+        for (round, (none, tethered)) in [(1000, 1100), (2000, 2000), (500, 600)].into_iter().enumerate() {
+            case.add(round, Way::None, Sample::new(ms(none), ms(10), None, [ms(1), ms(2)]));
+            case.add(round, fixed, Sample::new(ms(tethered), ms(10), Some(&summary()), [ms(3), ms(4)]));
+        }
+        let rows = case.rows(&[fixed, Way::None]);
+        assert_eq!(rows.iter().map(|row| row.policy.as_str()).collect::<Vec<_>>(), ["fixed:10ms", "none"]);
+        let [tethered, none] = &rows[..] else { unreachable!("there are two") };
+        assert_eq!(
+            (tethered.total_ms, tethered.total_ms_least_most, tethered.of_none),
+            (1100.0, [600.0, 2000.0], Some(1.1))
+        );
+        assert_eq!((tethered.down_ms, none.down_ms, none.of_none), (30.0, 10.0, Some(1.0)));
+        assert_eq!((tethered.commits_per_s, tethered.checkpoint_mib), (Some(50_000.0 / 1100.0), Some(4.0)));
+        assert_eq!((tethered.age_p99_ms, tethered.delay_p99_ms, none.pages), (Some(2.4), None, None));
+        assert_eq!((tethered.host_a_cpu_ms, tethered.host_b_cpu_ms), (3.0, 4.0));
+    }
+}
