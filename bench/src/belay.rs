@@ -3,7 +3,7 @@
 use crate::error::BenchError;
 use belay_transport::fabric::FabricKind;
 use belay_vmm_glue::migrate::observation::Kind;
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -105,19 +105,44 @@ impl Told {
         bound: Duration,
         wanted: impl Fn(&Kind) -> bool,
     ) -> Result<(Instant, Kind), BenchError> {
-        let end = Instant::now() + bound;
-        loop {
-            let why = match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok((at, line)) => match self.take(line) {
-                    Some(kind) if wanted(kind) => return Ok((at, kind.clone())),
-                    _ => continue,
-                },
-                Err(RecvTimeoutError::Timeout) => format!("belay did not {what} within {} s", bound.as_secs()),
-                Err(RecvTimeoutError::Disconnected) => {
+        let heard = self.next_of(bound, |kind| wanted(kind).then(|| kind.clone()));
+        heard.map_err(|why| {
+            let why = match why {
+                RecvTimeoutError::Timeout => format!("belay did not {what} within {} s", bound.as_secs()),
+                RecvTimeoutError::Disconnected => {
                     format!("belay ended before it could {what}: {}", self.complaint())
                 }
             };
-            return Err(BenchError::Refused { why });
+            BenchError::Refused { why }
+        })
+    }
+
+    /// The next thing told that `of` makes something of, if it comes within `bound`.
+    pub fn wait_if<T>(
+        &mut self,
+        bound: Duration,
+        of: impl Fn(&Kind) -> Option<T>,
+    ) -> Result<Option<(Instant, T)>, BenchError> {
+        match self.next_of(bound, of) {
+            Ok(heard) => Ok(Some(heard)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(BenchError::Refused { why: format!("belay ended: {}", self.complaint()) })
+            }
+        }
+    }
+
+    fn next_of<T>(
+        &mut self,
+        bound: Duration,
+        of: impl Fn(&Kind) -> Option<T>,
+    ) -> Result<(Instant, T), RecvTimeoutError> {
+        let end = Instant::now() + bound;
+        loop {
+            let (at, line) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now()))?;
+            if let Some(heard) = self.take(line).and_then(&of) {
+                return Ok((at, heard));
+            }
         }
     }
 
@@ -140,6 +165,28 @@ impl Told {
                 }
                 None
             }
+        }
+    }
+
+    /// Takes in what it has told so far.
+    pub fn catch_up(&mut self) {
+        while let Ok((_, line)) = self.lines.try_recv() {
+            self.take(line);
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Asks it to end, and hears it out, at most for so long. How it ends is not looked at.
+    pub fn ask_to_end(&mut self, bound: Duration) {
+        // One that has ended already needs no asking.
+        let _ = kill_process(self.pid(), Signal::TERM);
+        let end = Instant::now() + bound;
+        while let Ok((_, line)) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            self.take(line);
         }
     }
 

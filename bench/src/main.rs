@@ -14,6 +14,7 @@ mod profile;
 mod pull;
 mod quantity;
 mod rig;
+mod suspicion;
 mod sweep;
 mod table;
 mod tethered;
@@ -44,6 +45,7 @@ enum Command {
     Checkpoint(Options),
     Migrate(Box<migrate::MigrateArgs>),
     Sweep(Box<sweep::SweepArgs>),
+    Suspicion(Box<suspicion::SuspicionArgs>),
     Policy(Box<policies::PolicyArgs>),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
@@ -113,6 +115,8 @@ fn main() -> ExitCode {
             Command::Sweep(args) => {
                 sweep::run(&args).and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report)))
             }
+            Command::Suspicion(args) => suspicion::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Policy(args) => policies::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
