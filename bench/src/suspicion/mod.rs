@@ -166,7 +166,16 @@ fn trial(args: &SuspicionArgs, belay: &Belay, kind: Kinds, lease: Duration, seed
     let words = ["send", "--fabric", "tcp", "--to", &to, "--state-dir", &here, "--lease", &lasts, "--release", "never"];
     let guest = ["--memory", "256M", "--dirty-rate", "20k", "--run-before", "100ms"];
     let mut sender = belay.start(&[&words[..], &guest].concat())?;
-    receiver.wait("pull the guest", MOVED, |kind| matches!(kind, Kind::AllLanded { .. }))?;
+    let noticed = |kind: &Kind| match kind {
+        Kind::Noticed { by } => Some(by.clone()),
+        _ => None,
+    };
+    if let Err(error) = receiver.wait("pull the guest", MOVED, |kind| matches!(kind, Kind::AllLanded { .. })) {
+        // What else this machine does was enough for it.
+        let Ok(Some((_, by))) = sender.wait_if(ANSWER, noticed) else { return Err(error) };
+        sender.ask_to_end(ANSWER);
+        return Ok(Trial { suspected: Some((Duration::ZERO, format!("{by} (in the pull)"))), fenced: true });
+    }
     let stress = match kind {
         Kinds::None => Stress::none(),
         Kinds::Processors => {
@@ -177,10 +186,7 @@ fn trial(args: &SuspicionArgs, belay: &Belay, kind: Kinds, lease: Duration, seed
         Kinds::Memory => Stress::memory()?,
     };
     let began = Instant::now();
-    let suspected = sender.wait_if(args.time, |kind| match kind {
-        Kind::Noticed { by } => Some(by.clone()),
-        _ => None,
-    })?;
+    let suspected = sender.wait_if(args.time, noticed)?;
     let suspected = suspected.map(|(at, by)| (at.saturating_duration_since(began), by));
     drop(stress);
     // Before it is asked to end: that shuts the gate too.
