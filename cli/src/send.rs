@@ -428,10 +428,10 @@ pub fn tether_settings(options: &TetherOptions, tracker: TrackerKind) -> Option<
         tracker: options.tracker.map_or(tracker, Into::into),
         policy,
         output,
-        lease: LeaseSettings {
-            length: options.lease.map_or(LeaseSettings::default().length, |lease| lease.0),
-            ..LeaseSettings::default()
-        },
+        lease: options.lease.map_or_else(
+            || LeaseSettings::lasting(LeaseSettings::default().length),
+            |lease| LeaseSettings::lasting(lease.0),
+        ),
     })
 }
 

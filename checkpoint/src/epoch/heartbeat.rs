@@ -29,6 +29,9 @@ pub struct HeartbeatConfig {
     pub bound: Duration,
 }
 
+/// How often it beats where output waits for disks.
+const WITH_DISKS: Duration = Duration::from_millis(2);
+
 impl Default for HeartbeatConfig {
     fn default() -> Self {
         Self { interval: Duration::from_millis(2), lease: Duration::from_secs(1), bound: Duration::from_secs(10) }
@@ -182,7 +185,7 @@ impl Beating {
 
     fn run(&mut self) {
         loop {
-            let next = Deadline::after(self.config.interval);
+            let next = Deadline::after(self.interval());
             let failed = self.beat().err();
             let mut state = self.shared.lock();
             let ended = failed.is_some();
@@ -199,6 +202,12 @@ impl Beating {
                 return;
             }
         }
+    }
+
+    /// Output waits for disk writes that become durable, and only a beat tells that they have.
+    fn interval(&self) -> Duration {
+        let waits = self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if waits { self.config.interval.min(WITH_DISKS) } else { self.config.interval }
     }
 
     fn beat(&mut self) -> Result<(), HeartbeatError> {

@@ -19,7 +19,7 @@ const DISK_AGAIN: Duration = Duration::from_millis(200);
 /// How the folder behaves.
 #[derive(Debug, Clone, Copy)]
 pub struct FoldConfig {
-    /// How long it sleeps when the ring holds nothing new.
+    /// How long it sleeps when the ring holds nothing new, and had something new a moment ago.
     pub idle: Duration,
     /// Length of the lease it grants for each heartbeat it sees.
     pub lease: Duration,
@@ -172,6 +172,11 @@ impl Drop for Folder {
     }
 }
 
+/// With nothing new for so many sleeps it sleeps longer, up to so many times as long. A catch wakes it; an epoch that comes then has committed
+/// before it is seen.
+const QUIET_AFTER: u32 = 50;
+const QUIET: u32 = 10;
+
 struct Work {
     config: FoldConfig,
     ring: Arc<Mapping>,
@@ -181,6 +186,8 @@ struct Work {
     shared: Arc<Shared>,
     /// When an image that could not be written is tried again.
     again: Option<Instant>,
+    /// Sleeps since there was something new.
+    quiet: u32,
 }
 
 impl Work {
@@ -207,7 +214,7 @@ impl Work {
             changed_at_ns: AtomicU64::new(now),
             looked_at_ns: AtomicU64::new(now),
         });
-        Self { config, ring, owner, reader, state, shared, again: None }
+        Self { config, ring, owner, reader, state, shared, again: None, quiet: 0 }
     }
 
     fn run(mut self) -> (RingReader, FoldState) {
@@ -215,7 +222,7 @@ impl Work {
         while !self.shared.stop.load(Ordering::Acquire) {
             listen(&self.ring, &self.owner, &self.shared, self.config.lease);
             match if failed { Ok(false) } else { self.turn() } {
-                Ok(true) => {}
+                Ok(true) => self.quiet = 0,
                 Ok(false) => self.park(),
                 Err(error @ FoldError::Disk { .. }) => {
                     // Storage fills up and is given room again. Its record is complete, and the next step brings it again.
@@ -272,10 +279,14 @@ impl Work {
         Ok(true)
     }
 
-    fn park(&self) {
+    fn park(&mut self) {
+        self.quiet = self.quiet.saturating_add(1);
+        let (longer, shortest) = (self.config.idle * QUIET, self.config.idle);
+        // A heartbeat is answered when it is seen: that must stay a small part of the lease.
+        let sleep = if self.quiet > QUIET_AFTER { longer.min(self.config.lease / 100).max(shortest) } else { shortest };
         let status = self.shared.status();
         if !self.shared.stop.load(Ordering::Acquire) {
-            let _ = self.shared.parked.wait_timeout(status, self.config.idle);
+            let _ = self.shared.parked.wait_timeout(status, sleep);
         }
     }
 }

@@ -24,6 +24,8 @@ use std::time::Duration;
 const LONGEST_IN_BOUNDS: u32 = 10;
 /// How often an epoch without output is looked at, in parts of the bound.
 const LOOKS_A_BOUND: u32 = 16;
+/// And of the room that it leaves.
+const LOOKS_AHEAD: u32 = 4;
 /// The reserve's step, and its range, in parts of the bound.
 const RESERVE_STEP: f64 = 0.06;
 const RESERVE_EASE: f64 = RESERVE_STEP / 120.0;
@@ -112,7 +114,11 @@ impl Policy for Adaptive {
             // Its pages go on growing meanwhile: half of what is left, then it is looked at again.
             Some(waits) => room.checked_sub(waits + takes).map(|left| left.min((left / 2).max(SHORTEST_LOOK))),
             None if takes + look * 2 >= room => None,
-            None => Self::longest_epoch(self.delay_bound).checked_sub(open.lasted).map(|left| left.min(look)),
+            // The less there is on its way, the more may come before output would wait too long.
+            None => {
+                let look = look.max((room - takes) / LOOKS_AHEAD);
+                Self::longest_epoch(self.delay_bound).checked_sub(open.lasted).map(|left| left.min(look))
+            }
         };
         match left {
             None | Some(Duration::ZERO) => Decision::CloseNow,

@@ -1,7 +1,7 @@
 //! What happens to a destination: messages, the engine, the tether, the lease and signals, turned into events; and what it reports.
 
 use super::warden::Warden;
-use super::{Destination, ENDED_BY_SIGNAL, Happening, Outcome, TICK};
+use super::{Destination, ENDED_BY_SIGNAL, Happening, IDLE_TICK, Outcome, TICK};
 use crate::guard::is_ending;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::{Listened, harmless};
@@ -31,7 +31,8 @@ impl Destination<'_> {
     /// Waits at most a tick for something to happen.
     pub(super) fn next_event(&mut self) -> Option<Event> {
         // A peer that never stops talking must not keep this host from looking at its lease.
-        if self.ticked_at.elapsed() > TICK
+        let tick = if self.signless.is_none() && self.all_landed_at.is_some() { IDLE_TICK } else { TICK };
+        if self.ticked_at.elapsed() > tick
             && let Some(event) = self.tick()
         {
             return Some(event);
@@ -52,13 +53,13 @@ impl Destination<'_> {
                 }
                 Err(_) => {
                     // Told once already; what remains is to wait for ticks and words.
-                    std::thread::park_timeout(TICK);
+                    std::thread::park_timeout(tick);
                     self.tick()
                 }
             },
             recv(self.words.signals) -> _ => self.interrupted(),
             recv(self.words.orders) -> order => self.order(order.ok()?),
-            default(TICK) => self.tick(),
+            default(tick) => self.tick(),
         }
     }
 
@@ -241,13 +242,12 @@ impl Destination<'_> {
     /// Tells how far the pull is.
     pub(super) fn report(&mut self) {
         let Some(engine) = self.engine.clone() else { return };
-        let progress = engine.progress();
         // A fenced guest may wait for its operator for days: nothing is pulled for it meanwhile.
         let pulling = self.all_landed_at.is_none() && !matches!(self.state, State::Fenced(_));
         let every = if pulling { PULL_REPORT } else { IDLE_REPORT };
         if self.reported_at.elapsed() >= every && self.resumed_at.is_some() {
             self.reported_at = Instant::now();
-            let facts = self.output.facts();
+            let (facts, progress) = (self.output.facts(), engine.progress());
             // What is here, and not what is left of the rest: frames that go back from in flight to absent are for a moment counted in neither.
             let here = progress.landed + progress.discarded;
             self.observer.note(

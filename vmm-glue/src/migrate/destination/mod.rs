@@ -341,6 +341,8 @@ const ENDED_BY_SIGNAL: &str = "ended by a signal";
 
 /// How often what has no channel is looked at.
 const TICK: Duration = Duration::from_millis(2);
+/// The same once every page has landed, unless the VMM has to be watched for its death.
+const IDLE_TICK: Duration = Duration::from_millis(20);
 
 impl Destination<'_> {
     fn run(mut self) -> Ended {
