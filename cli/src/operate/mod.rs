@@ -89,13 +89,22 @@ gone for good, and every page had landed here, this lets the guest run on.
 
 It is your word for something that belay cannot know. If the source took the guest back, showed output and died only after that, \
 the world has seen a past that the guest here does not remember. Make sure of it (the source's last words, what the guest showed) \
-and say --i-know-the-source-is-gone.")]
+and say --i-know-the-source-is-gone.
+
+Where the destination was started with --arbiter, that has to agree: it does unless the source has claimed the guest first. --force does \
+without it, for an arbiter that is gone for good, or that gave the guest to a source which died before it ran it. The arbiter is not told: \
+a source that comes back claims the guest there and RUNS IT TOO. Two guests then write the same disks and answer for the same address, and \
+nothing can merge them again. Before you say it, make sure that the source stays off, or take the record away from it: \
+`etcdctl del belay/guest/NAME`.")]
 pub struct PromoteArgs {
     #[command(flatten)]
     order: OrderArgs,
     /// Your word that the source does not run this guest, will not, and had not taken it back
     #[arg(long)]
     i_know_the_source_is_gone: bool,
+    /// Do not ask the arbiter, or go against it: nothing but your word then keeps two hosts from running this guest
+    #[arg(long, requires = "i_know_the_source_is_gone")]
+    force: bool,
 }
 
 fn processes(place: &Where) -> Result<Processes, Exit> {
@@ -220,7 +229,7 @@ pub fn order(args: &OrderArgs, ask: Ask) -> Exit {
         Ok(Ordered::Answered(Answer::Accepted { .. } | Answer::CameToPass { .. })) => Exit::Done,
         Ok(Ordered::Answered(Answer::Refused { why })) => {
             eprintln!("belay: {id} refuses to {ask}: {}", crate::report::printable(&why));
-            let wants_word = matches!(ask, Ask::Promote { source_is_gone: false });
+            let wants_word = matches!(ask, Ask::Promote { source_is_gone: false, .. });
             match wants_word {
                 true => eprintln!(
                     "       `belay help promote` says what it means; --i-know-the-source-is-gone gives that word"
@@ -247,5 +256,11 @@ pub fn order(args: &OrderArgs, ask: Ask) -> Exit {
 
 /// Runs `belay promote`.
 pub fn promote(args: &PromoteArgs) -> Exit {
-    order(&args.order, Ask::Promote { source_is_gone: args.i_know_the_source_is_gone })
+    if args.force {
+        eprintln!(
+            "belay: by force, without the arbiter's leave: should the source run this guest, now or when it comes back, two hosts do. Keep it off; \
+             `etcdctl del belay/guest/NAME` keeps it from claiming the guest"
+        );
+    }
+    order(&args.order, Ask::Promote { source_is_gone: args.i_know_the_source_is_gone, by_force: args.force })
 }

@@ -36,6 +36,9 @@ pub enum Ask {
     Promote {
         /// The operator's word that the source does not run the guest and has not taken it back.
         source_is_gone: bool,
+        /// Also where an arbiter says otherwise, or does not answer.
+        #[serde(default)]
+        by_force: bool,
     },
 }
 
@@ -198,7 +201,7 @@ impl Pending {
 mod tests {
     use super::*;
 
-    const PROMOTE: Ask = Ask::Promote { source_is_gone: true };
+    const PROMOTE: Ask = Ask::Promote { source_is_gone: true, by_force: false };
 
     #[test]
     fn an_order_is_answered_when_it_is_accepted_and_again_when_it_has_come_to_pass() {

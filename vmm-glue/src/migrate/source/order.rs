@@ -35,11 +35,13 @@ impl Source<'_> {
             (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
             (Ask::Catch, State::Revoking { stuck, .. }) => {
                 self.hurry_the_fence();
+                let asks_arbiter = self.hurry_the_arbiter();
                 self.ordered_again = stuck;
                 Ok((
                     Event::OperatorCatch,
                     match stuck {
                         true => "the catch is tried again",
+                        false if asks_arbiter => "the catch waits for the arbiter, which is asked again now",
                         false if self.awaits_fence() => "the catch waits for the fence hook, which is run again now",
                         false => "a catch is under way",
                     },
@@ -78,6 +80,7 @@ impl Source<'_> {
             (_, State::Running { .. }, _) => Some(Ok("the guest never left and runs here".to_owned())),
             (_, State::Released { .. }, _) => Some(Err("the guest was released to the destination before".to_owned())),
             (_, State::Lost { .. }, _) => Some(Err(format!("neither host can run the guest: {why}"))),
+            (_, State::Ceded { .. }, _) => Some(Err(format!("the guest is the destination's: {why}"))),
             (_, State::Revoking { stuck: true, .. }, _) => {
                 Some(Err(format!("the catch is stuck, nothing is lost: {why}. Mend it and order it again")))
             }
