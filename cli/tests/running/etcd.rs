@@ -1,5 +1,6 @@
 //! An etcd of a test's own, on loopback: it can be killed, started again with what it had, and made to stand still.
 
+use crate::running::{BOUND, kill};
 use belay_checkpoint::arbiter::etcd::Etcd;
 use belay_checkpoint::arbiter::{Arbiter, GuestName, Held, Standing};
 use belay_transport::Deadline;
@@ -86,7 +87,7 @@ impl Server {
 
     /// Waits until it answers; false if it ended before.
     fn answers(&mut self) -> bool {
-        let end = Instant::now() + super::BOUND;
+        let end = Instant::now() + BOUND;
         let nobody: GuestName = "nobody".parse().expect("a name");
         loop {
             match self.client().who(&nobody, Deadline::after(Duration::from_secs(5))) {
@@ -111,16 +112,16 @@ impl Server {
 
     /// It hears and does not answer.
     pub fn freeze(&self) {
-        super::kill(self.child.id() as i32, libc::SIGSTOP);
+        kill(self.child.id() as i32, libc::SIGSTOP);
     }
 
     pub fn thaw(&self) {
-        super::kill(self.child.id() as i32, libc::SIGCONT);
+        kill(self.child.id() as i32, libc::SIGCONT);
     }
 
     /// Its record of `guest`.
     pub fn record(&self, guest: &str) -> Option<Held> {
-        self.client().who(&guest.parse().expect("a name"), Deadline::after(super::BOUND)).expect("it answers")
+        self.client().who(&guest.parse().expect("a name"), Deadline::after(BOUND)).expect("it answers")
     }
 
     pub fn standing(&self, guest: &str) -> Option<Standing> {
