@@ -26,6 +26,17 @@ const CONTINUE: [&str; 2] = ["--on-source-loss", "continue"];
 impl Road {
     /// None, and says why, where there is no etcd.
     fn start(receive: &[&str]) -> Option<Self> {
+        let mut road = Self::begin(receive, &[])?;
+        road.destination.wait_for_event("all-landed");
+        let mut commits = 0;
+        road.destination.wait_for("checkpoints of a guest that is all here", |event| {
+            commits += u64::from(event["event"] == "committed");
+            commits >= 3
+        });
+        Some(road)
+    }
+
+    fn begin(receive: &[&str], send: &[&str]) -> Option<Self> {
         let etcd = Server::start(etcd::etcd()?);
         let place = Place::new();
         let seen_at = format!("unix:{}", place.text("observer.sock"));
@@ -55,15 +66,9 @@ impl Road {
         let guest =
             ["--memory", "32M", "--run-before", "50ms", "--lease", "500ms", "--release", "never", "--fabric", "tcp"];
         let shown = ["--output-to", &seen_at, "--check", "--run-on", "200ms"];
-        let source = place.belay(&[&common[..], &guest, &shown, &arbiter].concat());
+        let source = place.belay(&[&common[..], &guest, &shown, &arbiter, send].concat());
         let mut road = Self { place, etcd, observer, link, destination, source };
         road.source.wait_for_state("lent");
-        road.destination.wait_for_event("all-landed");
-        let mut commits = 0;
-        road.destination.wait_for("checkpoints of a guest that is all here", |event| {
-            commits += u64::from(event["event"] == "committed");
-            commits >= 3
-        });
         Some(road)
     }
 
@@ -270,10 +275,62 @@ fn p9_a_guest_that_the_arbiter_cannot_lend_is_not_moved() {
 
 impl Road {
     /// The exit code of `belay promote` for the destination.
-    fn promote(&mut self, words: &[&str]) -> i32 {
-        let run = self.place.text("run");
-        let name = self.destination.events("operable").next().expect("it says so")["name"].as_str().unwrap().to_owned();
-        let mut order = self.place.belay(&[&["promote", &name, "--run-dir", &run][..], words].concat());
-        order.end()
+    fn promote(&self, words: &[&str]) -> i32 {
+        self.order("promote", &self.destination, words)
     }
+
+    fn order(&self, order: &str, of: &Process, words: &[&str]) -> i32 {
+        let run = self.place.text("run");
+        let name = of.events("operable").next().expect("it says so")["name"].as_str().unwrap().to_owned();
+        self.place.belay(&[&[order, &name, "--run-dir", &run][..], words].concat()).end()
+    }
+}
+
+#[test]
+fn a_destination_that_is_to_go_on_and_lacks_pages_says_so_and_claims_nothing() {
+    let Some(mut road) = Road::begin(&[&CONTINUE[..], &["--hold-pull-at", "30"]].concat(), &[]) else { return };
+    road.destination.wait_for_event("committed");
+    road.source.crash();
+    road.destination.wait_for_state("pages-missing");
+    assert!(!road.destination.was("claiming"), "{}", road.destination.story());
+    assert_eq!(road.etcd.standing("vm1"), Some(Standing::Lent));
+    road.destination.signal(libc::SIGTERM);
+    assert_eq!(road.destination.end(), 11, "{}", road.destination.story());
+    road.expect_good_end();
+}
+
+#[test]
+fn p2_whoever_takes_over_from_a_source_whose_guest_went_on_alone_cedes_it() {
+    let memory = tempfile::tempdir_in("/dev/shm").expect("/dev/shm is tmpfs");
+    let kept = ["--memory-dir", memory.path().to_str().expect("UTF-8")];
+    let Some(mut road) = Road::begin(&CONTINUE, &kept) else { return };
+    road.destination.wait_for_event("all-landed");
+    road.source.crash();
+    road.destination.wait_for_state("owner");
+    let (state, run) = (road.place.text("source"), road.place.text("run"));
+    let takeover =
+        ["send", "--json", "--takeover", "--takeover-grace", "200ms", "--state-dir", &state, "--run-dir", &run];
+    road.source = road.place.belay(&takeover);
+    assert_eq!(road.source.end(), 15, "{}", road.source.story());
+    assert_eq!(road.source.events("caught").count(), 0, "{}", road.source.story());
+    road.expect_gone_on();
+    road.expect_good_end();
+}
+
+#[test]
+fn a_catch_waits_for_an_arbiter_that_is_away_and_one_by_force_does_not_and_says_on_what_it_stands() {
+    let Some(mut road) = Road::start(&CONTINUE) else { return };
+    road.etcd.kill();
+    road.destination.crash();
+    road.source.wait_for_state("awaiting-arbiter");
+    assert_eq!(road.order("catch", &road.source, &["--wait", "300ms"]), 32);
+    assert_eq!(road.order("catch", &road.source, &["--force"]), 2, "the word is asked for as well");
+    let word = ["--force", "--i-know-the-destination-is-gone"];
+    assert_eq!(road.order("catch", &road.source, &word), 0, "{}", road.source.story());
+    assert_eq!(road.source.end(), 10, "{}", road.source.story());
+    expect_right(&road.source);
+    let said = road.source.seen.iter().find(|event| event["state"] == "caught-by-force").expect("it is noted");
+    assert!(said["why"].as_str().unwrap().contains("two hosts run it"), "{said}");
+    assert!(!road.source.was("arbiter-granted"));
+    road.expect_good_end();
 }

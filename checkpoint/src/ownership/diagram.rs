@@ -75,6 +75,7 @@ fn source_events() -> Vec<source::Event> {
         ArbiterGranted,
         ArbiterRefused,
         ArbiterAway,
+        CatchByForce,
     ];
     all.extend(bools().map(|can_retry| CatchFailed { can_retry }));
     all.extend(bools().map(|all_landed| ReleaseAsked { all_landed }));
@@ -356,7 +357,7 @@ fn p2_nothing_is_revoked_before_the_claim_is_granted_and_nothing_said_of_the_gue
             let Ok((next, actions)) = source::step(&state, &event) else { continue };
             let revokes = actions.iter().any(|action| matches!(action, Action::Revoke { .. }));
             let again = matches!(state, State::Revoking { step: CatchStep::Revoke, stuck: true, .. });
-            let granted = claims && event == Event::ArbiterGranted;
+            let granted = claims && matches!(event, Event::ArbiterGranted | Event::CatchByForce);
             assert!(!revokes || granted || (again && event == Event::OperatorCatch), "{state:?} {event:?}");
             // One epoch before the catch's own is the destination's that was lost.
             let of_now = matches!(event, Event::FateAsked { owner_epoch } if owner_epoch.next() == state.owner_epoch());

@@ -126,6 +126,8 @@ pub enum Event {
     ArbiterRefused,
     /// The arbiter has not said, yet. It is asked again.
     ArbiterAway,
+    /// The operator's word that the destination neither has the guest nor ever will, in place of an arbiter that does not answer.
+    CatchByForce,
 }
 
 /// What the source is to do, in the order given.
@@ -239,6 +241,7 @@ impl Event {
             Self::ArbiterGranted => "ArbiterGranted",
             Self::ArbiterRefused => "ArbiterRefused",
             Self::ArbiterAway => "ArbiterAway",
+            Self::CatchByForce => "CatchByForce",
         }
     }
 }
@@ -370,7 +373,8 @@ fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
         | Event::ReleaseFailed
         | Event::ArbiterGranted
         | Event::ArbiterRefused
-        | Event::ArbiterAway => None,
+        | Event::ArbiterAway
+        | Event::CatchByForce => None,
     }
 }
 
@@ -524,7 +528,9 @@ fn claim(owner_epoch: OwnerEpoch) -> Step {
 fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event) -> Option<Step> {
     let go = |step, actions| Some((State::Revoking { owner_epoch, step, stuck: false }, actions));
     match (*event, step) {
-        (Event::ArbiterGranted, CatchStep::Claim) => go(CatchStep::Revoke, vec![Action::Revoke { owner_epoch }]),
+        (Event::ArbiterGranted | Event::CatchByForce, CatchStep::Claim) => {
+            go(CatchStep::Revoke, vec![Action::Revoke { owner_epoch }])
+        }
         (Event::ArbiterRefused, CatchStep::Claim) if mutated(Mutation::RefusalIgnored) => {
             go(CatchStep::Revoke, vec![Action::Revoke { owner_epoch }])
         }

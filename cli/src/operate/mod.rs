@@ -81,6 +81,23 @@ pub struct OrderArgs {
     json: bool,
 }
 
+/// Take the guest back to the source, from the newest committed checkpoint
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+With `belay send --arbiter` a catch waits until the arbiter says that the guest is the source's. --force does not, for an arbiter that is gone for \
+good. It is your word that the destination neither has the guest nor ever will: a destination that had gone on alone, or that the arbiter \
+says yes to later, RUNS IT TOO, and nothing can merge the two again. Make sure that its host is off first.")]
+pub struct CatchArgs {
+    #[command(flatten)]
+    order: OrderArgs,
+    /// Do not wait for the arbiter: nothing but your word then keeps two hosts from running this guest
+    #[arg(long, requires = "i_know_the_destination_is_gone")]
+    force: bool,
+    /// With --force: your word that the destination does not run this guest, will not, and had not made it its own
+    #[arg(long, requires = "force")]
+    i_know_the_destination_is_gone: bool,
+}
+
 /// Give a guest to a destination that is cut off from its source
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -92,7 +109,7 @@ the world has seen a past that the guest here does not remember. Make sure of it
 and say --i-know-the-source-is-gone.
 
 Where the destination was started with --arbiter, that has to agree: it does unless the source has claimed the guest first. --force does \
-without it, for an arbiter that is gone for good, or that gave the guest to a source which died before it ran it. The arbiter is not told: \
+without it, for an arbiter that is gone for good, or that gave the guest to a source which died before it ran it. The arbiter is told once, if it can be; where it cannot, \
 a source that comes back claims the guest there and RUNS IT TOO. Two guests then write the same disks and answer for the same address, and \
 nothing can merge them again. Before you say it, make sure that the source stays off, or take the record away from it: \
 `etcdctl del belay/guest/NAME`.")]
@@ -252,6 +269,16 @@ pub fn order(args: &OrderArgs, ask: Ask) -> Exit {
         }
         Err(error) => failed(&error),
     }
+}
+
+/// Runs `belay catch`.
+pub fn catch(args: &CatchArgs) -> Exit {
+    if args.force {
+        eprintln!(
+            "belay: by force, without the arbiter's leave: should the destination run this guest, now or later, two hosts do. Keep it off"
+        );
+    }
+    order(&args.order, if args.force { Ask::CatchByForce } else { Ask::Catch })
 }
 
 /// Runs `belay promote`.

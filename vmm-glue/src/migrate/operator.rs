@@ -30,6 +30,9 @@ pub enum Ask {
     Release,
     /// Take the guest back from the newest committed checkpoint. At the source.
     Catch,
+    /// As [`Ask::Catch`], without an arbiter that does not answer: the operator's word that the destination neither has the guest nor ever
+    /// will.
+    CatchByForce,
     /// Call the migration off while the guest has not left. At either.
     Cancel,
     /// Give the guest to a destination that is cut off from a source that will not come back. At the destination.
@@ -47,7 +50,7 @@ impl Ask {
     pub fn name(self) -> &'static str {
         match self {
             Self::Release => "release",
-            Self::Catch => "catch",
+            Self::Catch | Self::CatchByForce => "catch",
             Self::Cancel => "cancel",
             Self::Promote { .. } => "promote",
         }

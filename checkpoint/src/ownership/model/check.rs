@@ -46,7 +46,8 @@ pub fn properties() -> Vec<Property<Ownership>> {
         ("P2 whoever has the guest for good has it from the arbiter", |_, world| {
             let (here, there) = (&world.source, &world.destination);
             let (Some(record), true) = (world.record, here.up) else { return true };
-            let caught = here.runs && here.recovered.is_some();
+            // By force, where there is no destination any more: nothing of what it had asked for can come to anything.
+            let caught = here.runs && here.recovered.is_some() && (there.up || there.vmm);
             let alone = there.up && there.gate == Gate::ForGood;
             (!caught || record == Record::Source) && (!alone || here.released || record == Record::Destination)
         }),

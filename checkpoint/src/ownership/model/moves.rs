@@ -1,6 +1,6 @@
 //! What can happen next.
 
-use super::world::{FIRST, Gate, TO_DESTINATION, TO_SOURCE, World};
+use super::world::{FIRST, Gate, Record, TO_DESTINATION, TO_SOURCE, World};
 use super::{Ownership, world};
 use crate::outbox::OutputMode;
 use crate::ownership::{Fate, destination, source};
@@ -221,6 +221,11 @@ fn source_hears(model: &Ownership, world: &World, out: &mut Vec<Move>) {
     // The guard's word, or a fence's: the VMM has ended, and so has whoever could show what it left.
     if !there.vmm && !there.up {
         event(Event::DeathProven);
+    }
+    // What the operator says by force is so: the destination is gone, and had not made the guest its own.
+    let had_not = world.record.is_some_and(|record| record != Record::Destination);
+    if had_not && !there.vmm && !there.up && matches!(here.state, source::State::Revoking { .. }) {
+        event(Event::CatchByForce);
     }
     // Under `commit` nothing is granted, and nothing waits for it.
     if model.mode == OutputMode::Lease && here.wait == 0 && matches!(here.state.name(), "Serving" | "Resuming") {

@@ -47,7 +47,7 @@ impl Destination<'_> {
         let missing = self.pages_missing();
         let some_missing = |means: &str| format!("{missing} pages have not landed here, {means}");
         let event = match (order.ask, self.state) {
-            (Ask::Catch, _) => Err("a catch is ordered at the source; SIGTERM here gives the guest back".to_owned()),
+            (Ask::Catch | Ask::CatchByForce, _) => Err("a catch is ordered at the source; SIGTERM here gives the guest back".to_owned()),
             (Ask::Cancel, State::Preparing { .. }) => Ok((Event::Cancelled, "the switch is being called off")),
             (Ask::Cancel, State::Tethered { .. } | State::Fenced(_)) => {
                 Err("the guest has come; `belay catch` at the source takes it back".to_owned())

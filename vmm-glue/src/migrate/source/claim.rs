@@ -51,11 +51,23 @@ impl Source<'_> {
             Answer::Away { why, .. } => {
                 self.arbiter_away.clone_from(&why);
                 let advice = "Nobody takes the guest meanwhile: nothing is revoked, its memory is kept here, and the arbiter is asked again every few \
-                              seconds. Mend the arbiter; `belay catch` asks at once.";
+                              seconds. Mend the arbiter; `belay catch` asks at once. If it is gone for good, and the destination too: `belay catch --force`.";
                 self.note(Kind::Failed { what: why, advice: advice.to_owned() });
                 Some(Event::ArbiterAway)
             }
         }
+    }
+
+    /// The operator's word takes the place of the arbiter's: on what that stands is noted for whoever looks into it afterwards.
+    pub(super) fn caught_by_force(&mut self) -> Event {
+        self.claims = None;
+        let why = format!(
+            "it stands on the operator's word alone that the destination neither has this guest nor ever will: the arbiter has not said so ({}). If that \
+             word is wrong, two hosts run it",
+            if self.arbiter_away.is_empty() { "it was asked" } else { &self.arbiter_away }
+        );
+        self.note(Kind::State { state: "caught-by-force".to_owned(), why });
+        Event::CatchByForce
     }
 
     /// Whether the catch waits for the arbiter. Asked for by the operator, it is asked at once.

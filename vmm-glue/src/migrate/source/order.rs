@@ -3,7 +3,7 @@
 use super::prepare::NOT_LEFT_YET;
 use super::{BY_ORDER, Outcome, Source};
 use crate::migrate::operator::{Ask, Order};
-use belay_checkpoint::ownership::source::{Event, State};
+use belay_checkpoint::ownership::source::{CatchStep, Event, State};
 
 impl Source<'_> {
     /// Judges an order by where this host stands; what it makes happen.
@@ -47,6 +47,12 @@ impl Source<'_> {
                     },
                 ))
             }
+            (Ask::CatchByForce, State::Revoking { step: CatchStep::Claim, .. }) => {
+                Ok((Event::CatchByForce, "the guest is taken back without the arbiter's word"))
+            }
+            (Ask::CatchByForce, _) => Err("force takes the place of an arbiter that a catch waits for, and none does: `belay catch` orders one, and \
+                                           `belay status` says how it stands"
+                .to_owned()),
             (ask, state) => {
                 Err(format!("the migration is over here ({}): there is nothing to {ask}", state.name().to_lowercase()))
             }
@@ -56,6 +62,7 @@ impl Source<'_> {
                 self.pending.accept(order, what);
                 Some(match event {
                     Event::OperatorCatch => self.lost(event, BY_ORDER),
+                    Event::CatchByForce => self.caught_by_force(),
                     event => {
                         self.why = "the operator cancelled".to_owned();
                         event
@@ -74,7 +81,7 @@ impl Source<'_> {
         let state = self.state;
         let (why, back) = (&self.why, self.recovered.as_ref().map(|recovered| recovered.epoch));
         self.pending.settle(|ask| match (ask, state, outcome) {
-            (Ask::Catch, State::Running { .. }, _) if back.is_some() => {
+            (Ask::Catch | Ask::CatchByForce, State::Running { .. }, _) if back.is_some() => {
                 Some(Ok(format!("the guest runs here again, from {}", back.expect("asked above"))))
             }
             (_, State::Running { .. }, _) => Some(Ok("the guest never left and runs here".to_owned())),
