@@ -67,13 +67,11 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        // SAFETY: prctl(2) allocates nothing and touches no memory of this process: it may be called between fork and exec.
-        unsafe {
-            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            })
+        let die_with_the_test = || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(Into::into)
         };
+        // SAFETY: prctl(2) allocates nothing and touches no memory of this process: it may be called between fork and exec.
+        unsafe { command.pre_exec(die_with_the_test) };
         command.spawn().expect("etcd starts")
     }
 

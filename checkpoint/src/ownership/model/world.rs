@@ -272,7 +272,10 @@ impl World {
                         // Under a lease it is said as soon as the catch is ordered: whoever has claimed does not go by it.
                         Fate::Revoked => {
                             let about_to_be = matches!(self.source.state, source::State::Serving(_));
-                            !self.source.released && (about_to_be || self.record != Some(Record::Destination))
+                            // By force; a claim of a destination that is no more can come to the arbiter after that.
+                            let nobody_there = !self.destination.up && !self.destination.vmm;
+                            let taken = nobody_there || self.record != Some(Record::Destination);
+                            !self.source.released && (about_to_be || taken)
                         }
                         Fate::Released => self.source.released || self.record == Some(Record::Destination),
                     };
