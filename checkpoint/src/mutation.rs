@@ -25,6 +25,10 @@ pub(crate) enum Mutation {
     DiscardSkipped,
     /// Committed output that is not known to have left is forgotten by the catch.
     OutboxLost,
+    /// A destination that is to go on alone does so without the arbiter.
+    ContinuesUnasked,
+    /// A source takes the guest back although the arbiter says that it is the destination's.
+    RefusalIgnored,
 }
 
 #[cfg(test)]

@@ -11,7 +11,11 @@
 //!   the destination's death is proven, or the operator has given their word *and* the lease has run out.
 //! * **P6** only a release that was asked for with every page landed, written down, fsynced and acknowledged ends a migration;
 //!   from the moment it is written down nothing here can resume the guest on the source.
-//! * A destination never resumes a guest it was fenced from, unless the source said that it had not revoked, or had released.
+//! * A destination never resumes a guest it was fenced from, unless the source said that it had not revoked, or had released, or the arbiter
+//!   said that the guest is this host's.
+//! * Where there is an **arbiter**, its record of who has the guest begins as *lent to the destination* and changes once, by compare-and-swap:
+//!   to the source's before it revokes, or to the destination's before that goes on alone. An answer that is lost is asked for again; while
+//!   none is known nobody takes what is not theirs. Without an arbiter a claim is granted at once, and only an operator makes a destination claim.
 //!
 //! Beside the states of the design there is one edge the design does not draw: *Switching → Revoking*. Once the message on which the
 //! destination may resume is on its way, a failed switch cannot simply be taken back: the destination may have run, committed and
@@ -36,6 +40,7 @@
 //!     Resuming --> Revoking : OperatorCatch, GraceRanOut, DeathProven
 //!     Revoking --> Running : GuestResumed
 //!     Revoking --> Lost : CatchFailed
+//!     Revoking --> Ceded : ArbiterRefused
 //! ```
 //!
 //! # Destination
@@ -48,9 +53,9 @@
 //!     Tethered --> Owner : ReleaseAcknowledged
 //!     Tethered --> Fenced : ConnectionClosed, LeaseExpired, CommitFailed, SourceRevoked, GuestDied, SourceDead
 //!     Fenced --> Tethered : FateAnswered
-//!     Fenced --> Owner : FateAnswered, ReleaseAcknowledged, Promoted
-//!     Fenced --> Retired : FateAnswered, SourceRevoked, GuestStopped, StopTimedOut
-//!     Fenced --> Lost : FateAnswered, ReleaseAcknowledged, SourceDead, GuestDied, GuestStopped, StopTimedOut
+//!     Fenced --> Owner : FateAnswered, ReleaseAcknowledged, ArbiterGranted, PromotedByForce
+//!     Fenced --> Retired : FateAnswered, SourceRevoked, GuestStopped, StopTimedOut, ArbiterRefused, ArbiterAway
+//!     Fenced --> Lost : FateAnswered, ReleaseAcknowledged, ArbiterGranted, SourceDead, GuestDied, GuestStopped, StopTimedOut
 //! ```
 
 pub mod destination;
@@ -73,6 +78,11 @@ impl OwnerEpoch {
     /// The one after this.
     pub fn next(self) -> Self {
         Self(self.0 + 1)
+    }
+
+    /// The one before this; of the first, itself.
+    pub fn before(self) -> Self {
+        Self(self.0.saturating_sub(1))
     }
 }
 
@@ -159,4 +169,16 @@ pub enum Named {
     AwaitingPromotion,
     #[error("the guest is lost: neither host can run it; its memory is kept for whoever wants to look")]
     Lost,
+    #[error(
+        "the arbiter has not said whose the guest is, so nobody takes it: it stands still here or goes on where it was, its memory is kept, and \
+         the arbiter is asked again and again"
+    )]
+    AwaitingArbiter,
+    #[error("the arbiter says that the destination has made the guest its own: it is never resumed here")]
+    Ceded,
+    #[error(
+        "the arbiter says that the source has taken the guest back: it stays stopped here and its memory kept until the source is heard, or \
+         somebody who knows that it never ran there promotes it by force"
+    )]
+    TakenBack,
 }

@@ -40,6 +40,8 @@ pub enum Exit {
     Retired = 13,
     /// The destination is gone but its death is not proven, and the output mode forbids an automatic catch.
     CatchNeedsOperator = 14,
+    /// The arbiter says that the destination has made the guest its own; it was not resumed here.
+    Ceded = 15,
     /// The witness found memory or output that is not what it must be.
     CheckFailed = 20,
     /// Ended by SIGINT or SIGTERM.
@@ -61,8 +63,9 @@ Exit codes:
     2  wrong command line or configuration  12  lost: neither host can run the guest
     3  this host lacks something needed     13  retired: the source has taken the guest back
     4  no session with the peer             14  a catch waits for the operator's word
-    5  not moved: guest runs at the source  20  the witness found wrong memory or output
-    6  no fabric: RDMA could not be set up  30  no such migration on this host
-    7  nothing there to take over           31  order refused, nothing was changed
-    8  still held by a process that runs    32  order accepted, not come to pass
-    9  what was left is damaged             130 ended by SIGINT or SIGTERM";
+    5  not moved: guest runs at the source  15  ceded: the arbiter gave it to the destination
+    6  no fabric: RDMA could not be set up  20  the witness found wrong memory or output
+    7  nothing there to take over           30  no such migration on this host
+    8  still held by a process that runs    31  order refused, nothing was changed
+    9  what was left is damaged             32  order accepted, not come to pass
+                                            130 ended by SIGINT or SIGTERM";

@@ -139,7 +139,8 @@ mod tests {
 
     #[test]
     fn the_corpus_of_operator_breaks_no_promise() {
-        let order = protocol::Wanted::Order { order: Ask::Promote { source_is_gone: true }, wait_ms: 30_000 };
+        let order =
+            protocol::Wanted::Order { order: Ask::Promote { source_is_gone: true, by_force: true }, wait_ms: 30_000 };
         let request = |ask| protocol::frame(&protocol::Request { belay: protocol::VERSION, ask });
         let (status, order) = (request(protocol::Wanted::Status), request(order));
         let refused = protocol::answer(protocol::Said::Bad { why: "nothing runs here".to_owned() });

@@ -3,9 +3,9 @@
 use crate::exit::Exit;
 use crate::holder::{self, Driver, Held};
 use crate::operate::console::Console;
-use crate::options::{FabricOptions, FenceOptions, GuestOptions, SecurityOptions, TetherOptions};
+use crate::options::{ArbiterOptions, FabricOptions, FenceOptions, GuestOptions, SecurityOptions, TetherOptions};
 use crate::quantity::Span;
-use crate::send::{Going, SendArgs, SessionRefused, fence_hook, see_through, session, sizes};
+use crate::send::{Going, SendArgs, SessionRefused, outsiders, see_through, session, sizes};
 use crate::{report, signals};
 use belay_checkpoint::journal::{JournalError, MigrationId};
 use belay_checkpoint::outbox::Outbox;
@@ -13,6 +13,7 @@ use belay_transport::region::{RegionError, backing_of};
 use belay_transport::session::Address;
 use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::fence_hook::FenceHook;
+use belay_vmm_glue::migrate::arbitration::Arbitration;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::Words;
 use belay_vmm_glue::migrate::reattach::Identity;
@@ -61,6 +62,8 @@ struct Remembered {
     catch_on_loss: bool,
     #[serde(default)]
     fence: FenceOptions,
+    #[serde(default)]
+    arbiter: ArbiterOptions,
 }
 
 /// For the journal.
@@ -79,6 +82,7 @@ pub fn remember(args: &SendArgs) -> Vec<u8> {
         security,
         catch_on_loss: args.catch_on_loss,
         fence: args.fence.clone(),
+        arbiter: args.arbiter.clone(),
     };
     serde_json::to_vec(&remembered).expect("options are plain data")
 }
@@ -190,8 +194,9 @@ fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observ
     args.security = args.security.or(remembered.security);
     args.catch_on_loss |= remembered.catch_on_loss;
     args.fence = args.fence.or(remembered.fence);
-    let fence = match fence_hook(&args, observer) {
-        Ok(fence) => fence,
+    args.arbiter = args.arbiter.or(remembered.arbiter);
+    let outsiders = match outsiders(&args, observer) {
+        Ok(outsiders) => outsiders,
         Err(exit) => return exit,
     };
     let to = match args.to.clone().map_or_else(|| written.to.parse::<Address>(), Ok) {
@@ -221,7 +226,7 @@ fn go_on(mut args: SendArgs, id: Option<MigrationId>, board: &Arc<Board>, observ
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
     board.emits_through(&output);
-    let config = config(&args, &written, proposal, session, to, fence);
+    let config = config(&args, &written, proposal, (session, to), outsiders);
     if keep.is_released() {
         let mut keep = keep;
         return tell_release(&mut keep, &config, &output, words, observer).map_or_else(
@@ -252,9 +257,8 @@ fn config(
     args: &SendArgs,
     written: &Written,
     proposal: Proposal,
-    session: belay_transport::session::SessionConfig,
-    address: Address,
-    fence: Option<FenceHook>,
+    (session, address): (belay_transport::session::SessionConfig, Address),
+    (fence, arbiter): (Option<FenceHook>, Option<Arbitration>),
 ) -> SourceConfig {
     let memory_bytes = match &proposal.vmm {
         VmmSpec::Kvm(spec) => spec.memory_bytes,
@@ -273,6 +277,7 @@ fn config(
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
         fence,
+        arbiter,
     }
 }
 

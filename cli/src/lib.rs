@@ -74,7 +74,7 @@ enum Command {
     /// Have a destination ask its source to let go of the guest
     Release(operate::OrderArgs),
     /// Take the guest back to the source, from the newest committed checkpoint
-    Catch(operate::OrderArgs),
+    Catch(operate::CatchArgs),
     /// Call a migration off while the guest has not left
     Cancel(operate::OrderArgs),
     /// Give a guest to a destination that is cut off from a source that is gone for good
@@ -130,7 +130,7 @@ pub fn main() -> ExitCode {
         Command::List(args) => operate::list(&args),
         Command::Status(args) => operate::status(&args),
         Command::Release(args) => operate::order(&args, Ask::Release),
-        Command::Catch(args) => operate::order(&args, Ask::Catch),
+        Command::Catch(args) => operate::catch(&args),
         Command::Cancel(args) => operate::order(&args, Ask::Cancel),
         Command::Promote(args) => operate::promote(&args),
         Command::Keygen(args) => keygen::run(args),

@@ -3,11 +3,13 @@
 //! Precedence: command line, then the file named by `--config`, then the built-in defaults. A key the file has and belay does not
 //! know is an error, because a misspelt `output = "commit"` must not silently mean something else.
 
+mod arbiter;
 mod choices;
 mod fencing;
 
 use crate::operate::console::ConsoleOptions;
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
+pub use arbiter::{ArbiterOptions, ArbiterTable, SourceLossOptions};
 use belay_transport::fabric::FabricKind;
 use belay_transport::fabric::verbs::VerbsSettings;
 use belay_transport::numa::NumaChoice;
@@ -153,6 +155,7 @@ pub struct ConfigFile {
     pub security: SecurityOptions,
     pub operate: ConsoleOptions,
     pub fence: FenceOptions,
+    pub arbiter: ArbiterTable,
 }
 
 /// Why a configuration file was refused.
@@ -324,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_key_nobody_knows_is_an_error_in_every_table() {
-        for table in ["tether", "guest", "fabric", "security", "operate", "fence"] {
+        for table in ["tether", "guest", "fabric", "security", "operate", "fence", "arbiter"] {
             let error = toml::from_str::<ConfigFile>(&format!("[{table}]\ntrusted-fabrik = true\n")).expect_err(table);
             assert!(error.to_string().contains("trusted-fabrik"), "{error}");
         }

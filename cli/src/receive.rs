@@ -4,7 +4,7 @@ use crate::descriptors::TooFew;
 use crate::exit::Exit;
 use crate::holder::{self, Doors, Held, ThisHost};
 use crate::operate::console::{Console, ConsoleOptions};
-use crate::options::{ConfigFile, FabricOptions, GuestOptions, SecurityOptions};
+use crate::options::{ArbiterOptions, ConfigFile, FabricOptions, GuestOptions, SecurityOptions, SourceLossOptions};
 use crate::qemu::receive::QemuReceive;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
@@ -79,6 +79,10 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "NAME[:N]", hide = true)]
     stop_at: Option<StopAt>,
     #[command(flatten)]
+    arbiter: ArbiterOptions,
+    #[command(flatten)]
+    source_loss: SourceLossOptions,
+    #[command(flatten)]
     console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
@@ -131,6 +135,9 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                 }
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
+                let (arbiter, loss) = file.arbiter.parts();
+                args.arbiter = args.arbiter.or(arbiter);
+                args.source_loss = args.source_loss.or(loss);
             }
             Err(error) => {
                 let observer = report::reporter("destination", args.json);
@@ -171,6 +178,17 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         report::failed_text(observer, what, advice);
         return Exit::Usage;
     }
+    let arbiter = match args.source_loss.of(&args.arbiter) {
+        Ok(arbiter) => arbiter,
+        Err(why) => {
+            report::failed_text(
+                observer,
+                &why,
+                "Nothing was started; `belay help receive` tells what an arbiter needs.",
+            );
+            return Exit::Usage;
+        }
+    };
     let security = match args.security.security() {
         Ok(security) => security,
         Err(error) => return fail(&error, "Make certificates with `belay keygen`.", Exit::Usage),
@@ -210,6 +228,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         bounds: Bounds::default(),
         recording,
         numa: args.fabric.numa(),
+        arbiter,
     };
     let listening = || {
         board.phase("listening", format!("at {}", listener.address()));

@@ -6,13 +6,14 @@ use crate::holder::{self, Driver, Held};
 use crate::keeping::{self, KeepOptions};
 use crate::operate::console::{Console, ConsoleOptions};
 use crate::options::{
-    ConfigFile, FabricOptions, FenceOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice, SecurityOptions,
-    TetherOptions,
+    ArbiterOptions, ConfigFile, FabricOptions, FenceOptions, GuestOptions, PolicyChoice, ProgramChoice, ReleaseChoice,
+    SecurityOptions, TetherOptions,
 };
 use crate::qemu::send::QemuSend;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
 use crate::{descriptors, fabric, logs, report, signals};
+use belay_checkpoint::arbiter::LendError;
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
@@ -22,6 +23,7 @@ use belay_transport::session::{Address, SessionConfig, SessionError};
 use belay_transport::{PageSize, RegionId};
 use belay_vmm_glue::fence_hook::FenceHook;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
+use belay_vmm_glue::migrate::arbitration::Arbitration;
 use belay_vmm_glue::migrate::observation::Observer;
 use belay_vmm_glue::migrate::operator::{Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
@@ -75,6 +77,8 @@ pub struct SendArgs {
     #[command(flatten)]
     pub fence: FenceOptions,
     #[command(flatten)]
+    pub arbiter: ArbiterOptions,
+    #[command(flatten)]
     pub console: ConsoleOptions,
     /// Events as JSON lines on stdout
     #[arg(long)]
@@ -120,6 +124,7 @@ pub fn run(mut args: SendArgs) -> Exit {
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
                 args.fence = args.fence.or(file.fence);
+                args.arbiter = args.arbiter.or(file.arbiter.parts().0);
             }
             Err(error) => {
                 let observer = report::reporter("source", args.json);
@@ -159,8 +164,8 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         return Exit::Usage;
     };
     let spec = guest_spec(&args.guest);
-    let fence = match fence_hook(args, observer) {
-        Ok(fence) => fence,
+    let (fence, arbiter) = match outsiders(args, observer) {
+        Ok(outsiders) => outsiders,
         Err(exit) => return exit,
     };
     let session = match session(args, &to) {
@@ -274,6 +279,7 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
         fence,
+        arbiter,
     };
     see_through(args, Going { config: &config, keep, held, taken_over: false }, &output, words, observer)
 }
@@ -320,6 +326,7 @@ pub fn see_through(
             (why, advice, Exit::CatchNeedsOperator)
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
+        Ok(Outcome::Ceded { why }) => (why, CEDED, Exit::Ceded),
         Err(error) => {
             let exit = not_begun(&error, taken_over, observer);
             if taken_over {
@@ -343,6 +350,10 @@ pub fn see_through(
     }
 }
 
+/// What is left to say where the arbiter has given the guest away.
+pub const CEDED: &str =
+    "The guest runs at the destination, or ended there, and was not resumed here. See `belay list` on that host.";
+
 /// Says why a migration did not begin, and with which exit code.
 pub fn not_begun(error: &SourceError, taken_over: bool, observer: &Observer) -> Exit {
     let (exit, advice) = match error {
@@ -362,6 +373,13 @@ pub fn not_begun(error: &SourceError, taken_over: bool, observer: &Observer) -> 
             Exit::NotMoved,
             "The guest was not touched. Make room where --memory-dir is (mount -o remount,size=…), or name another.",
         ),
+        SourceError::Lend(LendError::NotOurs { .. }) => (
+            Exit::NotMoved,
+            "The guest was not touched. If that host does not have the guest any more, remove the record: `etcdctl del belay/guest/NAME`.",
+        ),
+        SourceError::Lend(_) => {
+            (Exit::NotMoved, "The guest was not touched. Mend the arbiter, or leave --arbiter out on both hosts.")
+        }
         SourceError::Keep(error) => return keeping::refused(error, observer),
         _ => (Exit::NotMoved, "The guest was not touched. `belay check`, there and here, says what a host lacks."),
     };
@@ -381,10 +399,22 @@ pub enum SessionRefused {
     Fabric(fabric::Refused),
 }
 
-/// What makes sure that a lost destination is off, if anything was named.
-pub fn fence_hook(args: &SendArgs, observer: &Observer) -> Result<Option<FenceHook>, Exit> {
-    args.fence.hook().map_err(|why| {
-        report::failed_text(observer, &why, "Nothing was started; `belay help send` tells what the fence needs.");
+/// What makes sure that a lost destination is off, and who says whose the guest is, if anything was named.
+pub fn outsiders(args: &SendArgs, observer: &Observer) -> Result<(Option<FenceHook>, Option<Arbitration>), Exit> {
+    let both = || {
+        let (fence, arbiter) = (args.fence.hook()?, args.arbiter.arbitration()?);
+        match (&arbiter, &args.tether.policy) {
+            (Some(_), Some(PolicyChoice::None)) => {
+                Err("--arbiter with --policy none: there would be no checkpoint to take \
+                                                        the guest back from"
+                    .to_owned())
+            }
+            _ => Ok((fence, arbiter)),
+        }
+    };
+    both().map_err(|why: String| {
+        let advice = "Nothing was started; `belay help send` tells what a fence and an arbiter need.";
+        report::failed_text(observer, &why, advice);
         Exit::Usage
     })
 }

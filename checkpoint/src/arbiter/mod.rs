@@ -13,6 +13,9 @@
 //! * What comes back from the arbiter is bytes from outside: bounded in size and time, and believed only whole.
 
 pub mod etcd;
+mod seat;
+
+pub use seat::{LendError, Ruling, Seat, Unruled, WhyUnruled};
 
 use crate::ownership::OwnerEpoch;
 use belay_transport::Deadline;
@@ -57,6 +60,29 @@ pub struct Claim {
     pub owner_epoch: OwnerEpoch,
     /// The migration by which it has the guest.
     pub migration: String,
+    pub standing: Standing,
+}
+
+/// By what an owner has a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// It is the source of a migration and has lent the guest to the destination. Which of them will have it is not said.
+    Lent,
+    /// It was the source and has taken the guest back, for good.
+    TakenBack,
+    /// It was the destination and has made the guest its own, for good.
+    Kept,
+}
+
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Lent => "has lent it to a destination",
+            Self::TakenBack => "has taken it back",
+            Self::Kept => "keeps it",
+        })
+    }
 }
 
 impl Claim {
@@ -71,7 +97,8 @@ impl Claim {
 
 impl fmt::Display for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} under {} of migration {:?}", self.owner, self.owner_epoch, self.migration)
+        let Self { owner, owner_epoch, migration, standing } = self;
+        write!(f, "{owner:?} {standing}, under {owner_epoch} of migration {migration:?}")
     }
 }
 

@@ -34,6 +34,10 @@ pub struct Fenced {
     pub guest_dead: bool,
     /// Somebody who must know said that the source will not come back.
     pub source_dead: bool,
+    /// The arbiter was asked for the guest, and what it has made of that is not known.
+    pub claiming: bool,
+    /// The arbiter says that the source has taken the guest back.
+    pub refused: bool,
 }
 
 /// What happens to a destination.
@@ -73,9 +77,21 @@ pub enum Event {
     FateAnswered(Fate),
     /// The operator, a fence hook or an arbiter says that the source will not come back.
     SourceDead,
-    /// The operator or an arbiter gives the guest to this host, knowing that the source does not run it **and has not revoked**: a
-    /// source that caught the guest, showed output and died after has left this host with a past that never was.
+    /// The operator gives the guest to this host, knowing that the source does not run it **and has not revoked**: a
+    /// source that caught the guest, showed output and died after has left this host with a past that never was. Where there is an arbiter it
+    /// has to agree.
     Promoted,
+    /// As [`Event::Promoted`], whatever an arbiter says or fails to say.
+    PromotedByForce,
+    /// The source is lost, and this guest is to go on here where the arbiter agrees (never said where there is none).
+    ContinueWanted,
+    /// The arbiter says that the guest is this host's, for good; or there is no arbiter.
+    ArbiterGranted,
+    /// The arbiter says that the source has taken the guest back, for good.
+    ArbiterRefused,
+    /// The arbiter has not said. `untouched`: nor can it ever come to have granted what it was asked for; it has to be asked anew. Otherwise it
+    /// is asked again until it says.
+    ArbiterAway { untouched: bool },
 }
 
 /// What the destination is to do, in the order given.
@@ -107,6 +123,9 @@ pub enum Action {
     SendGuestGone,
     /// Ask the source to let go.
     AskRelease,
+    /// Make the guest this host's at the arbiter, over the record that lends it to this host under `owner_epoch`; answered by
+    /// [`Event::ArbiterGranted`], [`Event::ArbiterRefused`], or any number of [`Event::ArbiterAway`] before one of them.
+    Claim { owner_epoch: OwnerEpoch },
     /// End the VMM and give its memory back.
     DiscardGuest,
     /// Tell the operator.
@@ -139,6 +158,21 @@ impl Default for State {
     }
 }
 
+impl Fenced {
+    /// A destination that was just cut off and knows nothing more.
+    pub fn new(owner_epoch: OwnerEpoch, all_landed: bool) -> Self {
+        Self {
+            owner_epoch,
+            all_landed,
+            revoked: false,
+            guest_dead: false,
+            source_dead: false,
+            claiming: false,
+            refused: false,
+        }
+    }
+}
+
 impl Event {
     /// Its name in the diagram.
     pub fn name(&self) -> &'static str {
@@ -161,6 +195,11 @@ impl Event {
             Self::FateAnswered(_) => "FateAnswered",
             Self::SourceDead => "SourceDead",
             Self::Promoted => "Promoted",
+            Self::PromotedByForce => "PromotedByForce",
+            Self::ContinueWanted => "ContinueWanted",
+            Self::ArbiterGranted => "ArbiterGranted",
+            Self::ArbiterRefused => "ArbiterRefused",
+            Self::ArbiterAway { .. } => "ArbiterAway",
         }
     }
 }
@@ -208,14 +247,14 @@ fn preparing(owner_epoch: Option<OwnerEpoch>, all_landed: bool, event: &Event) -
             ];
             Some((State::Aborted, actions))
         }
-        Event::Promoted => stay(vec![Action::Report(Named::PagesMissing)]),
+        Event::Promoted | Event::PromotedByForce => stay(vec![Action::Report(Named::PagesMissing)]),
         _ => None,
     }
 }
 
 fn tethered(owner_epoch: OwnerEpoch, all_landed: bool, event: &Event) -> Option<Step> {
     let stay = |actions| Some((State::Tethered { owner_epoch, all_landed }, actions));
-    let now = Fenced { owner_epoch, all_landed, revoked: false, guest_dead: false, source_dead: false };
+    let now = Fenced::new(owner_epoch, all_landed);
     match *event {
         Event::AllLanded => Some((State::Tethered { owner_epoch, all_landed: true }, vec![])),
         Event::ReleaseWanted if all_landed => stay(vec![Action::AskRelease]),
@@ -236,7 +275,10 @@ fn tethered(owner_epoch: OwnerEpoch, all_landed: bool, event: &Event) -> Option<
         | Event::GuestStopped
         | Event::StopTimedOut
         | Event::FateAnswered(Fate::StillTethered)
-        | Event::Promoted => stay(vec![]),
+        | Event::Promoted
+        | Event::PromotedByForce
+        | Event::ContinueWanted
+        | Event::ArbiterAway { .. } => stay(vec![]),
         _ => None,
     }
 }
@@ -261,11 +303,14 @@ fn fenced(mut now: Fenced, event: &Event) -> Option<Step> {
     let mut actions = vec![];
     match *event {
         Event::AllLanded => now.all_landed = true,
+        // Under a lease a source says so before it has claimed: what the arbiter makes of ours decides.
+        Event::FateAnswered(Fate::Revoked) | Event::SourceRevoked if now.claiming => now.revoked = true,
         Event::FateAnswered(Fate::Revoked) | Event::SourceRevoked => return retire(),
-        Event::GuestStopped | Event::StopTimedOut if now.revoked => return retire(),
+        Event::GuestStopped | Event::StopTimedOut if now.revoked && !now.claiming => return retire(),
         Event::GuestStopped => {}
         Event::StopTimedOut => actions.push(Action::Report(Named::StopTimedOut)),
-        Event::FateAnswered(Fate::StillTethered) if now.revoked => {}
+        // Once the arbiter may have given the guest to this host, a source that tethers it again could not catch it any more.
+        Event::FateAnswered(Fate::StillTethered) if now.revoked || now.claiming => {}
         Event::FateAnswered(Fate::StillTethered) if now.guest_dead => actions.push(Action::SendGuestGone),
         Event::FateAnswered(Fate::StillTethered) => {
             let Fenced { owner_epoch, all_landed, .. } = now;
@@ -282,9 +327,35 @@ fn fenced(mut now: Fenced, event: &Event) -> Option<Step> {
         Event::FateAnswered(Fate::Released) | Event::ReleaseAcknowledged if now.all_landed && !now.revoked => {
             return Some(if now.guest_dead { lose() } else { own() });
         }
-        Event::Promoted if now.revoked || now.guest_dead => actions.push(Action::Report(Named::Fenced)),
-        Event::Promoted if !now.all_landed => actions.push(Action::Report(Named::PagesMissing)),
-        Event::Promoted => return Some(own()),
+        Event::Promoted | Event::PromotedByForce | Event::ContinueWanted if now.revoked || now.guest_dead => {
+            actions.push(Action::Report(Named::Fenced));
+        }
+        Event::Promoted | Event::PromotedByForce | Event::ContinueWanted if !now.all_landed => {
+            actions.push(Action::Report(Named::PagesMissing));
+        }
+        Event::PromotedByForce => return Some(own()),
+        Event::ContinueWanted if mutated(Mutation::ContinuesUnasked) => return Some(own()),
+        Event::Promoted | Event::ContinueWanted if now.refused => actions.push(Action::Report(Named::TakenBack)),
+        Event::Promoted | Event::ContinueWanted if now.claiming => {}
+        Event::Promoted | Event::ContinueWanted => {
+            now.claiming = true;
+            actions.push(Action::Claim { owner_epoch: now.owner_epoch });
+        }
+        // Its VMM may have died while the arbiter was asked: the source cannot have the guest any more.
+        Event::ArbiterGranted if now.claiming => return Some(if now.guest_dead { lose() } else { own() }),
+        Event::ArbiterRefused | Event::ArbiterAway { untouched: true } if now.claiming && now.revoked => {
+            return retire();
+        }
+        Event::ArbiterRefused if now.claiming => {
+            (now.claiming, now.refused) = (false, true);
+            actions.push(Action::Report(Named::TakenBack));
+        }
+        Event::ArbiterAway { untouched } if now.claiming => {
+            now.claiming = !untouched;
+            actions.push(Action::Report(Named::AwaitingArbiter));
+        }
+        // Said twice, or of a claim that something else has overtaken.
+        Event::ArbiterRefused | Event::ArbiterAway { .. } => {}
         Event::SourceDead => {
             now.source_dead = true;
             actions.push(Action::Report(if now.all_landed { Named::AwaitingPromotion } else { Named::PagesMissing }));
@@ -323,6 +394,7 @@ fn lose() -> Step {
 fn owner(event: &Event) -> Option<Step> {
     match *event {
         Event::HandedOver { .. } | Event::PrepareFailed | Event::Cancelled => None,
+        Event::ContinueWanted => None,
         // An owner is never revoked: a source that says so has broken its own record.
         Event::FateAnswered(Fate::Revoked) | Event::SourceRevoked => None,
         _ => Some((State::Owner, vec![])),
@@ -333,12 +405,17 @@ fn owner(event: &Event) -> Option<Step> {
 fn over(state: &State, event: &Event) -> Option<Step> {
     let actions = match *event {
         Event::GuestResumed => vec![Action::StopGuest],
-        Event::HandedOver { .. } | Event::Promoted | Event::ReleaseWanted => vec![Action::Report(match state {
-            State::Aborted => Named::Aborted,
-            State::Retired => Named::Retired,
-            _ => Named::Lost,
-        })],
-        Event::ReleaseAcknowledged | Event::FateAnswered(Fate::Released) => return None,
+        Event::HandedOver { .. } | Event::Promoted | Event::PromotedByForce | Event::ReleaseWanted => {
+            vec![Action::Report(match state {
+                State::Aborted => Named::Aborted,
+                State::Retired => Named::Retired,
+                _ => Named::Lost,
+            })]
+        }
+        Event::ReleaseAcknowledged
+        | Event::FateAnswered(Fate::Released)
+        | Event::ContinueWanted
+        | Event::ArbiterGranted => return None,
         _ => vec![],
     };
     Some((*state, actions))

@@ -72,6 +72,10 @@ fn source_events() -> Vec<source::Event> {
         ReleaseRecorded,
         ReleaseFailed,
         GraceRanOut,
+        ArbiterGranted,
+        ArbiterRefused,
+        ArbiterAway,
+        CatchByForce,
     ];
     all.extend(bools().map(|can_retry| CatchFailed { can_retry }));
     all.extend(bools().map(|all_landed| ReleaseAsked { all_landed }));
@@ -119,6 +123,12 @@ fn destination_events() -> Vec<destination::Event> {
         FateAnswered(Fate::Released),
         SourceDead,
         Promoted,
+        PromotedByForce,
+        ContinueWanted,
+        ArbiterGranted,
+        ArbiterRefused,
+        ArbiterAway { untouched: false },
+        ArbiterAway { untouched: true },
     ]
 }
 
@@ -208,9 +218,9 @@ fn p2_silence_while_renewals_are_granted_is_not_yet_a_lease_that_has_run_out() {
         Event::LeaseRanOut,
     ] {
         let (next, actions) = source::step(&state, &event).expect("legal");
-        let revokes = actions.iter().any(|action| matches!(action, Action::Revoke { .. }));
+        let catches = actions.iter().any(|action| matches!(action, Action::Claim { .. }));
         assert_eq!(
-            revokes,
+            catches,
             done.len() == 5,
             "{event:?} in {state:?}: a renewal granted before the withdrawal must run out first"
         );
@@ -242,8 +252,7 @@ fn p2_under_lease_nothing_is_caught_without_proof_or_the_operators_word_and_an_e
         let State::Serving(before) = state else { continue };
         for event in source_events() {
             let Ok((_, actions)) = source::step(&state, &event) else { continue };
-            if before.mode == OutputMode::Lease && actions.iter().any(|action| matches!(action, Action::Revoke { .. }))
-            {
+            if before.mode == OutputMode::Lease && actions.iter().any(|action| matches!(action, Action::Claim { .. })) {
                 let proven = before.death_proven || event == Event::DeathProven;
                 let ordered = before.catch_ordered || event == Event::OperatorCatch;
                 let ran_out =
@@ -261,7 +270,7 @@ fn p2_a_source_that_takes_over_catches_under_lease_only_as_one_that_lived_would(
         let State::Resuming(Resuming { mode, lease_ran_out, .. }) = state else { continue };
         for event in source_events() {
             let Ok((_, actions)) = source::step(&state, &event) else { continue };
-            if actions.iter().any(|action| matches!(action, Action::Revoke { .. })) {
+            if actions.iter().any(|action| matches!(action, Action::Claim { .. })) {
                 let allowed = match mode {
                     OutputMode::Commit => {
                         matches!(event, Event::GraceRanOut | Event::OperatorCatch | Event::DeathProven)
@@ -278,13 +287,18 @@ fn p2_a_source_that_takes_over_catches_under_lease_only_as_one_that_lived_would(
 
 #[test]
 fn p2_a_death_forgets_no_revocation_and_no_release() {
-    use source::{Action, State};
+    use source::{Action, CatchStep, State};
     for state in source_states() {
         let (again, actions) = source::restart(&state);
         let resumes = actions.contains(&Action::ResumeGuest) || actions.contains(&Action::FoldAndLoad);
         assert!(!resumes, "{state:?} resumes without revoking");
         match state {
-            State::Released { .. } | State::Running { .. } | State::Lost { .. } => assert_eq!(again, state),
+            State::Released { .. } | State::Running { .. } | State::Lost { .. } | State::Ceded { .. } => {
+                assert_eq!(again, state);
+            }
+            State::Revoking { owner_epoch, step: CatchStep::Claim, .. } => {
+                assert!(actions.contains(&Action::Claim { owner_epoch }), "{state:?} is not claimed again");
+            }
             State::Revoking { owner_epoch, .. } => {
                 assert!(actions.contains(&Action::Revoke { owner_epoch }), "{state:?} is not revoked again");
             }
@@ -335,6 +349,48 @@ fn p5_folding_waits_for_revocation_and_resuming_for_folding() {
 }
 
 #[test]
+fn p2_nothing_is_revoked_before_the_claim_is_granted_and_nothing_said_of_the_guest_while_it_is_not() {
+    use source::{Action, CatchStep, Event, State};
+    for state in source_states() {
+        let claims = matches!(state, State::Revoking { step: CatchStep::Claim, .. });
+        for event in source_events() {
+            let Ok((next, actions)) = source::step(&state, &event) else { continue };
+            let revokes = actions.iter().any(|action| matches!(action, Action::Revoke { .. }));
+            let again = matches!(state, State::Revoking { step: CatchStep::Revoke, stuck: true, .. });
+            let granted = claims && matches!(event, Event::ArbiterGranted | Event::CatchByForce);
+            assert!(!revokes || granted || (again && event == Event::OperatorCatch), "{state:?} {event:?}");
+            // One epoch before the catch's own is the destination's that was lost.
+            let of_now = matches!(event, Event::FateAsked { owner_epoch } if owner_epoch.next() == state.owner_epoch());
+            if claims && of_now {
+                assert_eq!((next, actions), (state, vec![]), "whichever answer it were, the arbiter may make it a lie");
+            }
+        }
+    }
+}
+
+#[test]
+fn p2_a_destination_that_may_have_been_granted_the_guest_is_tethered_no_more_and_runs_it_only_once_it_is_told() {
+    use destination::{Action, Event, State};
+    for state in destination_states() {
+        let State::Fenced(now) = state else { continue };
+        for event in destination_events() {
+            let Ok((next, _)) = destination::step(&state, &event) else { continue };
+            if now.claiming {
+                assert_ne!(next.name(), "Tethered", "{event:?} in {now:?}");
+            }
+            let told = matches!(event, Event::ArbiterGranted if now.claiming)
+                || matches!(event, Event::PromotedByForce | Event::ReleaseAcknowledged)
+                || event == Event::FateAnswered(Fate::Released);
+            assert!(next.name() != "Owner" || (told && now.all_landed), "{event:?} in {now:?}");
+        }
+        let (_, actions) = destination::step(&state, &Event::ContinueWanted).expect("legal");
+        let asks = actions.iter().any(|action| matches!(action, Action::Claim { .. }));
+        let may = now.all_landed && !now.claiming && !now.refused && !now.revoked && !now.guest_dead;
+        assert_eq!(asks, may, "{now:?}");
+    }
+}
+
+#[test]
 fn p9_every_way_out_of_the_good_course_is_reported() {
     for state in destination_states() {
         for event in destination_events() {
@@ -348,7 +404,7 @@ fn p9_every_way_out_of_the_good_course_is_reported() {
     for state in source_states() {
         for event in source_events() {
             let Ok((next, actions)) = source::step(&state, &event) else { continue };
-            if matches!(next.name(), "Revoking" | "Released" | "Lost") && next.name() != state.name() {
+            if matches!(next.name(), "Revoking" | "Released" | "Lost" | "Ceded") && next.name() != state.name() {
                 let told = actions.iter().any(|action| matches!(action, source::Action::Report(_)));
                 assert!(told, "{state:?} {event:?} goes to {} and nobody is told", next.name());
             }

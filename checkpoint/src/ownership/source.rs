@@ -22,6 +22,8 @@ pub enum State {
     Released { owner_epoch: OwnerEpoch },
     /// Neither host can run the guest. Final.
     Lost { owner_epoch: OwnerEpoch },
+    /// The arbiter says that the destination has made the guest its own, under this owner epoch. Final.
+    Ceded { owner_epoch: OwnerEpoch },
 }
 
 /// What the source knows while it serves.
@@ -69,6 +71,9 @@ pub enum CatchStep {
     Fold,
     /// Committed output goes out again, then the guest runs.
     Resume,
+    /// The first of them: until the arbiter says that the guest is this host's, the destination may make it its own. Where there is no
+    /// arbiter it is so at once.
+    Claim,
 }
 
 /// What happens to a source.
@@ -115,6 +120,14 @@ pub enum Event {
     FateAsked { owner_epoch: OwnerEpoch },
     /// The destination has been looked for as long as it was to be ([`Action::SeekDestination`]).
     GraceRanOut,
+    /// The arbiter says that the guest is this host's, for good; or there is no arbiter.
+    ArbiterGranted,
+    /// The arbiter says that the guest is the destination's, for good.
+    ArbiterRefused,
+    /// The arbiter has not said, yet. It is asked again.
+    ArbiterAway,
+    /// The operator's word that the destination neither has the guest nor ever will, in place of an arbiter that does not answer.
+    CatchByForce,
 }
 
 /// What the source is to do, in the order given.
@@ -132,6 +145,9 @@ pub enum Action {
     GrantLease,
     /// Grant no more renewals; answered by [`Event::LeaseRanOut`] in time.
     WithdrawLease,
+    /// Make the guest this host's at the arbiter, over the record that lends it to the destination; answered by [`Event::ArbiterGranted`],
+    /// [`Event::ArbiterRefused`], or any number of [`Event::ArbiterAway`] before one of them.
+    Claim { owner_epoch: OwnerEpoch },
     /// Shut the old session out, grant it no more renewals, and bump the owner epoch to this; answered by [`Event::Revoked`] or [`Event::CatchFailed`].
     Revoke { owner_epoch: OwnerEpoch },
     /// Read the ring for the last time, fold, load; answered by [`Event::Folded`] or [`Event::CatchFailed`].
@@ -174,6 +190,7 @@ impl State {
             Self::Revoking { .. } => "Revoking",
             Self::Released { .. } => "Released",
             Self::Lost { .. } => "Lost",
+            Self::Ceded { .. } => "Ceded",
         }
     }
 
@@ -184,7 +201,8 @@ impl State {
             | Self::Switching { owner_epoch, .. }
             | Self::Revoking { owner_epoch, .. }
             | Self::Released { owner_epoch }
-            | Self::Lost { owner_epoch } => owner_epoch,
+            | Self::Lost { owner_epoch }
+            | Self::Ceded { owner_epoch } => owner_epoch,
             Self::Serving(serving) => serving.owner_epoch,
             Self::Resuming(resuming) => resuming.owner_epoch,
         }
@@ -220,6 +238,10 @@ impl Event {
             Self::ReleaseFailed => "ReleaseFailed",
             Self::FateAsked { .. } => "FateAsked",
             Self::GraceRanOut => "GraceRanOut",
+            Self::ArbiterGranted => "ArbiterGranted",
+            Self::ArbiterRefused => "ArbiterRefused",
+            Self::ArbiterAway => "ArbiterAway",
+            Self::CatchByForce => "CatchByForce",
         }
     }
 }
@@ -237,6 +259,7 @@ pub fn step(state: &State, event: &Event) -> Result<Step, Illegal> {
         State::Revoking { owner_epoch, step, stuck } => revoking(owner_epoch, step, stuck, event),
         State::Released { .. } => released(state, event),
         State::Lost { .. } => lost(state, event),
+        State::Ceded { .. } => ceded(state, event),
     };
     taken.ok_or_else(|| Illegal { role: "source", state: state.name(), event: format!("{event:?}") })
 }
@@ -247,7 +270,7 @@ pub fn step(state: &State, event: &Event) -> Result<Step, Illegal> {
 /// * A guest that ran here died with its process: [`State::Running`] stays and asks nothing. It is kept before the guest is let run.
 /// * A switch of which the destination has not heard *go* is caught like any other: it can have done nothing. So is one under `lease`
 ///   that has, because no lease is granted before it says that it runs.
-/// * A catch begins anew: revoking and folding twice come to the same.
+/// * A catch begins anew, with the claim if that was not answered: claiming, revoking and folding twice come to the same.
 /// * A release stands: nothing here resumes the guest; the destination is told if it has not heard.
 pub fn restart(state: &State) -> Step {
     let resume = |mode, owner_epoch| {
@@ -268,12 +291,13 @@ pub fn restart(state: &State) -> Step {
         }
         State::Serving(Serving { mode, owner_epoch, .. }) => resume(mode, owner_epoch),
         State::Resuming(Resuming { mode, owner_epoch, .. }) => resume(mode, owner_epoch),
+        State::Revoking { owner_epoch, step: CatchStep::Claim, .. } => claim(owner_epoch),
         State::Revoking { owner_epoch, .. } => {
             let state = State::Revoking { owner_epoch, step: CatchStep::Revoke, stuck: false };
             (state, vec![Action::Revoke { owner_epoch }, Action::Report(Named::Catching)])
         }
         State::Released { .. } => (*state, vec![Action::SeekDestination]),
-        State::Running { .. } | State::Lost { .. } => (*state, vec![]),
+        State::Running { .. } | State::Lost { .. } | State::Ceded { .. } => (*state, vec![]),
     }
 }
 
@@ -342,9 +366,15 @@ fn running(owner_epoch: OwnerEpoch, event: &Event) -> Option<Step> {
         | Event::DeathProven
         | Event::GraceRanOut
         | Event::GuestResumed => stay(vec![]),
-        Event::Revoked | Event::Folded | Event::CatchFailed { .. } | Event::ReleaseRecorded | Event::ReleaseFailed => {
-            None
-        }
+        Event::Revoked
+        | Event::Folded
+        | Event::CatchFailed { .. }
+        | Event::ReleaseRecorded
+        | Event::ReleaseFailed
+        | Event::ArbiterGranted
+        | Event::ArbiterRefused
+        | Event::ArbiterAway
+        | Event::CatchByForce => None,
     }
 }
 
@@ -485,13 +515,36 @@ fn begin_catch(owner_epoch: OwnerEpoch) -> Step {
         let state = State::Revoking { owner_epoch, step: CatchStep::Fold, stuck: false };
         return (state, vec![Action::FoldAndLoad]);
     }
-    let state = State::Revoking { owner_epoch, step: CatchStep::Revoke, stuck: false };
-    (state, vec![Action::Revoke { owner_epoch }, Action::Report(Named::Catching)])
+    claim(owner_epoch)
+}
+
+/// The claim comes before the revocation: whatever the destination hears of a revocation, and whatever it is told, is then true for good;
+/// and while the arbiter is silent the tether is left whole.
+fn claim(owner_epoch: OwnerEpoch) -> Step {
+    let state = State::Revoking { owner_epoch, step: CatchStep::Claim, stuck: false };
+    (state, vec![Action::Claim { owner_epoch }, Action::Report(Named::Catching)])
 }
 
 fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event) -> Option<Step> {
     let go = |step, actions| Some((State::Revoking { owner_epoch, step, stuck: false }, actions));
     match (*event, step) {
+        (Event::ArbiterGranted | Event::CatchByForce, CatchStep::Claim) => {
+            go(CatchStep::Revoke, vec![Action::Revoke { owner_epoch }])
+        }
+        (Event::ArbiterRefused, CatchStep::Claim) if mutated(Mutation::RefusalIgnored) => {
+            go(CatchStep::Revoke, vec![Action::Revoke { owner_epoch }])
+        }
+        (Event::ArbiterRefused, CatchStep::Claim) => {
+            let actions = vec![Action::KeepMemory, Action::Report(Named::Ceded)];
+            Some((State::Ceded { owner_epoch: owner_epoch.before() }, actions))
+        }
+        (Event::ArbiterAway, CatchStep::Claim) => go(step, vec![Action::Report(Named::AwaitingArbiter)]),
+        // What it says is said for good; an answer that comes twice changes nothing.
+        (Event::ArbiterGranted, _) => Some((State::Revoking { owner_epoch, step, stuck }, vec![])),
+        // Whose the guest is is not known: it asks again.
+        (Event::FateAsked { owner_epoch: asked }, CatchStep::Claim) if asked.next() == owner_epoch => {
+            Some((State::Revoking { owner_epoch, step, stuck }, vec![]))
+        }
         (Event::Revoked, CatchStep::Revoke) if !stuck => go(CatchStep::Fold, vec![Action::FoldAndLoad]),
         (Event::Folded, CatchStep::Fold) if !stuck && mutated(Mutation::OutboxLost) => {
             go(CatchStep::Resume, vec![Action::ResumeGuest])
@@ -512,6 +565,7 @@ fn revoking(owner_epoch: OwnerEpoch, step: CatchStep, stuck: bool, event: &Event
         (Event::OperatorCatch, step) if stuck => go(
             step,
             match step {
+                CatchStep::Claim => vec![Action::Claim { owner_epoch }],
                 CatchStep::Revoke => vec![Action::Revoke { owner_epoch }],
                 CatchStep::Fold => vec![Action::FoldAndLoad],
                 CatchStep::Resume => vec![Action::ResendOutput, Action::ResumeGuest],
@@ -570,6 +624,28 @@ fn lost(state: &State, event: &Event) -> Option<Step> {
         | Event::LeaseRanOut
         | Event::DeathProven
         | Event::GraceRanOut
+        | Event::DestinationResumed => vec![],
+        _ => return None,
+    };
+    Some((*state, actions))
+}
+
+/// The guest is the destination's, as after a release, but that no record of this host's says so: the arbiter's does.
+fn ceded(state: &State, event: &Event) -> Option<Step> {
+    let actions = match *event {
+        Event::FateAsked { owner_epoch } if owner_epoch == state.owner_epoch() => {
+            vec![Action::AnswerFate(Fate::Released)]
+        }
+        Event::FateAsked { owner_epoch } if owner_epoch < state.owner_epoch() => vec![answer_earlier()],
+        Event::ReleaseAsked { .. } => vec![Action::RefuseRelease],
+        Event::OperatorCatch => vec![Action::Report(Named::Ceded)],
+        Event::DeathSign
+        | Event::ConnectionClosed
+        | Event::LeaseRanOut
+        | Event::DeathProven
+        | Event::GraceRanOut
+        | Event::ArbiterRefused
+        | Event::ArbiterAway
         | Event::DestinationResumed => vec![],
         _ => return None,
     };

@@ -81,6 +81,23 @@ pub struct OrderArgs {
     json: bool,
 }
 
+/// Take the guest back to the source, from the newest committed checkpoint
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "\
+With `belay send --arbiter` a catch waits until the arbiter says that the guest is the source's. --force does not, for an arbiter that is gone for \
+good. It is your word that the destination neither has the guest nor ever will: a destination that had gone on alone, or that the arbiter \
+says yes to later, RUNS IT TOO, and nothing can merge the two again. Make sure that its host is off first.")]
+pub struct CatchArgs {
+    #[command(flatten)]
+    order: OrderArgs,
+    /// Do not wait for the arbiter: nothing but your word then keeps two hosts from running this guest
+    #[arg(long, requires = "i_know_the_destination_is_gone")]
+    force: bool,
+    /// With --force: your word that the destination does not run this guest, will not, and had not made it its own
+    #[arg(long, requires = "force")]
+    i_know_the_destination_is_gone: bool,
+}
+
 /// Give a guest to a destination that is cut off from its source
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "\
@@ -89,13 +106,22 @@ gone for good, and every page had landed here, this lets the guest run on.
 
 It is your word for something that belay cannot know. If the source took the guest back, showed output and died only after that, \
 the world has seen a past that the guest here does not remember. Make sure of it (the source's last words, what the guest showed) \
-and say --i-know-the-source-is-gone.")]
+and say --i-know-the-source-is-gone.
+
+Where the destination was started with --arbiter, that has to agree: it does unless the source has claimed the guest first. --force does \
+without it, for an arbiter that is gone for good, or that gave the guest to a source which died before it ran it. The arbiter is told once, if it can be; where it cannot, \
+a source that comes back claims the guest there and RUNS IT TOO. Two guests then write the same disks and answer for the same address, and \
+nothing can merge them again. Before you say it, make sure that the source stays off, or take the record away from it: \
+`etcdctl del belay/guest/NAME`.")]
 pub struct PromoteArgs {
     #[command(flatten)]
     order: OrderArgs,
     /// Your word that the source does not run this guest, will not, and had not taken it back
     #[arg(long)]
     i_know_the_source_is_gone: bool,
+    /// Do not ask the arbiter, or go against it: nothing but your word then keeps two hosts from running this guest
+    #[arg(long, requires = "i_know_the_source_is_gone")]
+    force: bool,
 }
 
 fn processes(place: &Where) -> Result<Processes, Exit> {
@@ -220,7 +246,7 @@ pub fn order(args: &OrderArgs, ask: Ask) -> Exit {
         Ok(Ordered::Answered(Answer::Accepted { .. } | Answer::CameToPass { .. })) => Exit::Done,
         Ok(Ordered::Answered(Answer::Refused { why })) => {
             eprintln!("belay: {id} refuses to {ask}: {}", crate::report::printable(&why));
-            let wants_word = matches!(ask, Ask::Promote { source_is_gone: false });
+            let wants_word = matches!(ask, Ask::Promote { source_is_gone: false, .. });
             match wants_word {
                 true => eprintln!(
                     "       `belay help promote` says what it means; --i-know-the-source-is-gone gives that word"
@@ -245,7 +271,23 @@ pub fn order(args: &OrderArgs, ask: Ask) -> Exit {
     }
 }
 
+/// Runs `belay catch`.
+pub fn catch(args: &CatchArgs) -> Exit {
+    if args.force {
+        eprintln!(
+            "belay: by force, without the arbiter's leave: should the destination run this guest, now or later, two hosts do. Keep it off"
+        );
+    }
+    order(&args.order, if args.force { Ask::CatchByForce } else { Ask::Catch })
+}
+
 /// Runs `belay promote`.
 pub fn promote(args: &PromoteArgs) -> Exit {
-    order(&args.order, Ask::Promote { source_is_gone: args.i_know_the_source_is_gone })
+    if args.force {
+        eprintln!(
+            "belay: by force, without the arbiter's leave: should the source run this guest, now or when it comes back, two hosts do. Keep it off; \
+             `etcdctl del belay/guest/NAME` keeps it from claiming the guest"
+        );
+    }
+    order(&args.order, Ask::Promote { source_is_gone: args.i_know_the_source_is_gone, by_force: args.force })
 }

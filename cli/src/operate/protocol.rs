@@ -118,7 +118,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn request() -> Request {
-        let order = Ask::Promote { source_is_gone: true };
+        let order = Ask::Promote { source_is_gone: true, by_force: true };
         Request { belay: VERSION, ask: Wanted::Order { order, wait_ms: 5 } }
     }
 

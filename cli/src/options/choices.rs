@@ -182,6 +182,15 @@ choice! {
     }
 }
 choice! {
+    /// What becomes of a guest whose source is lost.
+    SourceLossChoice {
+        /// It stays stopped here, its memory kept
+        Fence,
+        /// It goes on here once the arbiter agrees
+        Continue,
+    }
+}
+choice! {
     /// What carries pages and checkpoints.
     FabricChoice {
         /// verbs where both hosts can and trust the network, else tcp

@@ -5,7 +5,9 @@ use crate::exit::Exit;
 use crate::keeping;
 use crate::operate::console::Console;
 use crate::options::GuestOptions;
-use crate::send::{SendArgs, SessionRefused, fence_hook, not_begun, release_policy, session, sizes, tether_settings};
+use crate::send::{
+    CEDED, SendArgs, SessionRefused, not_begun, outsiders, release_policy, session, sizes, tether_settings,
+};
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
@@ -117,8 +119,8 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         return usage(&what, advice);
     }
     let Some(to) = args.to.clone() else { return usage("--to is missing", "Say where `belay receive` listens.") };
-    let fence = match fence_hook(args, observer) {
-        Ok(fence) => fence,
+    let (fence, arbiter) = match outsiders(args, observer) {
+        Ok(outsiders) => outsiders,
         Err(exit) => return exit,
     };
     let session = match session(args, &to) {
@@ -217,6 +219,7 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         numa: args.fabric.numa(),
         catch_on_loss: args.catch_on_loss,
         fence,
+        arbiter,
     };
     see_through(&config, (keep, guest), &output, &console.words, observer)
 }
@@ -379,6 +382,7 @@ fn see_through(
             (why, advice, Exit::CatchNeedsOperator)
         }
         Ok(Outcome::Lost { why }) => (why, "Neither host can run this guest.", Exit::Lost),
+        Ok(Outcome::Ceded { why }) => (why, CEDED, Exit::Ceded),
         Err(error) => {
             let exit = not_begun(&error, false, observer);
             keeping::close(keep, observer);

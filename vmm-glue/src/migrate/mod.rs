@@ -3,6 +3,7 @@
 //! [`source`] and [`destination`] read as mirror images: prepare, switch, serve (or pull and tether), then release or catch.
 //! Who may run the guest is decided by `belay_checkpoint::ownership` alone; the roles carry its actions out.
 
+pub mod arbitration;
 pub mod destination;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;

@@ -30,12 +30,18 @@ pub enum Ask {
     Release,
     /// Take the guest back from the newest committed checkpoint. At the source.
     Catch,
+    /// As [`Ask::Catch`], without an arbiter that does not answer: the operator's word that the destination neither has the guest nor ever
+    /// will.
+    CatchByForce,
     /// Call the migration off while the guest has not left. At either.
     Cancel,
     /// Give the guest to a destination that is cut off from a source that will not come back. At the destination.
     Promote {
         /// The operator's word that the source does not run the guest and has not taken it back.
         source_is_gone: bool,
+        /// Also where an arbiter says otherwise, or does not answer.
+        #[serde(default)]
+        by_force: bool,
     },
 }
 
@@ -44,7 +50,7 @@ impl Ask {
     pub fn name(self) -> &'static str {
         match self {
             Self::Release => "release",
-            Self::Catch => "catch",
+            Self::Catch | Self::CatchByForce => "catch",
             Self::Cancel => "cancel",
             Self::Promote { .. } => "promote",
         }
@@ -198,7 +204,7 @@ impl Pending {
 mod tests {
     use super::*;
 
-    const PROMOTE: Ask = Ask::Promote { source_is_gone: true };
+    const PROMOTE: Ask = Ask::Promote { source_is_gone: true, by_force: false };
 
     #[test]
     fn an_order_is_answered_when_it_is_accepted_and_again_when_it_has_come_to_pass() {

@@ -127,6 +127,7 @@ pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> Destinatio
         numa: NumaChoice::Off,
         hold_pull_at,
         bounds: Bounds::default(),
+        arbiter: None,
     }
 }
 
@@ -159,6 +160,7 @@ pub fn source_config(address: Address, spec: &GuestSpec, tracker: TrackerKind) -
         numa: NumaChoice::Off,
         catch_on_loss: false,
         fence: None,
+        arbiter: None,
     }
 }
 

@@ -60,7 +60,7 @@ fn body(bytes: &[u8]) {
 #[cfg(test)]
 pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let record = r#"{"header":{"revision":"6"},"kvs":[{"key":"YmVsYXkvZ3Vlc3Qvdm0x","create_revision":"2","mod_revision":"6","version":"4",
-        "value":"eyJvd25lciI6Imhvc3QtYSIsIm93bmVyLWVwb2NoIjozLCJtaWdyYXRpb24iOiIwMGZmIn0=","lease":"7587861231285799685"}],"count":"1"}"#;
+        "value":"eyJvd25lciI6Imhvc3QtYSIsIm93bmVyLWVwb2NoIjozLCJtaWdyYXRpb24iOiIwMGZmIiwic3RhbmRpbmciOiJsZW50In0=","lease":"7587861231285799685"}],"count":"1"}"#;
     let of = |mode: u8, parts: &[&str]| [&[mode][..], parts.concat().as_bytes()].concat();
     let length =
         format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", record.len());

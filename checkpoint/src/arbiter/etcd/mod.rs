@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! record of a guest   key    belay/guest/NAME
-//!                     value  {"owner":…,"owner-epoch":…,"migration":…}
+//!                     value  {"owner":…,"owner-epoch":…,"migration":…,"standing":…}
 //!                     its version is the key's mod_revision; a lease of etcd's lets it go when nobody renews it
 //! claim               one transaction: mod_revision (or create_revision 0) compared, the record put or else read
 //! ```

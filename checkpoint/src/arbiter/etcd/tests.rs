@@ -1,6 +1,7 @@
 //! The client against a server that answers by script, and against a real etcd, killed and started again.
 
 use super::*;
+use crate::arbiter::Standing;
 use crate::ownership::OwnerEpoch;
 use rustix::net::{AddressFamily, SocketType};
 use std::io::{Read, Write};
@@ -19,7 +20,8 @@ fn vm1() -> GuestName {
 }
 
 fn claim_of(owner: &str, owner_epoch: u64) -> Claim {
-    Claim { owner: owner.to_owned(), owner_epoch: OwnerEpoch(owner_epoch), migration: "00ff".to_owned() }
+    let (owner, owner_epoch) = (owner.to_owned(), OwnerEpoch(owner_epoch));
+    Claim { owner, owner_epoch, migration: "00ff".to_owned(), standing: Standing::Kept }
 }
 
 /// What a server does once it was asked.
@@ -131,7 +133,10 @@ fn a_claim_compares_the_version_that_was_read_and_writes_owner_and_owner_epoch()
     let compared = &body["compare"][0];
     assert_eq!((&compared["target"], &compared["mod_revision"]), (&"MOD".into(), &"6".into()));
     let put = body["success"][0]["request_put"]["value"].as_str().and_then(base64::decode).expect("a value");
-    assert_eq!(String::from_utf8(put).expect("text"), r#"{"owner":"host-b","owner-epoch":3,"migration":"00ff"}"#);
+    assert_eq!(
+        String::from_utf8(put).expect("text"),
+        r#"{"owner":"host-b","owner-epoch":3,"migration":"00ff","standing":"kept"}"#
+    );
     // Without a record seen it claims only where there is none.
     let mut server = Scripted::ok(r#"{"header":{"revision":"2"},"succeeded":true}"#);
     server.etcd.claim(&vm1(), &claim_of("host-b", 3), None, None, soon()).expect("an answer");

@@ -1,7 +1,7 @@
 //! The promises, the bounds, and the runs.
 
 use super::quiet::{ROUNDS, home};
-use super::world::{Broken, Gate, World};
+use super::world::{Broken, Gate, Record, World};
 use super::{Bounds, Ownership};
 use crate::mutation::Mutation;
 use crate::outbox::OutputMode;
@@ -39,9 +39,20 @@ fn destination_shows_new(model: &Ownership, world: &World) -> bool {
 
 pub fn properties() -> Vec<Property<Ownership>> {
     type Case = fn(&Ownership, &World) -> bool;
-    let always: [(&'static str, Case); 10] = [
+    let always: [(&'static str, Case); 12] = [
         ("P2 never two hosts whose output can be seen", |model, world| {
             !(at_home(world) && destination_shows_new(model, world))
+        }),
+        ("P2 whoever has the guest for good has it from the arbiter", |_, world| {
+            let (here, there) = (&world.source, &world.destination);
+            let (Some(record), true) = (world.record, here.up) else { return true };
+            // By force, where there is no destination any more: nothing of what it had asked for can come to anything.
+            let caught = here.runs && here.recovered.is_some() && (there.up || there.vmm);
+            let alone = there.up && there.gate == Gate::ForGood;
+            (!caught || record == Record::Source) && (!alone || here.released || record == Record::Destination)
+        }),
+        ("P3 a tethered destination can be caught", |_, world| {
+            !matches!(world.destination.state, destination::State::Tethered { .. }) || !world.destination_may_own()
         }),
         ("P2 a destination is told no fate that is not so", |_, world| {
             world.broken != Some(Broken::P2ToldAFateThatIsNot)
@@ -72,7 +83,8 @@ pub fn properties() -> Vec<Property<Ownership>> {
             world.broken != Some(Broken::P6AcknowledgedTooEarly)
                 && !(here.runs && here.released)
                 && (!matches!(here.state, source::State::Released { .. }) || here.released)
-                && (!owner || (there.all_landed && (here.released || !here.up)))
+                && (!owner
+                    || (there.all_landed && (here.released || !here.up || world.record == Some(Record::Destination))))
         }),
         ("every answer of an action has a meaning", |_, world| world.broken != Some(Broken::AnswerWithoutMeaning)),
         ("once all is quiet the guest comes home, or is lost for a reason", |model, world| {
@@ -81,7 +93,7 @@ pub fn properties() -> Vec<Property<Ownership>> {
             busy || [false, true].into_iter().all(|lost| home(model, world, lost).is_ok())
         }),
     ];
-    let sometimes: [(&'static str, Case); 9] = [
+    let sometimes: [(&'static str, Case); 12] = [
         ("the guest was caught", |_, world| world.source.runs && world.source.recovered.is_some()),
         ("what had committed was sent again", |_, world| world.source.resent && world.source.placed > 0),
         ("the guest was released", |_, world| world.source.released && world.destination.gate == Gate::ForGood),
@@ -95,6 +107,16 @@ pub fn properties() -> Vec<Property<Ownership>> {
         }),
         ("the destination retired", |_, world| matches!(world.destination.state, destination::State::Retired)),
         ("the destination aborted", |_, world| matches!(world.destination.state, destination::State::Aborted)),
+        ("the source has ceded the guest", |model, world| {
+            !model.arbiter || matches!(world.source.state, source::State::Ceded { .. })
+        }),
+        ("the destination was refused and is fenced", |model, world| {
+            !model.arbiter || matches!(world.destination.state, destination::State::Fenced(now) if now.refused)
+        }),
+        ("the destination goes on alone while the source lives", |model, world| {
+            let there = &world.destination;
+            !model.arbiter || (world.source.up && !world.source.released && there.gate == Gate::ForGood && there.runs)
+        }),
         ("the guest is lost", |_, world| matches!(world.destination.state, destination::State::Lost)),
     ];
     let always = always.map(|(name, case)| Property::always(name, case));
@@ -102,14 +124,21 @@ pub fn properties() -> Vec<Property<Ownership>> {
     always.into_iter().chain(sometimes).collect()
 }
 
+/// What an arbiter multiplies the states by is made up for where it changes nothing: a catch's later steps.
+fn arbiters_bounds(mode: OutputMode) -> Bounds {
+    Bounds { catch_failures: 0, ..bounds(mode) }
+}
+
 /// Goes through every history within the bounds.
-fn check(mode: OutputMode) {
-    let model = Ownership { mode, bounds: bounds(mode), mutation: None };
+fn check(mode: OutputMode, arbiter: bool) {
+    let bounds = if arbiter { arbiters_bounds(mode) } else { bounds(mode) };
+    let model = Ownership { mode, arbiter, bounds, mutation: None };
     crate::testing::give_way();
     let began = Instant::now();
     let checked = model.checker().spawn_bfs().join();
     println!(
-        "ownership under {mode}: {} unique states, {} in all, depth {}, {:.1} s; every end is quiet within {ROUNDS} rounds; {:?}",
+        "ownership under {mode}{}: {} unique states, {} in all, depth {}, {:.1} s; every end is quiet within {ROUNDS} rounds; {:?}",
+        if arbiter { " with an arbiter" } else { "" },
         checked.unique_state_count(),
         checked.state_count(),
         checked.max_depth(),
@@ -130,17 +159,23 @@ fn check(mode: OutputMode) {
 
 #[test]
 fn every_history_under_output_commit_keeps_the_promises() {
-    check(OutputMode::Commit);
+    check(OutputMode::Commit, false);
 }
 
 #[test]
 fn every_history_under_output_lease_keeps_the_promises() {
-    check(OutputMode::Lease);
+    check(OutputMode::Lease, false);
+}
+
+#[test]
+fn every_history_with_an_arbiter_under_output_commit_keeps_the_promises() {
+    check(OutputMode::Commit, true);
 }
 
 /// Goes through histories with `mutation` until one breaks `promise`.
 fn breaks(mutation: Mutation, mode: OutputMode, promise: &'static str) {
-    let model = Ownership { mode, bounds: bounds(mode), mutation: Some(mutation) };
+    let arbiter = matches!(mutation, Mutation::ContinuesUnasked | Mutation::RefusalIgnored);
+    let model = Ownership { mode, arbiter, bounds: bounds(mode), mutation: Some(mutation) };
     let found = HasDiscoveries::AnyOf([promise].into());
     let checked = model.checker().finish_when(found).spawn_bfs().join();
     println!("{mutation:?} under {mode}: {} unique states until it was noticed", checked.unique_state_count());
@@ -172,4 +207,14 @@ fn p2_a_lease_that_is_not_waited_for_is_noticed() {
 #[test]
 fn p4_output_that_is_not_sent_again_is_noticed() {
     breaks(Mutation::OutboxLost, OutputMode::Commit, "P4 no gap after a catch");
+}
+
+#[test]
+fn p2_a_destination_that_goes_on_without_the_arbiter_is_noticed() {
+    breaks(Mutation::ContinuesUnasked, OutputMode::Commit, "P2 never two hosts whose output can be seen");
+}
+
+#[test]
+fn p2_a_source_that_resumes_what_the_arbiter_gave_away_is_noticed() {
+    breaks(Mutation::RefusalIgnored, OutputMode::Commit, "P2 never two hosts whose output can be seen");
 }

@@ -2,7 +2,7 @@
 //! anything at any time: **every** history of the real ownership functions within the bounds, by stateright.
 //!
 //! ```text
-//! world.rs   the two hosts and what lies between them; what each action of a role does there
+//! world.rs   the two hosts, an arbiter, and what lies between them; what each action of a role does there
 //! moves.rs   what can happen next
 //! quiet.rs   from here on no more faults: whether the guest comes home
 //! check.rs   the promises, the bounds, and the runs
@@ -43,6 +43,8 @@ struct Bounds {
 #[derive(Debug, Clone, Copy)]
 struct Ownership {
     mode: OutputMode,
+    /// Whether there is one. The destination then goes on alone wherever it agrees.
+    arbiter: bool,
     bounds: Bounds,
     mutation: Option<Mutation>,
 }

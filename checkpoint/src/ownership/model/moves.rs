@@ -1,6 +1,6 @@
 //! What can happen next.
 
-use super::world::{FIRST, Gate, TO_DESTINATION, TO_SOURCE, World};
+use super::world::{FIRST, Gate, Record, TO_DESTINATION, TO_SOURCE, World};
 use super::{Ownership, world};
 use crate::outbox::OutputMode;
 use crate::ownership::{Fate, destination, source};
@@ -38,6 +38,8 @@ pub enum Move {
     DestinationHostDies,
     SourceDies,
     SourceHostDies,
+    /// A claim comes to the arbiter, by its bit; it can come again.
+    ArbiterHears(u8),
 }
 
 impl Move {
@@ -108,6 +110,7 @@ impl Move {
             }
             out.push(Self::SourceHostDies);
         }
+        out.extend(world.to_arbiter.each().map(Self::ArbiterHears));
     }
 
     /// What comes of it.
@@ -165,6 +168,7 @@ impl Move {
                 here.todo.clear();
                 (here.up, here.runs, here.granting) = (false, false, false);
             }
+            Self::ArbiterHears(claim) => world.arbiter_hears(claim),
         }
     }
 }
@@ -218,6 +222,11 @@ fn source_hears(model: &Ownership, world: &World, out: &mut Vec<Move>) {
     if !there.vmm && !there.up {
         event(Event::DeathProven);
     }
+    // What the operator says by force is so: the destination is gone, and had not made the guest its own.
+    let had_not = world.record.is_some_and(|record| record != Record::Destination);
+    if had_not && !there.vmm && !there.up && matches!(here.state, source::State::Revoking { .. }) {
+        event(Event::CatchByForce);
+    }
     // Under `commit` nothing is granted, and nothing waits for it.
     if model.mode == OutputMode::Lease && here.wait == 0 && matches!(here.state.name(), "Serving" | "Resuming") {
         event(Event::LeaseRanOut);
@@ -245,7 +254,12 @@ fn destination_hears(world: &World, out: &mut Vec<Move>) {
                 event(Event::LeaseExpired);
             }
         }
-        State::Fenced(_) => event(Event::ConnectionClosed),
+        State::Fenced(_) => {
+            event(Event::ConnectionClosed);
+            if world.record.is_some() {
+                event(Event::ContinueWanted);
+            }
+        }
         _ => {}
     }
     // Pages come while there is somebody to read them from.
@@ -264,6 +278,9 @@ fn destination_hears(world: &World, out: &mut Vec<Move>) {
         // Whoever promotes must know that the source had not taken the guest back before it died.
         if here.ring_open.is_some() {
             event(Event::Promoted);
+            if world.record.is_some() {
+                event(Event::PromotedByForce);
+            }
         }
     }
 }
@@ -294,4 +311,4 @@ impl stateright::Model for Ownership {
     }
 }
 
-const _: () = assert!(TO_SOURCE.len() == world::FATE_ASKED as usize + 1 && TO_DESTINATION.len() <= 8);
+const _: () = assert!(TO_SOURCE.len() == world::FATE_ASKED as usize + 3 && TO_DESTINATION.len() <= 16);

@@ -2,7 +2,7 @@
 //! Whether the guest then comes home, and what stands in its way if it does not.
 
 use super::moves::{hear_at_destination, hear_at_source};
-use super::world::{FATE_ASKED, Gate, Messages, World};
+use super::world::{DESTINATION_CLAIMS, FATE_ASKED, Gate, Messages, Record, SOURCE_CLAIMS, World};
 use super::{Move, Ownership};
 use crate::outbox::OutputMode;
 use crate::ownership::{destination, source};
@@ -24,6 +24,7 @@ pub fn home(model: &Ownership, world: &World, lost: bool) -> Result<Home, String
     let mut world = world.clone();
     if lost {
         (world.to_source, world.to_destination) = (Messages::default(), Messages::default());
+        world.to_arbiter = Messages::default();
     }
     for _ in 0..ROUNDS {
         let before = world.clone();
@@ -51,6 +52,7 @@ fn work(model: &Ownership, world: &mut World) {
 
 /// Everything on its way comes, once.
 fn deliver(world: &mut World) {
+    std::mem::take(&mut world.to_arbiter).each().for_each(|claim| world.arbiter_hears(claim));
     let (to_source, to_destination) = (std::mem::take(&mut world.to_source), std::mem::take(&mut world.to_destination));
     if world.source.up {
         to_source.each().for_each(|at| hear_at_source(world, at));
@@ -94,13 +96,20 @@ fn destination_notices(world: &mut World) {
         State::Tethered { .. } if !serves => {
             world.at_destination(Event::ConnectionClosed);
         }
+        // `AwaitingArbiter`: it is asked again.
+        State::Fenced(now) if now.claiming => world.to_arbiter.put(DESTINATION_CLAIMS),
         // The source seeks it, or listens; either way it asks.
-        State::Fenced(_) if world.source.up => world.to_source.put(FATE_ASKED),
-        // `AwaitingPromotion`, `PagesMissing`: the operator looks after the source's host.
-        State::Fenced(_) => {
+        State::Fenced(_) if world.source.up => {
+            world.to_source.put(FATE_ASKED);
+            if world.record.is_some() {
+                world.at_destination(Event::ContinueWanted);
+            }
+        }
+        // `AwaitingPromotion`, `PagesMissing`, `TakenBack`: the operator looks after the source's host.
+        State::Fenced(now) => {
             world.at_destination(Event::SourceDead);
             if world.source.ring_open.is_some() {
-                world.at_destination(Event::Promoted);
+                world.at_destination(if now.refused { Event::PromotedByForce } else { Event::Promoted });
             }
         }
         _ => {}
@@ -126,6 +135,10 @@ fn source_notices(model: &Ownership, world: &mut World) {
         State::Resuming(_) if !asks => {
             world.at_source(Event::GraceRanOut);
         }
+        // `AwaitingArbiter`.
+        State::Revoking { step: source::CatchStep::Claim, .. } if world.record.is_some() => {
+            world.to_arbiter.put(SOURCE_CLAIMS);
+        }
         // `CannotRevoke`, `CatchStuck`.
         State::Revoking { stuck: true, .. } => {
             world.at_source(Event::OperatorCatch);
@@ -150,6 +163,8 @@ fn at_rest(world: &World) -> Result<Home, String> {
         (true, false) if here.state.name() == "Running" => Ok(Home::Source),
         (false, true) if matches!(there.state.name(), "Tethered" | "Owner") => Ok(Home::Destination),
         (true, false) | (false, true) => wrong("it runs where it has no home"),
+        // It was the destination's for good, and died there.
+        (false, false) if world.record == Some(Record::Destination) && (!there.vmm || !there.up) => Ok(Home::Lost),
         // A source that lives and has not let go has it all.
         (false, false) if here.up && !here.released => wrong("nobody runs it, and the source could"),
         // The source let go; the guest died after that with its VMM, or waits for a process to take it over.

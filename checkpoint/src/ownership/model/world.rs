@@ -13,7 +13,7 @@ pub enum Todo<Action, Event> {
 
 /// Messages that were sent and can come from now on, as bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct Messages(pub u8);
+pub struct Messages(pub u16);
 
 impl Messages {
     pub fn put(&mut self, at: u8) {
@@ -21,29 +21,45 @@ impl Messages {
     }
 
     pub fn each(self) -> impl Iterator<Item = u8> {
-        (0..8).filter(move |at| self.0 >> at & 1 == 1)
+        (0..16).filter(move |at| self.0 >> at & 1 == 1)
     }
 }
 
 /// Of the owner epoch before any catch: there is one migration.
 pub const FIRST: OwnerEpoch = OwnerEpoch(0);
 
+/// The arbiter's record: begins as lent, and changes once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Record {
+    Lent,
+    Source,
+    Destination,
+}
+
+/// Who has asked the arbiter, by bit. A request that was sent can come at any time, also after whoever sent it has died.
+pub const SOURCE_CLAIMS: u8 = 0;
+pub const DESTINATION_CLAIMS: u8 = 1;
+
 /// What the source can hear, by bit.
-pub const TO_SOURCE: [source::Event; 5] = [
+pub const TO_SOURCE: [source::Event; 7] = [
     source::Event::DestinationResumed,
     source::Event::SwitchFailed,
     source::Event::DeathProven,
     source::Event::ReleaseAsked { all_landed: true },
     source::Event::FateAsked { owner_epoch: FIRST },
+    source::Event::ArbiterGranted,
+    source::Event::ArbiterRefused,
 ];
 const RESUMED: u8 = 0;
 const SWITCH_FAILED: u8 = 1;
 const GUEST_GONE: u8 = 2;
 const RELEASE_ASKED: u8 = 3;
 pub const FATE_ASKED: u8 = 4;
+const HERE_GRANTED: u8 = 5;
+const HERE_REFUSED: u8 = 6;
 
 /// What the destination can hear, by bit.
-pub const TO_DESTINATION: [destination::Event; 7] = [
+pub const TO_DESTINATION: [destination::Event; 9] = [
     destination::Event::HandedOver { owner_epoch: FIRST },
     destination::Event::PrepareFailed,
     destination::Event::ReleaseAcknowledged,
@@ -51,12 +67,16 @@ pub const TO_DESTINATION: [destination::Event; 7] = [
     destination::Event::FateAnswered(Fate::StillTethered),
     destination::Event::FateAnswered(Fate::Revoked),
     destination::Event::FateAnswered(Fate::Released),
+    destination::Event::ArbiterGranted,
+    destination::Event::ArbiterRefused,
 ];
 const GO: u8 = 0;
 const ABORT: u8 = 1;
 const ACKNOWLEDGED: u8 = 2;
 const REFUSED: u8 = 3;
 const FATE: u8 = 4;
+const THERE_GRANTED: u8 = 7;
+const THERE_REFUSED: u8 = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Gate {
@@ -136,6 +156,9 @@ pub struct World {
     pub destination: Destination,
     pub to_source: Messages,
     pub to_destination: Messages,
+    pub to_arbiter: Messages,
+    /// What the arbiter has written; `None`: there is no arbiter.
+    pub record: Option<Record>,
     /// A renewal that was granted and not read yet: ticks left of it, counted from when it was posted.
     pub grant: Option<u8>,
     pub broken: Option<Broken>,
@@ -181,6 +204,8 @@ impl World {
             },
             to_source: Messages::default(),
             to_destination: Messages::default(),
+            to_arbiter: Messages::default(),
+            record: model.arbiter.then_some(Record::Lent),
             grant: None,
             broken: None,
         };
@@ -244,14 +269,23 @@ impl World {
                 Todo::Do(Action::AnswerFate(fate)) => {
                     let so = match fate {
                         Fate::StillTethered => self.source.ring_open.is_some() && !self.source.released,
-                        Fate::Revoked => !self.source.released,
-                        Fate::Released => self.source.released,
+                        // Under a lease it is said as soon as the catch is ordered: whoever has claimed does not go by it.
+                        Fate::Revoked => {
+                            let about_to_be = matches!(self.source.state, source::State::Serving(_));
+                            // By force; a claim of a destination that is no more can come to the arbiter after that.
+                            let nobody_there = !self.destination.up && !self.destination.vmm;
+                            let taken = nobody_there || self.record != Some(Record::Destination);
+                            !self.source.released && (about_to_be || taken)
+                        }
+                        Fate::Released => self.source.released || self.record == Some(Record::Destination),
                     };
                     if !so {
                         self.broken = Some(Broken::P2ToldAFateThatIsNot);
                     }
                     self.to_destination.put(FATE + fate as u8);
                 }
+                Todo::Do(Action::Claim { .. }) if self.record.is_some() => self.to_arbiter.put(SOURCE_CLAIMS),
+                Todo::Do(Action::Claim { .. }) => self.source.todo.push(Todo::Hear(source::Event::ArbiterGranted)),
                 Todo::Do(Action::KeepMemory | Action::SeekDestination | Action::Report(_)) => {}
                 Todo::Do(_) => return,
             }
@@ -350,16 +384,36 @@ impl World {
         let (Some(owned), true) = (there.will, there.vmm) else { return };
         there.up = true;
         let Destination { all_landed, .. } = *there;
-        there.state = destination::State::Fenced(destination::Fenced {
-            owner_epoch: FIRST,
-            all_landed,
-            revoked: false,
-            guest_dead: false,
-            source_dead: false,
-        });
+        // The process before this one may have claimed.
+        let claiming = self.record.is_some() && all_landed && !owned;
+        let fenced = destination::Fenced { claiming, ..destination::Fenced::new(FIRST, all_landed) };
+        there.state = destination::State::Fenced(fenced);
         if owned {
             self.at_destination(destination::Event::ReleaseAcknowledged);
+        } else if claiming {
+            self.to_arbiter.put(DESTINATION_CLAIMS);
         }
+    }
+
+    /// A claim comes to the arbiter: of all of them the first one has the guest. Whoever asks is answered, which can be lost.
+    pub fn arbiter_hears(&mut self, claim: u8) {
+        let mine = if claim == SOURCE_CLAIMS { Record::Source } else { Record::Destination };
+        if self.record == Some(Record::Lent) {
+            self.record = Some(mine);
+        }
+        let granted = self.record == Some(mine);
+        match (claim, granted) {
+            (SOURCE_CLAIMS, true) => self.to_source.put(HERE_GRANTED),
+            (SOURCE_CLAIMS, false) => self.to_source.put(HERE_REFUSED),
+            (_, true) => self.to_destination.put(THERE_GRANTED),
+            (_, false) => self.to_destination.put(THERE_REFUSED),
+        }
+    }
+
+    /// Whether a claim of the destination's can still come to the arbiter and be granted, or was.
+    pub fn destination_may_own(&self) -> bool {
+        let on_its_way = self.to_arbiter.each().any(|at| at == DESTINATION_CLAIMS);
+        self.record == Some(Record::Destination) || (self.record == Some(Record::Lent) && on_its_way)
     }
 
     fn destination_hurries(&mut self) {
@@ -393,6 +447,10 @@ impl World {
             }
             Some(Todo::Do(Action::StopGuest)) => self.destination.runs,
             Some(Todo::Do(Action::StartTether { .. })) => true,
+            // It was not sent, which is known for certain only if none was ever sent.
+            Some(Todo::Do(Action::Claim { .. })) => {
+                self.record.is_some() && self.to_arbiter.each().all(|at| at != DESTINATION_CLAIMS)
+            }
             _ => false,
         }
     }
@@ -445,6 +503,12 @@ impl World {
             }
             Action::DiscardGuest => {
                 (there.runs, there.vmm) = (false, false);
+                None
+            }
+            Action::Claim { .. } if self.record.is_none() => Some(Event::ArbiterGranted),
+            Action::Claim { .. } if fails => Some(Event::ArbiterAway { untouched: true }),
+            Action::Claim { .. } => {
+                self.to_arbiter.put(DESTINATION_CLAIMS);
                 None
             }
             _ => unreachable!("{action:?} is done as soon as it is decided"),

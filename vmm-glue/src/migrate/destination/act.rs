@@ -94,6 +94,7 @@ impl Destination<'_> {
                 reached("release-asked");
                 asked
             }
+            Action::Claim { owner_epoch } => self.claim(owner_epoch, false),
             Action::DiscardGuest => {
                 self.stop_guest();
                 None
@@ -109,6 +110,7 @@ impl Destination<'_> {
                 }
                 let why = match named {
                     Named::PagesMissing => format!("{named}: {} pages are missing", self.pages_missing()),
+                    Named::AwaitingArbiter if self.claiming.told_away() => return None,
                     _ => named.to_string(),
                 };
                 self.note(Kind::State { state: named_state(named), why });

@@ -38,7 +38,12 @@ impl Destination<'_> {
             return Some(event);
         }
         let messages = self.link.as_ref().map_or_else(never, |link| link.inbox.messages().clone());
+        let answers = self.claiming.answers().unwrap_or_else(never);
         select! {
+            recv(answers) -> answer => match answer {
+                Ok(answer) => self.arbiter_said(answer),
+                Err(_) => self.tick(),
+            },
             recv(self.happenings) -> happening => self.happening(happening.ok()?),
             recv(messages) -> heard => match heard {
                 Ok(Listened::Message(message)) => self.message(message),
@@ -177,6 +182,13 @@ impl Destination<'_> {
                 self.stop_guest();
                 Some(Event::GuestDied)
             }
+            State::Fenced(now) if now.claiming && !std::mem::replace(&mut self.warned, true) => {
+                let what = "a signal asked to end, but the arbiter was asked for this guest and has not answered: if it has said yes, ending now \
+                            loses the guest";
+                let advice = "It stays stopped here, its memory kept. Signal again to give it up.".to_owned();
+                self.note(Kind::Failed { what: what.to_owned(), advice });
+                None
+            }
             State::Fenced(_) => {
                 self.outcome = Some(Outcome::Fenced);
                 None
@@ -213,7 +225,7 @@ impl Destination<'_> {
             let why = "the guard has ended; a death here is noticed by connection and lease alone".to_owned();
             self.note(Kind::State { state: "guard-gone".to_owned(), why });
         }
-        if let Some(event) = self.hear_dialler() {
+        if let Some(event) = self.hear_dialler().or_else(|| self.wants_to_go_on()) {
             return Some(event);
         }
         let asked_long_ago = self.release_asked_at.is_none_or(|at| at.elapsed() > RELEASE_AGAIN);

@@ -4,6 +4,7 @@
 //! folder carries the actions out, turns what happens into events, and keeps every wait bounded.
 
 mod act;
+mod claim;
 mod hear;
 mod heard;
 mod load;
@@ -39,6 +40,8 @@ use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
 use belay_transport::region::RegionError;
 use belay_transport::session::{Control, Listener, RegionGeometry, SessionError};
 use belay_transport::uffd::{Uffd, UffdError};
+use claim::Claiming;
+pub use claim::DestinationArbiter;
 use crossbeam_channel::{Receiver, Sender};
 use prepare::await_source;
 pub use ram::{HostRam, Ram, shard_ranges};
@@ -67,6 +70,8 @@ pub struct DestinationConfig {
     /// Where what a tethered guest writes and sends is recorded, if anywhere.
     pub recording: Option<Arc<Recording>>,
     pub bounds: Bounds,
+    /// Who says whose the guest is once the source is lost, where somebody does.
+    pub arbiter: Option<DestinationArbiter>,
 }
 
 /// A VMM that has been started with no state, its RAM registered with userfaultfd.
@@ -328,6 +333,7 @@ struct Destination<'a> {
     leaving: Option<Deadline>,
     /// The signal that said that ending here would lose the guest.
     warned: bool,
+    claiming: Claiming,
     ticked_at: Instant,
     dialled_at: Instant,
     reported_at: Instant,
@@ -408,6 +414,7 @@ impl Destination<'_> {
         let outcome = self.outcome.take().unwrap_or(Outcome::Aborted);
         if outcome == Outcome::Owner {
             let _ = self.tell(&ToSource::Farewell);
+            self.keep_the_record();
         }
         self.stop_tether();
         if let Some(warden) = self.warden.take() {

@@ -1,9 +1,10 @@
 //! What a destination does with an order.
 
 use super::{Destination, DestinationError, Outcome};
+use crate::migrate::observation::Kind;
 use crate::migrate::operator::{Ask, Order};
-use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State};
+use belay_checkpoint::ownership::{Named, OwnerEpoch};
 use crossbeam_channel::RecvError;
 
 /// Why most orders mean nothing yet.
@@ -46,7 +47,7 @@ impl Destination<'_> {
         let missing = self.pages_missing();
         let some_missing = |means: &str| format!("{missing} pages have not landed here, {means}");
         let event = match (order.ask, self.state) {
-            (Ask::Catch, _) => Err("a catch is ordered at the source; SIGTERM here gives the guest back".to_owned()),
+            (Ask::Catch | Ask::CatchByForce, _) => Err("a catch is ordered at the source; SIGTERM here gives the guest back".to_owned()),
             (Ask::Cancel, State::Preparing { .. }) => Ok((Event::Cancelled, "the switch is being called off")),
             (Ask::Cancel, State::Tethered { .. } | State::Fenced(_)) => {
                 Err("the guest has come; `belay catch` at the source takes it back".to_owned())
@@ -69,11 +70,18 @@ impl Destination<'_> {
             (Ask::Promote { .. }, State::Fenced(fenced)) if !fenced.all_landed => {
                 Err(some_missing("so this host cannot run the guest alone; its memory is kept"))
             }
-            (Ask::Promote { source_is_gone: false }, State::Fenced(_)) => Err(
+            (Ask::Promote { source_is_gone: false, .. }, State::Fenced(_)) => Err(
                 "only who knows that the source does not run this guest may order this: a source that had taken it back and shown \
                  output, and died after, has left this host with a past that never was"
                     .to_owned(),
             ),
+            (Ask::Promote { by_force: true, .. }, State::Fenced(_)) => {
+                Ok((Event::PromotedByForce, "the guest is given to this host by force"))
+            }
+            (Ask::Promote { .. }, State::Fenced(fenced)) if fenced.refused => Err(format!("{}", Named::TakenBack)),
+            (Ask::Promote { .. }, State::Fenced(_)) if self.config.arbiter.is_some() => {
+                Ok((Event::Promoted, "the arbiter is asked for the guest"))
+            }
             (Ask::Promote { .. }, State::Fenced(_)) => Ok((Event::Promoted, "the guest is given to this host")),
             (ask, state) => {
                 Err(format!("the migration is over here ({}): there is nothing to {ask}", state.name().to_lowercase()))
@@ -83,7 +91,13 @@ impl Destination<'_> {
             Ok((event, what)) => {
                 match order.ask {
                     Ask::Cancel => self.why = "the operator cancelled".to_owned(),
-                    Ask::Promote { .. } => self.why = "promoted by the operator".to_owned(),
+                    Ask::Promote { by_force, .. } => {
+                        self.claiming.promoted = true;
+                        self.why = "promoted by the operator".to_owned();
+                        if by_force {
+                            self.promoted_by_force();
+                        }
+                    }
                     _ => {}
                 }
                 self.pending.accept(order, what);
@@ -94,6 +108,23 @@ impl Destination<'_> {
                 None
             }
         }
+    }
+
+    /// Says on what a promotion by force stands, for whoever looks into it afterwards.
+    fn promoted_by_force(&mut self) {
+        let State::Fenced(now) = self.state else { return };
+        let arbiter = match &self.config.arbiter {
+            None => "there is no arbiter",
+            Some(_) if now.refused => "the arbiter says that the source has taken the guest back",
+            Some(_) if now.claiming => "the arbiter was asked and has not answered",
+            Some(_) => "the arbiter has not agreed",
+        };
+        let why = format!(
+            "it stands on the operator's word alone that the source neither runs this guest nor ever will: {arbiter}. If that word is wrong, two \
+             hosts run it"
+        );
+        self.why = format!("promoted by force: {arbiter}");
+        self.note(Kind::State { state: "promoted-by-force".to_owned(), why });
     }
 
     /// The source did not let go.
@@ -109,6 +140,9 @@ impl Destination<'_> {
         self.pending.settle(|ask| match (ask, state, outcome) {
             (Ask::Release | Ask::Promote { .. }, State::Owner, _) => {
                 Some(Ok("the guest is this host's own".to_owned()))
+            }
+            (Ask::Promote { by_force: false, .. }, State::Fenced(fenced), _) if fenced.refused => {
+                Some(Err(Named::TakenBack.to_string()))
             }
             (Ask::Cancel, State::Aborted, _) => Some(Ok("the guest runs on at the source".to_owned())),
             (Ask::Release, State::Fenced(_), _) => {

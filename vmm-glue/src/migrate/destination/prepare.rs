@@ -322,6 +322,7 @@ impl<'a> Destination<'a> {
             leaving: None,
             warned: false,
             ticked_at: Instant::now(),
+            claiming: super::claim::Claiming::default(),
             dialled_at: Instant::now(),
             reported_at: Instant::now(),
             latencies_at: Instant::now(),

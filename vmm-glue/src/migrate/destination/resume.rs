@@ -37,7 +37,13 @@ struct Proved {
 impl Destination<'_> {
     /// Looks whether somebody dials. The source of this guest is heard out; anybody else is told that this host has a guest.
     pub(super) fn hear_dialler(&mut self) -> Option<Event> {
-        if self.dialled_at.elapsed() < LOOK || !matches!(self.state, State::Tethered { .. } | State::Fenced(_)) {
+        // Once the arbiter may have given the guest to this host, a source can neither tether it again nor know what became of it.
+        let hears = match self.state {
+            State::Tethered { .. } => true,
+            State::Fenced(now) => !now.claiming,
+            _ => false,
+        };
+        if self.dialled_at.elapsed() < LOOK || !hears {
             return None;
         }
         self.dialled_at = Instant::now();

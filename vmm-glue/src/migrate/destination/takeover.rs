@@ -1,5 +1,6 @@
 //! A new page server goes on with the VMM that a dead one left waiting: what it finds there, and what it lays down for the next.
 
+use super::claim::Claiming;
 use super::{Destination, DestinationConfig, DestinationError, Ended, Host, Ram, Will, WillError, io, warden};
 use crate::guard::GuardError;
 use crate::kvm::apart::{Estate, Kept, Ledger};
@@ -144,7 +145,9 @@ pub fn take_over(
     let (happened, happenings) = bounded(64);
     let now = Instant::now();
     let all_landed = missing_frames == 0;
-    let fenced = Fenced { owner_epoch, all_landed, revoked: false, guest_dead: false, source_dead: false };
+    // The process before this one may have asked, and been granted what it did not hear.
+    let claiming = all_landed && !owned && config.arbiter.as_ref().is_some_and(|arbiter| arbiter.goes_on_alone);
+    let fenced = Fenced { claiming, ..Fenced::new(owner_epoch, all_landed) };
     let mut destination = Destination {
         config,
         listener,
@@ -187,6 +190,7 @@ pub fn take_over(
         go_due: None,
         leaving: None,
         warned: false,
+        claiming: Claiming::default(),
         ticked_at: now,
         dialled_at: now,
         reported_at: now,
@@ -197,6 +201,9 @@ pub fn take_over(
     let why = destination.why.clone();
     words.board.entered(destination.state.name(), Some(owner_epoch.0), &why);
     destination.note(Kind::State { state: "fenced".to_owned(), why });
+    if claiming && let Some(event) = destination.claim(owner_epoch, true) {
+        destination.drive(event);
+    }
     if owned {
         // The source had let go before: there is nobody to ask.
         destination.drive(Event::ReleaseAcknowledged);

@@ -76,6 +76,7 @@ impl Source<'_> {
                 self.lease_ends = Some(boot_time() + lasts);
                 None
             }
+            Action::Claim { owner_epoch } => self.claim(owner_epoch),
             Action::Revoke { .. } => self.revoke_once_fenced(),
             Action::FoldAndLoad => self.fold_and_load(),
             Action::ResendOutput => {

@@ -22,7 +22,12 @@ impl Source<'_> {
         }
         let messages = self.live.as_ref().map_or_else(never, |live| live.inbox.messages().clone());
         let asking = self.asking.as_ref().map_or_else(never, |asking| asking.inbox.messages().clone());
+        let claims = self.claims.as_ref().map_or_else(never, |claims| claims.answers().clone());
         select! {
+            recv(claims) -> answer => match answer {
+                Ok(answer) => self.arbiter_said(answer),
+                Err(_) => self.tick(),
+            },
             recv(self.happenings) -> happening => {
                 let (session, what) = happening.ok()?;
                 self.happening(session, what)
@@ -119,6 +124,7 @@ impl Source<'_> {
             }
             State::Revoking { stuck, .. } => {
                 self.hurry_the_fence();
+                self.hurry_the_arbiter();
                 self.ordered_again = stuck;
                 Some(Event::OperatorCatch)
             }

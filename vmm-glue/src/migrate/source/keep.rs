@@ -179,6 +179,7 @@ impl Keep {
                 return Err(nothing("the guest ran here when its process died, and ended with it"));
             }
             Some(State::Lost { .. }) => return Err(nothing("it was given up as lost")),
+            Some(State::Ceded { .. }) => return Err(nothing("the arbiter had said that the destination has it")),
             Some(_) => {}
         }
         Ok(Self { state_dir, journal, identity, written, released: None, memory: Some(memory), marked })
@@ -463,7 +464,7 @@ fn standing(state_dir: &Path, listed: &Listed) -> Standing {
             Err(_) => Standing::Takeable,
             Ok((_, marked)) => match marked.map(|marked| marked.state) {
                 None | Some(State::Running { .. }) => Standing::Nothing,
-                Some(State::Lost { .. }) => Standing::Leave,
+                Some(State::Lost { .. } | State::Ceded { .. }) => Standing::Leave,
                 Some(_) => Standing::Takeable,
             },
         },

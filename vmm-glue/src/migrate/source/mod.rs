@@ -5,6 +5,7 @@
 
 mod act;
 mod catch;
+mod claim;
 mod fence;
 mod hear;
 mod herald;
@@ -14,6 +15,7 @@ mod prepare;
 mod resume;
 mod zeros;
 
+use super::arbitration::{Arbitration, Claims};
 use super::lane_watch::LaneWatch;
 use super::lease::Silence;
 use super::observation::{Kind, ObservationId, Observer};
@@ -25,6 +27,7 @@ use super::registering::Registrations;
 use super::settings::{Bounds, Proposal};
 use crate::fence_hook::{FenceHook, Report};
 use crate::guard::{DeathWatch, GuardError};
+use belay_checkpoint::arbiter::LendError;
 use belay_checkpoint::fold::{Catch, CatchError, FoldError, FoldTarget, Folder, Recovered};
 use belay_checkpoint::guest::{Epoch, Guest, GuestError};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
@@ -66,6 +69,8 @@ pub struct SourceConfig {
     pub catch_on_loss: bool,
     /// What makes sure that a lost destination is off.
     pub fence: Option<FenceHook>,
+    /// Who says whose the guest is, where somebody does.
+    pub arbiter: Option<Arbitration>,
 }
 
 /// How a migration ended, seen from the source.
@@ -81,6 +86,8 @@ pub enum Outcome {
     AwaitsOperator { why: String },
     /// The guest cannot be resumed here.
     Lost { why: String },
+    /// The arbiter says that the destination has made the guest its own; it is never resumed here.
+    Ceded { why: String },
 }
 
 /// Why the source could not go on. The guest is where the last reported state says.
@@ -134,6 +141,8 @@ pub enum SourceError {
     Cancelled,
     #[error("this migration makes no sense: {0}")]
     Proposal(String),
+    #[error("the guest cannot be lent to the destination")]
+    Lend(#[from] LendError),
 }
 
 /// What can happen beside messages.
@@ -206,6 +215,10 @@ pub struct Source<'a> {
     left: Option<Left>,
     herald: Option<Herald>,
     fence: Fence,
+    /// Under way at the arbiter.
+    claims: Option<Claims>,
+    /// Why the arbiter was away when that was told last.
+    arbiter_away: String,
     /// Until when the herald is to look.
     grace_until: Option<Instant>,
     asking: Option<Asking>,
@@ -259,6 +272,11 @@ pub struct Given<'a> {
 pub fn run(given: Given<'_>) -> Result<Outcome, SourceError> {
     let (happened, happenings) = bounded(64);
     let Given { config, keep, guest, observer, words, .. } = given;
+    // Long before the destination can run it, so that this is no part of the blackout.
+    if let Some(arbiter) = &config.arbiter {
+        let lent = arbiter.lend(config.proposal.identity.migration, State::new().owner_epoch())?;
+        observer.note(None, Kind::State { state: "lent".to_owned(), why: lent.claim.to_string() });
+    }
     let Prepared { live, reserved, last } = prepare(config, keep, guest, observer, &happened, words)?;
     let given = Given { config, keep, guest, ..given };
     let mut source = Source::new(given, State::new(), (happened, happenings), last);
@@ -338,6 +356,8 @@ impl<'a> Source<'a> {
             left: None,
             herald: None,
             fence: Fence::default(),
+            claims: None,
+            arbiter_away: String::new(),
             grace_until: None,
             asking: None,
             happened,
@@ -475,6 +495,9 @@ impl<'a> Source<'a> {
             }
             State::Lost { .. } if self.outcome.is_none() => {
                 self.outcome = Some(Outcome::Lost { why: std::mem::take(&mut self.why) });
+            }
+            State::Ceded { .. } if self.outcome.is_none() => {
+                self.outcome = Some(Outcome::Ceded { why: std::mem::take(&mut self.why) });
             }
             // Nothing is lost by a catch that has stuck: it waits for the operator's word, once.
             State::Revoking { stuck: true, .. } if self.ordered_again && self.outcome.is_none() => {

@@ -3,7 +3,7 @@
 use super::prepare::NOT_LEFT_YET;
 use super::{BY_ORDER, Outcome, Source};
 use crate::migrate::operator::{Ask, Order};
-use belay_checkpoint::ownership::source::{Event, State};
+use belay_checkpoint::ownership::source::{CatchStep, Event, State};
 
 impl Source<'_> {
     /// Judges an order by where this host stands; what it makes happen.
@@ -35,16 +35,24 @@ impl Source<'_> {
             (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
             (Ask::Catch, State::Revoking { stuck, .. }) => {
                 self.hurry_the_fence();
+                let asks_arbiter = self.hurry_the_arbiter();
                 self.ordered_again = stuck;
                 Ok((
                     Event::OperatorCatch,
                     match stuck {
                         true => "the catch is tried again",
+                        false if asks_arbiter => "the catch waits for the arbiter, which is asked again now",
                         false if self.awaits_fence() => "the catch waits for the fence hook, which is run again now",
                         false => "a catch is under way",
                     },
                 ))
             }
+            (Ask::CatchByForce, State::Revoking { step: CatchStep::Claim, .. }) => {
+                Ok((Event::CatchByForce, "the guest is taken back without the arbiter's word"))
+            }
+            (Ask::CatchByForce, _) => Err("force takes the place of an arbiter that a catch waits for, and none does: `belay catch` orders one, and \
+                                           `belay status` says how it stands"
+                .to_owned()),
             (ask, state) => {
                 Err(format!("the migration is over here ({}): there is nothing to {ask}", state.name().to_lowercase()))
             }
@@ -54,6 +62,7 @@ impl Source<'_> {
                 self.pending.accept(order, what);
                 Some(match event {
                     Event::OperatorCatch => self.lost(event, BY_ORDER),
+                    Event::CatchByForce => self.caught_by_force(),
                     event => {
                         self.why = "the operator cancelled".to_owned();
                         event
@@ -72,12 +81,13 @@ impl Source<'_> {
         let state = self.state;
         let (why, back) = (&self.why, self.recovered.as_ref().map(|recovered| recovered.epoch));
         self.pending.settle(|ask| match (ask, state, outcome) {
-            (Ask::Catch, State::Running { .. }, _) if back.is_some() => {
+            (Ask::Catch | Ask::CatchByForce, State::Running { .. }, _) if back.is_some() => {
                 Some(Ok(format!("the guest runs here again, from {}", back.expect("asked above"))))
             }
             (_, State::Running { .. }, _) => Some(Ok("the guest never left and runs here".to_owned())),
             (_, State::Released { .. }, _) => Some(Err("the guest was released to the destination before".to_owned())),
             (_, State::Lost { .. }, _) => Some(Err(format!("neither host can run the guest: {why}"))),
+            (_, State::Ceded { .. }, _) => Some(Err(format!("the guest is the destination's: {why}"))),
             (_, State::Revoking { stuck: true, .. }, _) => {
                 Some(Err(format!("the catch is stuck, nothing is lost: {why}. Mend it and order it again")))
             }
