@@ -39,6 +39,9 @@ pub struct QemuReceive {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
+    /// A tap of this host's that QEMU has open and no relay is behind: what a tethered guest sends there is held in the kernel (ifb, sch_plug)
+    #[arg(long, value_name = "NAME", conflicts_with = "relay")]
+    pub tap: Option<String>,
     /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
@@ -51,15 +54,15 @@ pub struct QemuReceive {
 pub fn refused(qemu: &QemuReceive, takeover: bool, linger: bool) -> Option<(&'static str, &'static str)> {
     let named = qemu.qmp.is_some() || !qemu.command.is_empty();
     match (takeover, named) {
-        (true, _) if named || qemu.relay.is_some() || !qemu.disk.is_empty() => {
+        (true, _) if named || qemu.relay.is_some() || qemu.tap.is_some() || !qemu.disk.is_empty() => {
             Some(("--takeover goes on with a QEMU that is there already", "Say `qemu` and nothing behind it."))
         }
         (false, false) => Some((
             "no QEMU was named",
             "Say the command line of the QEMU to start behind `--`, or --qmp of one that waits.",
         )),
-        _ if linger && (qemu.relay.is_some() || !qemu.disk.is_empty()) => Some((
-            "a guest whose network or disk goes through a relay cannot be taken over yet",
+        _ if linger && (qemu.relay.is_some() || qemu.tap.is_some() || !qemu.disk.is_empty()) => Some((
+            "a guest whose network or disk goes through a relay or a gate cannot be taken over yet",
             "Leave --linger out: if this process dies its QEMU ends, and the source catches the guest.",
         )),
         _ => None,
@@ -79,6 +82,9 @@ pub fn host(qemu: &QemuReceive, state_dir: &Path, linger: Option<Duration>) -> R
     };
     let guard = GuardCommand::this_program(&["guard"])?;
     let mut host = QemuHost::new(taker, guard, leash()?, qemu.relay.clone(), qemu.disk.clone());
+    if let Some(tap) = &qemu.tap {
+        host.gate_before(tap.clone());
+    }
     if let Some(linger) = linger {
         host.keep_for_the_next(Lingers { directory: state_dir.to_owned(), linger });
     }
@@ -105,7 +111,8 @@ pub fn owned(host: &mut QemuHost, output: Option<&Outbox>, observer: &Observer) 
         }
     };
     if let Err(error) = host.let_go_of_network(drained) {
-        let advice = "The guest runs here. Its relay is shut until another belay has taken it in hand and let go of it: start it again.";
+        let advice = "The guest runs here. Its relay is shut until another belay has taken it in hand and let go of it: start it again. A gate before its \
+                      tap goes with `tc qdisc del dev TAP ingress` and `ip link del belay-INDEX`, INDEX as `ip link show TAP` says it.";
         report::failed(observer, &error, advice);
     }
     match host.leave() {
