@@ -136,7 +136,7 @@ impl QemuHost {
         }
     }
 
-    /// A tethered guest's network goes through this tap, before which a gate is put; it has no relay.
+    /// A tethered guest's network goes through this tap of the QEMU here, before which a gate is put; it has no relay.
     pub fn gate_before(&mut self, tap: String) {
         self.tap = Some(tap);
     }
@@ -153,6 +153,9 @@ impl QemuHost {
         }
         self.ready = Some((machine, ready));
         observer.note(None, Kind::VmmReady { pid: guest.pid });
+        if let Some(tap) = &self.tap {
+            observer.note(None, Kind::TapGated { tap: tap.clone() });
+        }
         Ok(())
     }
 
