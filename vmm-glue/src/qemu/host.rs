@@ -378,14 +378,18 @@ impl Host for QemuHost {
             }
             self.wire.take(hand);
         }
-        if let (Some(tap), true) = (&self.tap, tracker.is_some()) {
-            let gate = Gate::shut_before(tap);
-            let gate = gate.map_err(|error| failed("put a gate before the guest's tap")(error.into()))?;
-            self.wire.take_tap(gate, sink);
-        }
         let attached = self.disks.attach(&self.disk_relays, disk::Role::Arriving, pid, Deadline::after(HAND));
         attached.map_err(|error| failed("take the guest's disk relays in hand")(error.into()))?;
         let tethered = tracker.is_some();
+        if let Some(tap) = &self.tap {
+            // Of a session that came to nothing, or of a belay that died: nobody's guest is behind it.
+            self.wire.forget_tap();
+            let gate = if tethered { Gate::shut_before(tap).map(Some) } else { tap::clear(tap).map(|()| None) };
+            let gate = gate.map_err(|error| failed("put a gate before the guest's tap")(error.into()))?;
+            if let Some(gate) = gate {
+                self.wire.take_tap(gate, sink);
+            }
+        }
         let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone(), self.disks.clone(), tethered));
         Ok(Built { guest, shards, pid, gives_sign, keeper })
     }

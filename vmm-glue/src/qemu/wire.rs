@@ -73,6 +73,11 @@ impl Wire {
         self.lock().tap = Some(Tap::Gated { gate, sink });
     }
 
+    /// There is no gate any more that this process answers for; it stays as it is.
+    pub fn forget_tap(&self) {
+        self.lock().tap = None;
+    }
+
     /// The guest has a tap of this host's that no gate is before.
     pub fn take_open_tap(&self) {
         self.lock().tap = Some(Tap::Open);

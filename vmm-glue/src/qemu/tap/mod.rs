@@ -129,10 +129,18 @@ struct Device {
     index: u32,
 }
 
-impl Gate {
-    /// Puts a shut gate before the tap `name`, which is there. What a dead belay left there is taken away first, with the frames it held: their guest
-    /// is no more.
-    pub fn shut_before(name: &str) -> Result<Self, TapError> {
+/// Before a tap, where a gate may be.
+struct Place {
+    netlink: Netlink,
+    tap: Device,
+    /// The name of the ifb.
+    ours: String,
+    alone: UnixListener,
+}
+
+impl Place {
+    /// With nothing of belay's there.
+    fn cleared(name: &str) -> Result<Self, TapError> {
         check_name(name)?;
         let mut netlink = Netlink::open()?;
         let link = netlink.link(name)?.ok_or_else(|| TapError::NoDevice(name.to_owned()))?;
@@ -158,6 +166,20 @@ impl Gate {
             netlink.delete_link(&ours, left.index)?;
             netlink.delete_ingress(name, tap.index)?;
         }
+        Ok(Self { netlink, tap, ours, alone })
+    }
+}
+
+/// Takes away the gate that a dead belay left before the tap `name`, with the frames it held, if there is one.
+pub fn clear(name: &str) -> Result<(), TapError> {
+    Place::cleared(name).map(|_| ())
+}
+
+impl Gate {
+    /// Puts a shut gate before the tap `name`, which is there. What a dead belay left there is taken away first, with the frames it held: their guest
+    /// is no more.
+    pub fn shut_before(name: &str) -> Result<Self, TapError> {
+        let Place { mut netlink, tap, ours, alone } = Place::cleared(name)?;
         let mut made = false;
         let ifb = Self::set_up(&mut netlink, &tap, &ours, &mut made);
         match ifb {

@@ -167,6 +167,11 @@ fn a_gate_whose_belay_died_stays_shut_and_the_next_one_throws_away_what_it_held(
         assert!(next.close_epoch(0).unwrap());
         release(&mut next, 0);
         assert_eq!(stage.heard(1), sent);
+        stage.send(1);
+        drop(next);
+        clear(NAME).unwrap();
+        let direct = stage.send(1);
+        assert_eq!(stage.heard(1), direct);
         Ok(())
     });
 }
