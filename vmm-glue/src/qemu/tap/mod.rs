@@ -202,6 +202,9 @@ impl Gate {
         netlink.make_ifb(ours)?;
         let ifb = netlink.link(ours)?.ok_or_else(|| TapError::NoDevice(ours.to_owned()))?;
         netlink.make_plug(ours, ifb.index, MOST_BYTES)?;
+        // The host has nothing to say there itself. If it speaks all the same (IPv6 of a container that cannot be told), its packets take part in epochs
+        // as the guest's do, and the ifb throws them away.
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{ours}/disable_ipv6"), "1");
         netlink.set_up(ours, ifb.index)?;
         match netlink.make_ingress(&tap.name, tap.index) {
             Err(NetlinkError::Refused { errno: rustix::io::Errno::EXIST, .. }) => {
