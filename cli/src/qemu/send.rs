@@ -150,7 +150,8 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         return usage("a writable disk needs --output commit", advice);
     }
     if qemu.tap.is_some() && tether.as_ref().is_some_and(|tether| tether.output != OutputMode::Commit) {
-        let advice = "Leave --output out, or use a relay: the kernel holds a tap's frames by epochs, and knows of no lease.";
+        let advice =
+            "Leave --output out, or use a relay: the kernel holds a tap's frames by epochs, and knows of no lease.";
         return usage("--tap needs --output commit", advice);
     }
     let found = match Found::at(&qemu.qmp, qemu.pid) {
@@ -167,7 +168,11 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         }
     };
     if let Some(Err(error)) = qemu.tap.as_deref().map(|name| tap::is_of(found.guest.pid, name)) {
-        return fail(&error, "Nothing was touched. --tap is the tap of this guest's QEMU, ifname=… of its netdev.", Exit::Missing);
+        return fail(
+            &error,
+            "Nothing was touched. --tap is the tap of this guest's QEMU, ifname=… of its netdev.",
+            Exit::Missing,
+        );
     }
     let held = match (&relay, &qemu.tap) {
         (Some(_), _) => HeldBy::Relay,

@@ -179,7 +179,8 @@ impl QemuHost {
             Held::Left { .. } => (None, PathBuf::new(), None),
         };
         let Some(leash) = leash else { return Ok(None) };
-        if let (Some(lingers), None, None, true) = (&self.lingers, &self.relay, &self.tap, self.disk_relays.is_empty()) {
+        if let (Some(lingers), None, None, true) = (&self.lingers, &self.relay, &self.tap, self.disk_relays.is_empty())
+        {
             let addresses = blocks.iter().map(|block| block.vmm_address).collect();
             let Lingers { directory, linger } = lingers.clone();
             let holding = Holding { pid: *pid, monitor, made, addresses, doors: directory, linger };
@@ -244,9 +245,8 @@ impl QemuHost {
             .collect();
         let served = served.map_err(|error| failed("look at the guest's disk relays")(error.into()))?;
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(()), self.held_by(), &served)
-            .into_iter()
-            .find(|objection| against(objection.against))
+        if let Some(objection) =
+            objections(&guest, Ok(()), self.held_by(), &served).into_iter().find(|objection| against(objection.against))
         {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));

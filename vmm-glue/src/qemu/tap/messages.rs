@@ -215,8 +215,7 @@ pub(super) fn delete_ingress(index: u32) -> Vec<u8> {
 
 /// All that comes in of `index` goes out by `to` instead, where an ifb gives it back to `index`.
 pub(super) fn redirect(index: u32, to: u32) -> Vec<u8> {
-    let mut message =
-        Message::queue(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, index, (0, INGRESS, FIRST_OF_ALL));
+    let mut message = Message::queue(RTM_NEWTFILTER, NLM_F_CREATE | NLM_F_EXCL, index, (0, INGRESS, FIRST_OF_ALL));
     message.text(TCA_KIND, "matchall");
     let mirred = |parms: &mut Message| parms.words(&[0, 0, TC_ACT_STOLEN, 0, 0, TCA_EGRESS_REDIR, to]);
     let action = |action: &mut Message| {
@@ -308,23 +307,55 @@ mod tests {
     use super::*;
 
     fn hex(bytes: &[u8]) -> String {
-        bytes.chunks(4).map(|word| word.iter().map(|byte| format!("{byte:02x}")).collect::<String>()).collect::<Vec<_>>().join(" ")
+        bytes
+            .chunks(4)
+            .map(|word| word.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     #[test]
     fn each_message_is_the_bytes_that_the_kernel_reads() {
         const HEADER: &str = "00000000 00000000";
         let golden = [
-            (new_ifb("belay-7"), format!("38000000 10000506 {HEADER} 00000000 00000000 00000000 00000000 0c000300 62656c61 792d3700 0c001200 08000100 69666200")),
-            (get_link("vm1"), format!("28000000 12000500 {HEADER} 00000000 00000000 00000000 00000000 08000300 766d3100")),
+            (
+                new_ifb("belay-7"),
+                format!(
+                    "38000000 10000506 {HEADER} 00000000 00000000 00000000 00000000 0c000300 62656c61 792d3700 0c001200 08000100 69666200"
+                ),
+            ),
+            (
+                get_link("vm1"),
+                format!("28000000 12000500 {HEADER} 00000000 00000000 00000000 00000000 08000300 766d3100"),
+            ),
             (set_up(9), format!("20000000 10000500 {HEADER} 00000000 09000000 01000000 01000000")),
             (delete_link(9), format!("20000000 11000500 {HEADER} 00000000 09000000 00000000 00000000")),
-            (new_plug(9, 1 << 25), format!("3c000000 24000506 {HEADER} 00000000 09000000 00000100 ffffffff 00000000 09000100 706c7567 00000000 0c000200 00000000 00000002")),
-            (order(9, Order::ReleaseOne), format!("3c000000 24000500 {HEADER} 00000000 09000000 00000100 ffffffff 00000000 09000100 706c7567 00000000 0c000200 01000000 00000000")),
+            (
+                new_plug(9, 1 << 25),
+                format!(
+                    "3c000000 24000506 {HEADER} 00000000 09000000 00000100 ffffffff 00000000 09000100 706c7567 00000000 0c000200 00000000 00000002"
+                ),
+            ),
+            (
+                order(9, Order::ReleaseOne),
+                format!(
+                    "3c000000 24000500 {HEADER} 00000000 09000000 00000100 ffffffff 00000000 09000100 706c7567 00000000 0c000200 01000000 00000000"
+                ),
+            ),
             (get_plug(9), format!("24000000 26000d00 {HEADER} 00000000 09000000 00000100 ffffffff 00000000")),
-            (new_ingress(7), format!("30000000 24000506 {HEADER} 00000000 07000000 0000ffff f1ffffff 00000000 0c000100 696e6772 65737300")),
+            (
+                new_ingress(7),
+                format!(
+                    "30000000 24000506 {HEADER} 00000000 07000000 0000ffff f1ffffff 00000000 0c000100 696e6772 65737300"
+                ),
+            ),
             (delete_ingress(7), format!("24000000 25000500 {HEADER} 00000000 07000000 0000ffff f1ffffff 00000000")),
-            (redirect(7, 9), format!("70000000 2c000506 {HEADER} 00000000 07000000 00000000 0000ffff 00030100 0d000100 6d617463 68616c6c 00000000 3c000200 38000200 34000100 0b000100 6d697272 65640000 24000200 20000200 00000000 00000000 04000000 00000000 00000000 01000000 09000000")),
+            (
+                redirect(7, 9),
+                format!(
+                    "70000000 2c000506 {HEADER} 00000000 07000000 00000000 0000ffff 00030100 0d000100 6d617463 68616c6c 00000000 3c000200 38000200 34000100 0b000100 6d697272 65640000 24000200 20000200 00000000 00000000 04000000 00000000 00000000 01000000 09000000"
+                ),
+            ),
         ];
         for (message, wanted) in golden {
             assert_eq!(hex(&message), wanted);

@@ -51,7 +51,9 @@ pub enum TapError {
     NoTap { name: String, what: String },
     #[error("the QEMU of process {pid} does not have the tap {name} open; it has {}", list(.open))]
     NotTheGuests { name: String, pid: u32, open: Vec<String> },
-    #[error("{name} has filters on what comes in that are not belay's (`tc qdisc show dev {name}`): take them away, or use a relay")]
+    #[error(
+        "{name} has filters on what comes in that are not belay's (`tc qdisc show dev {name}`): take them away, or use a relay"
+    )]
     Filtered { name: String },
     #[error("another belay has the gate before {name}")]
     Taken {
@@ -82,7 +84,8 @@ pub fn check_name(name: &str) -> Result<(), TapError> {
     let good = (1..=MOST_NAME_BYTES).contains(&name.len())
         && name != "."
         && name != ".."
-        && !name.contains(|letter: char| letter == '/' || letter == ':' || letter.is_whitespace() || letter.is_control());
+        && !name
+            .contains(|letter: char| letter == '/' || letter == ':' || letter.is_whitespace() || letter.is_control());
     if good { Ok(()) } else { Err(TapError::Name(name.to_owned())) }
 }
 

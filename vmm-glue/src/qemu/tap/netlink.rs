@@ -46,7 +46,9 @@ impl NetlinkError {
 fn meaning(errno: Errno, needs: &str) -> String {
     match errno {
         Errno::PERM | Errno::ACCESS => " (belay needs CAP_NET_ADMIN)".to_owned(),
-        Errno::NOENT | Errno::OPNOTSUPP if !needs.is_empty() => format!(" (has this kernel no {needs}? modprobe {needs})"),
+        Errno::NOENT | Errno::OPNOTSUPP if !needs.is_empty() => {
+            format!(" (has this kernel no {needs}? modprobe {needs})")
+        }
         _ => String::new(),
     }
 }
@@ -119,13 +121,19 @@ impl Netlink {
         }
     }
 
-    fn tell(&mut self, doing: impl FnOnce() -> String, needs: &'static str, message: Vec<u8>) -> Result<(), NetlinkError> {
+    fn tell(
+        &mut self,
+        doing: impl FnOnce() -> String,
+        needs: &'static str,
+        message: Vec<u8>,
+    ) -> Result<(), NetlinkError> {
         self.ask(doing, needs, message, |_| Ok(())).map(|_| ())
     }
 
     /// The device of this name; `None` if there is none.
     pub fn link(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
-        let asked = self.ask(|| format!("look for the device {name}"), "", messages::get_link(name), messages::read_link);
+        let asked =
+            self.ask(|| format!("look for the device {name}"), "", messages::get_link(name), messages::read_link);
         match asked {
             Err(error) if error.is_absent() => Ok(None),
             asked => asked,

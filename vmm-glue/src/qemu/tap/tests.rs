@@ -99,7 +99,9 @@ fn release(gate: &mut Gate, mark: u64) {
 /// The gate, or why this kernel has none.
 fn gate() -> Result<Gate, String> {
     Gate::shut_before(NAME).map_err(|error| match error {
-        TapError::Netlink(error @ NetlinkError::Refused { errno: Errno::NOENT | Errno::OPNOTSUPP, .. }) => error.to_string(),
+        TapError::Netlink(error @ NetlinkError::Refused { errno: Errno::NOENT | Errno::OPNOTSUPP, .. }) => {
+            error.to_string()
+        }
         other => panic!("{other}"),
     })
 }
@@ -159,7 +161,10 @@ fn a_gate_whose_belay_died_stays_shut_and_the_next_one_throws_away_what_it_held(
         let mut stage = Stage::set()?;
         let dead = gate()?;
         stage.send(3);
-        assert!({ let mut dead = dead; dead.close_epoch(0).unwrap() });
+        assert!({
+            let mut dead = dead;
+            dead.close_epoch(0).unwrap()
+        });
         stage.send(2);
         let mut next = gate()?;
         stage.expect_held(&mut next, 0);
