@@ -68,12 +68,14 @@ await_heard() { # host, number, seconds
 }
 
 # Some seconds of its own on host b; then until it has said more than was heard: the gate holds something.
-await_held() {
+await_held() { # name
   local end=$((SECONDS + TAP_LIMIT_S)) from
   from=$(newest_heard b)
   until [ "$(newest_heard b)" -ge $((from + 10)) ] && [ "$(newest_tick "$OUT/b/$CONSOLE")" -ge $(($(newest_heard b) + 3)) ]; do
-    if has_ended a "$SEND" || has_ended b "$RECEIVE"; then return 1; fi
-    [ "$SECONDS" -lt "$end" ] || return 124
+    if has_ended a "$SEND" || has_ended b "$RECEIVE" || [ "$SECONDS" -ge "$end" ]; then
+      not_ok "$1: its frames come through, and later than it says them" "$(newest_heard b) heard, of $(newest_tick "$OUT/b/$CONSOLE"), $from at first; $(story_words)"
+      return 1
+    fi
     pause_a_moment
   done
 }
@@ -117,7 +119,7 @@ clear_guest_and_ears() {
 # belay alone is killed on host b, not its host and not its QEMU: what the plug holds stays there.
 left_shut() { # fabric
   local name="$1, belay killed behind a gate" last
-  tethered "$name" "shut-$1" "$1" '--release never' && await_held || { clear_guest_and_ears; return; }
+  tethered "$name" "shut-$1" "$1" '--release never' && await_held "$name" || { clear_guest_and_ears; return; }
   LABEL=strike on b 20 "kill -KILL \$(cat /tmp/pids/$RECEIVE)" || true
   expect_exits "$name" 10 137 60
   last=$(newest_tick "$OUT/b/$CONSOLE")
@@ -147,7 +149,7 @@ opened_at_release() { # fabric
 
 power_lost() { # fabric
   local name="$1, power lost behind a gate"
-  tethered "$name" "lost-$1" "$1" '--release never' && await_held || { clear_guest_and_ears; return; }
+  tethered "$name" "lost-$1" "$1" '--release never' && await_held "$name" || { clear_guest_and_ears; return; }
   power_off b
   expect_exits "$name" 10 lost 60
   nobody_ahead "$name" "$(newest_tick "$OUT/b/$CONSOLE")"
