@@ -115,7 +115,7 @@ SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's me
 impl ReceiveArgs {
     /// Whether it changes the host's network.
     pub fn gates_a_tap(&self) -> bool {
-        matches!(&self.vmm, Some(ReceiveVmm::Qemu(qemu)) if qemu.tap.is_some())
+        matches!(&self.vmm, Some(ReceiveVmm::Qemu(qemu)) if !qemu.tap.is_empty())
     }
 }
 

@@ -1,5 +1,6 @@
 //! `belay send … qemu`: moves the guest of a QEMU that runs, and catches it into a standby.
 
+use super::receive::{NAMED_TWICE, named_twice};
 use super::{directory, leash};
 use crate::exit::Exit;
 use crate::keeping;
@@ -60,9 +61,10 @@ pub struct QemuSend {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
-    /// The tap of this host's that QEMU has open, if no relay is behind it; the destination's `qemu --tap` then holds what the guest sends
+    /// A tap of this host's that QEMU has open, if no relay is behind it; the destination's `qemu --tap` then holds what the guest sends. Once
+    /// for each
     #[arg(long, value_name = "NAME", conflicts_with = "relay")]
-    tap: Option<String>,
+    tap: Vec<String>,
     /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
@@ -149,10 +151,13 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         let advice = "Leave --output out: what a guest shows must not be ahead of what its disk has.";
         return usage("a writable disk needs --output commit", advice);
     }
-    if qemu.tap.is_some() && tether.as_ref().is_some_and(|tether| tether.output != OutputMode::Commit) {
+    if !qemu.tap.is_empty() && tether.as_ref().is_some_and(|tether| tether.output != OutputMode::Commit) {
         let advice =
             "Leave --output out, or use a relay: the kernel holds a tap's frames by epochs, and knows of no lease.";
         return usage("--tap needs --output commit", advice);
+    }
+    if named_twice(&qemu.tap) {
+        return usage(NAMED_TWICE.0, NAMED_TWICE.1);
     }
     let found = match Found::at(&qemu.qmp, qemu.pid) {
         Ok(found) => found,
@@ -167,17 +172,17 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
             return Exit::Missing;
         }
     };
-    if let Some(Err(error)) = qemu.tap.as_deref().map(|name| tap::is_of(found.guest.pid, name)) {
+    if let Err(error) = qemu.tap.iter().try_for_each(|name| tap::is_of(found.guest.pid, name)) {
         return fail(
             &error,
             "Nothing was touched. --tap is the tap of this guest's QEMU, ifname=… of its netdev.",
             Exit::Missing,
         );
     }
-    let held = match (&relay, &qemu.tap) {
+    let held = match (&relay, qemu.tap.len()) {
         (Some(_), _) => HeldBy::Relay,
-        (None, Some(_)) => HeldBy::Gate,
-        (None, None) => HeldBy::Nobody,
+        (None, 0) => HeldBy::Nobody,
+        (None, taps) => HeldBy::Gates(taps),
     };
     let disks = match taken_disks(&qemu.disk, &found.guest) {
         Ok(disks) => disks,
@@ -207,8 +212,8 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         return usage(&why, "Nothing was started; `belay help send` names the limits.");
     }
     let wire = Wire::new();
-    if qemu.tap.is_some() {
-        wire.take_open_tap();
+    if !qemu.tap.is_empty() {
+        wire.take_open_taps();
     }
     let output = match Outbox::open(holder::OUTBOX_BOUNDS, wire.emitter()) {
         Ok(output) => Arc::new(output),

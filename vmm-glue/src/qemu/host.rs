@@ -75,8 +75,8 @@ pub struct QemuHost {
     leash: GuardCommand,
     /// Where the guest's relay is taken in hand.
     relay: Option<PathBuf>,
-    /// A tap of the guest's, to be shut while it is tethered.
-    tap: Option<String>,
+    /// Taps of the guest's, to be shut while it is tethered.
+    taps: Vec<String>,
     wire: Wire,
     /// Where the guest's disk relays are taken in hand.
     disk_relays: Vec<PathBuf>,
@@ -117,13 +117,13 @@ impl QemuHost {
         disk_relays: Vec<PathBuf>,
     ) -> Self {
         let (wire, disks) = (Wire::new(), Disks::default());
-        let (ready, waiting, held, lingers, estate, tap) = (None, None, None, None, None, None);
+        let (ready, waiting, held, lingers, estate, taps) = (None, None, None, None, None, Vec::new());
         Self {
             taker,
             guard,
             leash,
             relay,
-            tap,
+            taps,
             wire,
             disk_relays,
             disks,
@@ -136,9 +136,9 @@ impl QemuHost {
         }
     }
 
-    /// A tethered guest's network goes through this tap of the QEMU here, before which a gate is put; it has no relay.
-    pub fn gate_before(&mut self, tap: String) {
-        self.tap = Some(tap);
+    /// A tethered guest's network goes through these taps of the QEMU here, before which gates are put; it has no relay.
+    pub fn gate_before(&mut self, taps: Vec<String>) {
+        self.taps = taps;
     }
 
     /// Starts or finds the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for that; what is wrong with it
@@ -153,7 +153,7 @@ impl QemuHost {
         }
         self.ready = Some((machine, ready));
         observer.note(None, Kind::VmmReady { pid: guest.pid });
-        if let Some(tap) = &self.tap {
+        for tap in &self.taps {
             observer.note(None, Kind::TapGated { tap: tap.clone() });
         }
         Ok(())
@@ -179,7 +179,8 @@ impl QemuHost {
             Held::Left { .. } => (None, PathBuf::new(), None),
         };
         let Some(leash) = leash else { return Ok(None) };
-        if let (Some(lingers), None, None, true) = (&self.lingers, &self.relay, &self.tap, self.disk_relays.is_empty())
+        if let (Some(lingers), None, true, true) =
+            (&self.lingers, &self.relay, self.taps.is_empty(), self.disk_relays.is_empty())
         {
             let addresses = blocks.iter().map(|block| block.vmm_address).collect();
             let Lingers { directory, linger } = lingers.clone();
@@ -226,7 +227,7 @@ impl QemuHost {
     /// Looks at a QEMU in which a guest is to run, and for what is in the way of that.
     fn look(&self, machine: &mut Machine, tethered: bool) -> Result<Inspection, GuestError> {
         let deadline = Deadline::after(BOUND);
-        if let Some(name) = &self.tap {
+        for name in &self.taps {
             let looked = tap::is_of(machine.process.number(), name);
             looked.map_err(|error| failed("find the guest's tap")(error.into()))?;
         }
@@ -256,10 +257,10 @@ impl QemuHost {
 
     /// What holds a tethered guest's packets.
     fn held_by(&self) -> HeldBy {
-        match (&self.relay, &self.tap) {
+        match (&self.relay, self.taps.len()) {
             (Some(_), _) => HeldBy::Relay,
-            (None, Some(_)) => HeldBy::Gate,
-            (None, None) => HeldBy::Nobody,
+            (None, 0) => HeldBy::Nobody,
+            (None, taps) => HeldBy::Gates(taps),
         }
     }
 
@@ -381,13 +382,14 @@ impl Host for QemuHost {
         let attached = self.disks.attach(&self.disk_relays, disk::Role::Arriving, pid, Deadline::after(HAND));
         attached.map_err(|error| failed("take the guest's disk relays in hand")(error.into()))?;
         let tethered = tracker.is_some();
-        if let Some(tap) = &self.tap {
+        if !self.taps.is_empty() {
             // Of a session that came to nothing, or of a belay that died: nobody's guest is behind it.
-            self.wire.forget_tap();
-            let gate = if tethered { Gate::shut_before(tap).map(Some) } else { tap::clear(tap).map(|()| None) };
-            let gate = gate.map_err(|error| failed("put a gate before the guest's tap")(error.into()))?;
-            if let Some(gate) = gate {
-                self.wire.take_tap(gate, sink);
+            self.wire.forget_taps();
+            let one = |tap| if tethered { Gate::shut_before(tap).map(Some) } else { tap::clear(tap).map(|()| None) };
+            let gates = self.taps.iter().map(|tap| one(tap)).collect::<Result<Vec<_>, _>>();
+            let gates = gates.map_err(|error| failed("put a gate before the guest's tap")(error.into()))?;
+            if tethered {
+                self.wire.take_taps(gates.into_iter().flatten().collect(), sink);
             }
         }
         let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone(), self.disks.clone(), tethered));

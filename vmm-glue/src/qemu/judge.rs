@@ -49,13 +49,13 @@ pub enum HeldBy {
     Nobody,
     /// A [relay](super::relay), to which its one socket netdev is connected.
     Relay,
-    /// A [gate](super::tap) before its one tap.
-    Gate,
+    /// [Gates](super::tap) before so many of its taps.
+    Gates(usize),
 }
 
 /// Everything that stands against moving or tethering this guest, worst first. `tracker`: why this host cannot learn which pages
 /// another process's threads write (asynchronous write protection, Linux 6.7), if it cannot.
-/// `held`: what holds the packets of one netdev of the guest's.
+/// `held`: what holds the packets of the guest's netdevs: a relay those of one.
 /// `served`: sockets of the [disk relays](super::disk) that keep the guest's writable disks.
 pub fn objections(guest: &Inspection, tracker: Result<(), &str>, held: HeldBy, served: &[PathBuf]) -> Vec<Objection> {
     let mut found = Vec::new();
@@ -66,14 +66,17 @@ pub fn objections(guest: &Inspection, tracker: Result<(), &str>, held: HeldBy, s
     for disk in &guest.disks {
         found.extend(objection_to_disk(disk, served));
     }
-    let kind = match held {
-        HeldBy::Nobody => None,
-        HeldBy::Relay => Some("stream"),
-        HeldBy::Gate => Some("tap"),
+    let (kind, mut held) = match held {
+        HeldBy::Nobody => ("", 0),
+        HeldBy::Relay => ("stream", 1),
+        HeldBy::Gates(taps) => ("tap", taps),
     };
-    let held = guest.nets.iter().position(|net| kind == Some(net.kind.as_str()));
-    let others = guest.nets.iter().enumerate().filter(|(index, _)| Some(*index) != held);
-    found.extend(others.map(|(_, net)| objection_to_net(net)));
+    for net in &guest.nets {
+        match held > 0 && net.kind == kind {
+            true => held -= 1,
+            false => found.push(objection_to_net(net)),
+        }
+    }
     for memory in &guest.other {
         found.extend(objection_to_memory(memory));
     }
@@ -323,8 +326,9 @@ mod tests {
         assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
         let mut gated = good();
         gated.nets = ["n0", "n1"].map(|name| Net { name: name.into(), kind: "tap".into() }).into();
-        let found = objections(&gated, Ok(()), HeldBy::Gate, &[]);
+        let found = objections(&gated, Ok(()), HeldBy::Gates(1), &[]);
         assert!(found.len() == 1 && found[0].what == "netdev n1", "one gate holds one tap: {found:?}");
+        assert_eq!(objections(&gated, Ok(()), HeldBy::Gates(2), &[]), []);
         assert_eq!(objections(&gated, Ok(()), HeldBy::Relay, &[]).len(), 2, "no relay holds a tap");
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
         let found = objections(&good(), Err("no WP_ASYNC"), HeldBy::Nobody, &[]);

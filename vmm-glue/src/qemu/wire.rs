@@ -1,4 +1,4 @@
-//! A guest's network as its pauses need it: the relay in hand, a gate before its tap, or none.
+//! A guest's network as its pauses need it: the relay in hand, gates before its taps, or none.
 //!
 //! Shared by the guest, which stops and goes on, and by whoever lets go of the relay once the guest is nobody else's.
 
@@ -22,14 +22,15 @@ pub struct Wire(Arc<Mutex<Inner>>);
 struct Inner {
     hand: Option<Hand>,
     way: Option<Box<dyn Emitter>>,
-    tap: Option<Tap>,
+    taps: Option<Taps>,
     /// The number that the guest's next frame will have, as it was when it last stood.
     next_output: u64,
 }
 
-/// At the destination a gate, at the source none: nothing is held there, and marks that are sent again after a catch have nothing to let go.
-enum Tap {
-    Gated { gate: Gate, sink: Arc<dyn PacketSink> },
+/// At the destination a gate before each, at the source none: nothing is held there, and marks that are sent again after a catch have nothing to
+/// let go.
+enum Taps {
+    Gated { gates: Vec<Gate>, sink: Arc<dyn PacketSink> },
     Open,
 }
 
@@ -68,25 +69,25 @@ impl Wire {
         inner.hand = Some(hand);
     }
 
-    /// What the guest sends goes through this gate, and its marks into `sink`.
-    pub fn take_tap(&self, gate: Gate, sink: Arc<dyn PacketSink>) {
-        self.lock().tap = Some(Tap::Gated { gate, sink });
+    /// What the guest sends goes through these gates, and their marks into `sink`.
+    pub fn take_taps(&self, gates: Vec<Gate>, sink: Arc<dyn PacketSink>) {
+        self.lock().taps = Some(Taps::Gated { gates, sink });
     }
 
-    /// There is no gate any more that this process answers for; it stays as it is.
-    pub fn forget_tap(&self) {
-        self.lock().tap = None;
+    /// There is no gate any more that this process answers for; they stay as they are.
+    pub fn forget_taps(&self) {
+        self.lock().taps = None;
     }
 
-    /// The guest has a tap of this host's that no gate is before.
-    pub fn take_open_tap(&self) {
-        self.lock().tap = Some(Tap::Open);
+    /// The guest has taps of this host's that no gate is before.
+    pub fn take_open_taps(&self) {
+        self.lock().taps = Some(Taps::Open);
     }
 
     /// Whether a gate holds as much as it should (P7). One that cannot be asked says so where the next epoch ends.
     pub fn is_full(&self) -> bool {
-        match &mut self.lock().tap {
-            Some(Tap::Gated { gate, .. }) => gate.is_full().unwrap_or(true),
+        match &mut self.lock().taps {
+            Some(Taps::Gated { gates, .. }) => gates.iter_mut().any(|gate| gate.is_full().unwrap_or(true)),
             _ => false,
         }
     }
@@ -98,11 +99,16 @@ impl Wire {
             let settled = hand.settle(Deadline::after(SETTLE)).map_err(failed)?;
             inner.next_output = settled.next_sequence;
         }
-        if let Some(Tap::Gated { gate, sink }) = &mut inner.tap
-            && gate.close_epoch(inner.next_output).map_err(failed)?
-        {
-            sink.emit(Packet { sequence: inner.next_output, bytes: Vec::new() });
-            inner.next_output += 1;
+        if let Some(Taps::Gated { gates, sink }) = &mut inner.taps {
+            // One mark for all of them.
+            let mut marked = false;
+            for gate in gates {
+                marked |= gate.close_epoch(inner.next_output).map_err(failed)?;
+            }
+            if marked {
+                sink.emit(Packet { sequence: inner.next_output, bytes: Vec::new() });
+                inner.next_output += 1;
+            }
         }
         Ok(())
     }
@@ -131,19 +137,18 @@ impl Wire {
         Box::new(Way(self.clone()))
     }
 
-    /// Lets go of the relay, or opens the gate, if there is one. `last` waits until everything that came by then has left.
+    /// Lets go of the relay, or opens the gates, if there are any. `last` waits until everything that came by then has left.
     pub fn let_go(&self, deadline: Deadline, last: impl FnOnce()) -> Result<(), LetGoError> {
         // Not under the lock: what `last` waits for leaves through it.
         let hand = self.lock().hand.take();
         if let Some(hand) = hand {
             return Ok(hand.let_go(deadline, last)?);
         }
-        let gate = self.lock().tap.replace(Tap::Open);
-        match gate {
-            // A gate that opens lets out what any mark would have.
-            Some(Tap::Gated { gate, .. }) => Ok(gate.open(deadline)?),
-            _ => Ok(()),
-        }
+        let taps = self.lock().taps.replace(Taps::Open);
+        let Some(Taps::Gated { gates, .. }) = taps else { return Ok(()) };
+        // A gate that opens lets out what any mark would have. One that does not keeps no other shut.
+        let opened: Vec<_> = gates.into_iter().map(|gate| gate.open(deadline)).collect();
+        Ok(opened.into_iter().collect::<Result<(), _>>()?)
     }
 }
 
@@ -152,9 +157,12 @@ struct Way(Wire);
 impl Emitter for Way {
     fn send(&mut self, packet: &Packet) -> io::Result<()> {
         let inner = &mut *self.0.lock();
-        match (&mut inner.tap, &mut inner.way) {
-            (Some(Tap::Gated { gate, .. }), _) => gate.release(packet.sequence).map_err(io::Error::other),
-            (Some(Tap::Open), _) => Ok(()),
+        match (&mut inner.taps, &mut inner.way) {
+            // One that has let this mark go does nothing when it is told again.
+            (Some(Taps::Gated { gates, .. }), _) => {
+                gates.iter_mut().try_for_each(|gate| gate.release(packet.sequence)).map_err(io::Error::other)
+            }
+            (Some(Taps::Open), _) => Ok(()),
             (None, Some(way)) => way.send(packet),
             (None, None) => Err(io::Error::new(io::ErrorKind::NotConnected, "the guest's network is not in hand yet")),
         }

@@ -1,4 +1,6 @@
 use super::*;
+use crate::qemu::wire::Wire;
+use belay_checkpoint::guest::{Packet, PacketSink};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, recv, socket_with};
@@ -7,27 +9,46 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex};
 
 /// For local experiments (IEEE 802): nobody else on a new device says anything of this type.
 const EXPERIMENTS: u16 = 0x88b5;
 const BOUND: Duration = Duration::from_secs(20);
 const NAME: &str = "guest0";
 
-/// A tap, and who hears what came in of it and through all that is before it.
+/// Taps, and who hears what came in of them and through all that is before them.
 struct Stage {
-    tap: File,
+    taps: Vec<File>,
     listener: OwnedFd,
     came: VecDeque<u8>,
     next: u8,
 }
 
 impl Stage {
-    /// In this thread's network namespace; why not, if it cannot be.
+    /// With one tap.
     fn set() -> Result<Self, String> {
+        Self::with(&[NAME])
+    }
+
+    /// In this thread's network namespace; why not, if it cannot be.
+    fn with(names: &[&str]) -> Result<Self, String> {
+        let taps = names.iter().map(|name| Self::tap(name)).collect::<Result<_, _>>()?;
+        let protocol = Protocol::from_raw(std::num::NonZeroU32::new(u32::from(EXPERIMENTS.to_be())).unwrap());
+        let listener = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol));
+        let listener = listener.map_err(|errno| format!("no packet socket: {errno}"))?;
+        let mut netlink = Netlink::open().unwrap();
+        for name in names {
+            let link = netlink.link(name).unwrap().expect("just made");
+            netlink.set_up(name, link.index).unwrap();
+        }
+        Ok(Self { taps, listener, came: VecDeque::new(), next: 1 })
+    }
+
+    fn tap(name: &str) -> Result<File, String> {
         let options = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
         let tap = options.map_err(|error| format!("/dev/net/tun: {error}"))?;
         let mut request = [0_u8; 40];
-        request[..NAME.len()].copy_from_slice(NAME.as_bytes());
+        request[..name.len()].copy_from_slice(name.as_bytes());
         // IFF_TAP and IFF_NO_PI.
         request[16..18].copy_from_slice(&0x1002_u16.to_ne_bytes());
         // SAFETY: TUNSETIFF reads a struct ifreq, 40 bytes, which lives through the call.
@@ -35,24 +56,22 @@ impl Stage {
         if done != 0 {
             return Err(format!("no tap: {}", io::Error::last_os_error()));
         }
-        let protocol = Protocol::from_raw(std::num::NonZeroU32::new(u32::from(EXPERIMENTS.to_be())).unwrap());
-        let listener = socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, Some(protocol));
-        let listener = listener.map_err(|errno| format!("no packet socket: {errno}"))?;
-        let mut netlink = Netlink::open().unwrap();
-        let link = netlink.link(NAME).unwrap().expect("just made");
-        netlink.set_up(NAME, link.index).unwrap();
-        Ok(Self { tap, listener, came: VecDeque::new(), next: 1 })
+        Ok(tap)
     }
 
     /// The guest sends this many frames; their numbers.
     fn send(&mut self, count: u8) -> Vec<u8> {
+        self.send_by(0, count)
+    }
+
+    fn send_by(&mut self, tap: usize, count: u8) -> Vec<u8> {
         let numbers: Vec<u8> = (self.next..self.next + count).collect();
         for &number in &numbers {
             let mut frame = vec![0xff; 6];
             frame.extend([2, 0, 0, 0, 0, 1]);
             frame.extend(EXPERIMENTS.to_be_bytes());
             frame.extend([number; 50]);
-            self.tap.write_all(&frame).unwrap();
+            self.taps[tap].write_all(&frame).unwrap();
         }
         self.next += count;
         numbers
@@ -98,7 +117,11 @@ fn release(gate: &mut Gate, mark: u64) {
 
 /// The gate, or why this kernel has none.
 fn gate() -> Result<Gate, String> {
-    Gate::shut_before(NAME).map_err(|error| match error {
+    gate_before(NAME)
+}
+
+fn gate_before(name: &str) -> Result<Gate, String> {
+    Gate::shut_before(name).map_err(|error| match error {
         TapError::Netlink(error @ NetlinkError::Refused { errno: Errno::NOENT | Errno::OPNOTSUPP, .. }) => {
             error.to_string()
         }
@@ -197,6 +220,66 @@ fn once_the_guest_is_its_hosts_own_everything_leaves_and_nothing_stays_of_the_ga
         assert_eq!(stage.heard(2), direct);
         assert_eq!(Netlink::open().unwrap().link(&device).unwrap(), None);
         Gate::shut_before(NAME).unwrap();
+        Ok(())
+    });
+}
+
+/// The marks that were emitted, as an outbox has them.
+#[derive(Default)]
+struct Marks(Mutex<VecDeque<Packet>>);
+
+impl PacketSink for Marks {
+    fn emit(&self, packet: Packet) {
+        self.0.lock().unwrap().push_back(packet);
+    }
+
+    fn has_room(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn p4_two_taps_of_a_guest_let_an_epoch_go_by_one_mark_and_neither_before() {
+    in_a_namespace(|| {
+        let mut stage = Stage::with(&[NAME, "guest1"])?;
+        let (wire, marks) = (Wire::new(), Arc::new(Marks::default()));
+        wire.take_taps(vec![gate()?, gate_before("guest1")?], marks.clone());
+        let mut world = wire.emitter();
+        let mut commit = || {
+            let mark = marks.0.lock().unwrap().pop_front().expect("a mark");
+            let deadline = Deadline::after(BOUND);
+            while let Err(error) = world.send(&mark) {
+                assert!(!deadline.expired(), "{error}");
+                std::thread::yield_now();
+            }
+        };
+        let nothing_more = |stage: &mut Stage| {
+            stage.hear(None);
+            assert!(stage.came.is_empty(), "{:?} came out of a shut gate", stage.came);
+        };
+        let first = [stage.send_by(0, 2), stage.send_by(1, 3)].concat();
+        wire.settle().unwrap();
+        assert_eq!(marks.0.lock().unwrap().len(), 1, "one for both");
+        let second = [stage.send_by(1, 1), stage.send_by(0, 1)].concat();
+        nothing_more(&mut stage);
+        commit();
+        let mut heard = stage.heard(5);
+        // Two wires keep no order between each other.
+        heard.sort_unstable();
+        assert_eq!(heard, first);
+        nothing_more(&mut stage);
+        wire.settle().unwrap();
+        commit();
+        let mut heard = stage.heard(2);
+        heard.sort_unstable();
+        assert_eq!(heard, second);
+        stage.send_by(0, 1);
+        stage.send_by(1, 1);
+        nothing_more(&mut stage);
+        wire.let_go(Deadline::after(BOUND), || {}).unwrap();
+        stage.heard(2);
+        let direct = [stage.send_by(0, 1), stage.send_by(1, 1)].concat();
+        assert_eq!(stage.heard(2), direct);
         Ok(())
     });
 }
