@@ -65,6 +65,12 @@ pub trait Guest: Send {
         true
     }
 
+    /// Whether output that is held elsewhere than in the outbox is as much as may be (P7): the tether then ends the epoch. Asked while the guest
+    /// runs, every few milliseconds.
+    fn output_is_full(&self) -> bool {
+        false
+    }
+
     /// Its writable disks, where their images are kept apart from what it writes ([`crate::storage`]).
     fn storage(&self) -> Option<Arc<dyn Storage>> {
         None

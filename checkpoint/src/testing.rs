@@ -253,6 +253,8 @@ pub struct Content {
     pub device_state: Vec<u8>,
     pub outputs: Vec<Packet>,
     pub released_up_to: Option<u64>,
+    /// Of disk 0.
+    pub disk_writes: Vec<u8>,
 }
 
 pub fn packet_bytes(packets: &[Packet]) -> Vec<u8> {
@@ -329,6 +331,9 @@ pub fn stage(
     stager.stream(kind::HELD_OUTPUT, 0, &packet_bytes(&content.outputs))?;
     if let Some(released) = content.released_up_to {
         stager.stream(kind::RELEASED_UP_TO, 0, &released.to_le_bytes())?;
+    }
+    if !content.disk_writes.is_empty() {
+        stager.stream(kind::DISK_WRITES, 0, &content.disk_writes)?;
     }
     stager.discards(&mut discards, memory)?;
     stager.pages(&mut dirty, memory)?;

@@ -95,6 +95,8 @@ pub fn run(args: DiskArgs) -> Exit {
 fn begin(args: &DiskArgs, told: Told) -> Result<(DiskRelay, OwnedFd), RelayError> {
     let io = |doing| move |source| RelayError::Io { doing, source };
     let words = signals::termination().map_err(io("hear signals"))?;
+    // A bound on a file's length is an error of that write, and no end of the guest's disk.
+    signals::outlive_file_limit().map_err(io("hear signals"))?;
     let (stopped, stop) = rustix::pipe::pipe().map_err(|errno| io("make a pipe")(errno.into()))?;
     let relay = DiskRelay::new(&args.guest, &args.hand, (&args.image, &args.name), args.incoming, told)?;
     let wait = move || {

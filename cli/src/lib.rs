@@ -118,6 +118,7 @@ pub fn main() -> ExitCode {
         Err(error) => return ExitCode::from(wrong_command_line(&error).code()),
     };
     match &command {
+        Command::Receive(args) if args.gates_a_tap() => privileges::give_up(Part::HostOfTap),
         Command::Send(_) | Command::Receive(_) | Command::Vmm(_) => privileges::give_up(Part::Host),
         Command::Guard(_) | Command::Leash(_) => privileges::give_up(Part::Guard),
         // The demo's and the soak's children are sends and receives; the others only look or ask.

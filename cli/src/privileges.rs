@@ -7,6 +7,7 @@
 //!   vmm              IPC_LOCK    memory that a device pins, beyond RLIMIT_MEMLOCK
 //!                    SYS_NICE    the real-time priority of who tells of a death
 //!                    DAC_OVERRIDE  a state directory or socket that is another user's
+//!   … receive --tap  NET_ADMIN   the gate before a guest's tap, as well
 //!   guard            SYS_NICE                                                        never
 //! ```
 //! A user other than root has no capabilities to give up (`belay@.service` needs none). Such a process stays dumpable, because
@@ -21,6 +22,8 @@ use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabiliti
 pub enum Part {
     /// A page server or a VMM: next to guest memory.
     Host,
+    /// A page server that holds what a guest sends through a tap: that is told to the kernel's network.
+    HostOfTap,
     /// The guard: it knows two secrets and no guest.
     Guard,
 }
@@ -34,6 +37,7 @@ impl Part {
                     | CapabilitySet::SYS_NICE
                     | CapabilitySet::DAC_OVERRIDE
             }
+            Self::HostOfTap => Self::Host.keeps() | CapabilitySet::NET_ADMIN,
             Self::Guard => CapabilitySet::SYS_NICE,
         }
     }

@@ -121,6 +121,13 @@ Examples:
 
 SIGINT or SIGTERM gives a tethered guest back to the source; a fenced guest's memory is given up; an owned guest is ended.";
 
+impl ReceiveArgs {
+    /// Whether it changes the host's network.
+    pub fn gates_a_tap(&self) -> bool {
+        matches!(&self.vmm, Some(ReceiveVmm::Qemu(qemu)) if !qemu.tap.is_empty())
+    }
+}
+
 /// Runs the command.
 pub fn run(mut args: ReceiveArgs) -> Exit {
     if let Some(path) = &args.config {

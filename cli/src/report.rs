@@ -151,6 +151,9 @@ pub fn sentence(kind: &Kind) -> Option<String> {
             format!("guest runs: {} of RAM, {vcpus}, driven by {driven_by}", bytes(spec.memory_bytes))
         }
         Kind::VmmReady { pid } => format!("VMM waits for its guest as process {pid}"),
+        Kind::TapGated { tap } => format!(
+            "what a tethered guest sends through {tap} is held by the kernel and no checkpoint: frames that have committed and are lost with this host are not sent again"
+        ),
         Kind::VmmStarted { pid } => format!("VMM runs as process {pid}"),
         Kind::QemuFound { pid, version, machine, vcpus, ram_bytes } => {
             format!("QEMU {version} found, process {pid}: {machine}, {vcpus} vCPUs, {}", bytes(*ram_bytes))

@@ -3,13 +3,16 @@
 mod qemu_guest;
 mod running;
 
-use qemu_guest::{Console, Linux, Machine, Qemu, no_qemu, qemu};
+use qemu_guest::moving::is_frozen;
+use qemu_guest::{Console, Linux, Machine, Qemu, SharedMemory, no_qemu, qemu};
 use running::{Place, Process, kill};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+
+use std::time::{Duration, Instant};
 
 const SECTORS: usize = 256;
+const LOOPBACK: &str = "127.0.0.1:0";
 
 /// One image that both hosts have, and a relay on each.
 struct Shared {
@@ -43,11 +46,11 @@ fn machine(linux: Linux) -> Machine {
 }
 
 /// A destination that waits for the guest, and where.
-fn receive(place: &Place, folder: &Path, machine: &Machine) -> (Process, String) {
+fn receive(place: &Place, folder: &Path, machine: &Machine, listen: &str) -> (Process, String) {
     let (state_dir, hand, program) = (place.text("there"), folder.join("there.hand").display().to_string(), qemu());
     let arguments = machine.arguments(folder, "there");
     let run_dir = place.text("run");
-    let mut words = vec!["receive", "--json", "--listen", "127.0.0.1:0", "--state-dir", &state_dir];
+    let mut words = vec!["receive", "--json", "--listen", listen, "--state-dir", &state_dir];
     words.extend(["--run-dir", &run_dir, "--name", "there"]);
     words.extend(["qemu", "--disk", &hand, "--", &program]);
     words.extend(arguments.iter().map(String::as_str));
@@ -65,38 +68,134 @@ fn send(place: &Place, folder: &Path, to: &str, socket: &Path, more: &[&str]) ->
     place.belay(&words)
 }
 
+/// A guest with a disk that is tethered, all of it there, and has found its disk right there.
+struct Tethered {
+    place: Place,
+    folder: SharedMemory,
+    shared: Shared,
+    source: Qemu,
+    destination: Process,
+    sender: Process,
+}
+
+impl Tethered {
+    /// `None` where this machine cannot have one.
+    fn new(local: bool, sending: &[&str]) -> Option<Self> {
+        if no_qemu() {
+            return None;
+        }
+        let linux = Linux::here()?;
+        let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+        let machine = machine(linux);
+        let listen = if local { format!("unix:{}", place.text("door")) } else { LOOPBACK.to_owned() };
+        let shared = Shared::new(&place, folder.path());
+        let source = Qemu::start(&place, folder.path(), &machine, "here");
+        source.console.wait_until_booted();
+        source.console.wait_for_disk(1);
+        let (mut destination, to) = receive(&place, folder.path(), &machine, &listen);
+        // Long enough that a destination which is struck has always written something that is not committed.
+        let more = [&["--release", "never", "--period", "100ms"], sending].concat();
+        let sender = send(&place, folder.path(), &to, &source.socket, &more);
+        destination.wait_for_event("all-landed");
+        let there = Self { place, folder, shared, source, destination, sender };
+        there.console().wait_for_disk(2);
+        Some(there)
+    }
+
+    fn console(&self) -> Console {
+        Console(self.folder.path().join("there-console"))
+    }
+
+    fn at_home(&self) -> Console {
+        Console(self.folder.path().join("here-console.standby"))
+    }
+
+    /// Sees the guest check its disk at home; when it was caught.
+    fn expect_caught(mut self) -> Instant {
+        self.sender.wait_for_event("caught");
+        let caught = Instant::now();
+        self.at_home().wait_for_disk(3);
+        assert_eq!(self.sender.end(), 10, "{}", self.sender.story());
+        self.source.wait();
+        // Nobody has its relay in hand any more, and it goes on.
+        self.at_home().wait_for_disk(4);
+        drop((self.shared.here, self.shared.there, self.destination));
+        caught
+    }
+}
+
 /// Moves a guest, lets `strike` hit its destination, and sees the guest check its disk at home.
 fn survives(strike: impl Fn(&mut Process, &mut Process)) {
-    if no_qemu() {
-        return;
-    }
-    let Some(linux) = Linux::here() else { return };
-    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
-    let machine = machine(linux);
-    let mut shared = Shared::new(&place, folder.path());
-    let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
-    source.console.wait_for_disk(1);
-    let (mut destination, to) = receive(&place, folder.path(), &machine);
-    // Long enough that a destination which is struck has always written something that is not committed.
-    let more = ["--release", "never", "--period", "100ms"];
-    let mut sender = send(&place, folder.path(), &to, &source.socket, &more);
-    destination.wait_for_event("all-landed");
-    Console(folder.path().join("there-console")).wait_for_disk(2);
+    let Some(mut tethered) = Tethered::new(false, &[]) else { return };
     // Nobody else gets to write the image, wherever the guest is.
-    let mut second = relay(&place, folder.path(), &shared.image, "second", &[]);
+    let image = tethered.shared.image.clone();
+    let mut second = relay(&tethered.place, tethered.folder.path(), &image, "second", &[]);
     assert_eq!(second.end(), 1, "{}", second.story());
     assert!(second.story().contains("somebody else writes"), "{}", second.story());
     let begun = Instant::now();
-    strike(&mut destination, &mut shared.there);
-    sender.wait_for_event("caught");
-    println!("{} ms from the strike until the guest was caught", begun.elapsed().as_millis());
-    Console(folder.path().join("here-console.standby")).wait_for_disk(3);
-    assert_eq!(sender.end(), 10, "{}", sender.story());
-    source.wait();
-    // Nobody has its relay in hand any more, and it goes on.
-    Console(folder.path().join("here-console.standby")).wait_for_disk(4);
-    drop((shared.here, shared.there, destination));
+    strike(&mut tethered.destination, &mut tethered.shared.there);
+    let caught = tethered.expect_caught();
+    println!("{} ms from the strike until the guest was caught", caught.duration_since(begun).as_millis());
+}
+
+/// No process's file grows beyond this, and none is written there: for a relay, a file system that is full, or has room again.
+fn limit_files(process: &Process, bytes: libc::rlim_t) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: prlimit(2) reads a struct rlimit that lives through the call, and writes nothing.
+    let done = unsafe { libc::prlimit(process.pid(), libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut()) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+const UNWRITABLE: &str = "cannot be done to the image";
+
+fn says_unwritable(event: &serde_json::Value) -> bool {
+    event["event"] == "failed" && event["what"].as_str().is_some_and(|what| what.contains(UNWRITABLE))
+}
+
+#[test]
+fn p3_a_catch_waits_for_an_image_that_has_no_room_and_goes_on_by_itself_once_it_has() {
+    let Some(mut tethered) = Tethered::new(false, &[]) else { return };
+    limit_files(&tethered.shared.here, 0);
+    let told = tethered.sender.wait_for("the image is full", says_unwritable);
+    assert!(told["what"].as_str().is_some_and(|what| what.contains("File too large")), "{told}");
+    // The guest goes on meanwhile, and none of it is lost.
+    let console = tethered.console();
+    console.wait_for_disk(console.disk_rounds() + 1);
+    tethered.destination.signal(libc::SIGKILL);
+    tethered.sender.wait_for_state("cannot-revoke");
+    assert!(tethered.at_home().ticks().is_empty(), "it must not run ahead of its disk");
+    limit_files(&tethered.shared.here, libc::RLIM_INFINITY);
+    tethered.expect_caught();
+}
+
+#[test]
+fn p3_an_image_that_fills_up_when_the_old_destination_is_shut_out_already_is_waited_for() {
+    // What commits while the source is frozen commits without it: in memory that both have.
+    let sending = ["--fabric", "local", "--lease", "30s", "--stop-at", "catch-unrevoked"];
+    let Some(mut tethered) = Tethered::new(true, &sending) else { return };
+    tethered.sender.signal(libc::SIGINT);
+    let end = Instant::now() + running::BOUND;
+    while !is_frozen(tethered.sender.pid()) {
+        assert!(Instant::now() < end, "it does not stop; it said {}", tethered.sender.story());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Nobody folds any more. What the guest writes now commits, and is found in the last read.
+    let console = tethered.console();
+    console.wait_for_disk(console.disk_rounds() + 1);
+    tethered.destination.hear();
+    for _ in 0..2 {
+        tethered.destination.wait_for_event("committed");
+    }
+    limit_files(&tethered.shared.here, 0);
+    tethered.sender.signal(libc::SIGCONT);
+    tethered.sender.wait_for_state("catch-stuck");
+    tethered.sender.wait_for("the image is full", says_unwritable);
+    // A person who tries it again too early ends nothing: it is in this process alone.
+    tethered.sender.signal(libc::SIGINT);
+    tethered.sender.wait_for_state("catch-stuck");
+    assert!(tethered.at_home().ticks().is_empty(), "it must not run ahead of its disk");
+    limit_files(&tethered.shared.here, libc::RLIM_INFINITY);
+    tethered.expect_caught();
 }
 
 fn qemu_of(destination: &Process) -> i32 {
@@ -144,7 +243,7 @@ fn moves(more: &[&str]) {
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
     source.console.wait_until_booted();
     source.console.wait_for_disk(1);
-    let (mut destination, to) = receive(&place, folder.path(), &machine);
+    let (mut destination, to) = receive(&place, folder.path(), &machine, LOOPBACK);
     let mut sender = send(&place, folder.path(), &to, &source.socket, more);
     assert_eq!(sender.end(), 0, "{}", sender.story());
     assert_eq!(destination.end(), 0, "{}", destination.story());
@@ -172,7 +271,7 @@ fn p9_a_source_whose_disk_relay_is_killed_says_so_and_leaves_the_guest_where_it_
     let source = Qemu::start(&place, folder.path(), &machine, "here");
     source.console.wait_until_booted();
     source.console.wait_for_disk(1);
-    let (mut destination, to) = receive(&place, folder.path(), &machine);
+    let (mut destination, to) = receive(&place, folder.path(), &machine, LOOPBACK);
     let mut sender = send(&place, folder.path(), &to, &source.socket, &["--release", "never", "--period", "100ms"]);
     destination.wait_for_event("all-landed");
     let console = Console(folder.path().join("there-console"));

@@ -6,7 +6,7 @@
 //! The order is in the types: a [`Catch`] has no thread that looks at the ring any more, and finishing takes the ring's bytes
 //! as they were when the old destination was shut out (P5).
 
-use super::{FoldError, FoldState};
+use super::{FoldError, FoldState, Parts, Unwritten};
 use crate::guest::{Epoch, Packet};
 use crate::mutation::{Mutation, mutated};
 use crate::ring::{RingBytes, RingReader, Step};
@@ -34,6 +34,8 @@ pub struct Recovered {
     pub folded_pages: u64,
     /// Where the time went.
     pub timings: CatchTimings,
+    /// What the images still lack. To be written before the guest runs.
+    pub unwritten: Unwritten,
     /// To be dropped once the guest runs.
     pub spent: Spent,
 }
@@ -105,10 +107,12 @@ impl Catch {
         Ok((self.reader.next_session(ring_len, nonce)?, self.state))
     }
 
-    /// Reads the revoked ring for the last time, folds every committed record in it, in order, and gives the newest state.
+    /// Reads the revoked ring for the last time, folds every committed record in it, in order, and gives the newest state. An image that cannot be
+    /// written does not end this: nobody else has those records any more ([`Recovered::unwritten`]).
     pub fn finish<R: RingBytes + ?Sized>(mut self, ring: &R) -> Result<Recovered, CatchError> {
         let began = Instant::now();
         let (epoch, pages) = (self.state.epoch(), self.state.folded_pages());
+        self.state.keep_unwritten();
         let failed = match self.failed.take() {
             Some(failed) => Some(failed),
             None => self.last_read(ring).err(),
@@ -119,7 +123,7 @@ impl Catch {
             epochs: self.state.epoch().0 - epoch.0,
             pages: self.state.folded_pages() - pages,
         };
-        let (epoch, device_state, mut outputs, folded_pages) = self.state.into_parts();
+        let Parts { epoch, device_state, mut outputs, pages: folded_pages, unwritten } = self.state.into_parts();
         if mutated(Mutation::OutboxLost) {
             outputs = Ok(Vec::new());
         }
@@ -134,6 +138,7 @@ impl Catch {
             outputs_to_resend,
             folded_pages,
             timings,
+            unwritten,
             spent: Spent { _reader: self.reader },
         };
         match failed {

@@ -4,7 +4,8 @@
 //! * A record is checked whole before the first byte of it is written anywhere ([`crate::record::parse`]), and memory for
 //!   every page it fills is allocated before the first byte as well: missing memory is an error and not a SIGBUS, and
 //!   guest RAM is never left with part of an epoch.
-//! * What a record does to disks is in their images, durably, before its pages are in RAM ([`crate::storage`]).
+//! * What a record does to disks is in their images, durably, before its pages are in RAM ([`crate::storage`]). In a catch, when nobody else has the
+//!   records any more, it is before the guest runs: what an image does not take is kept until it does ([`Unwritten`]).
 //! * Records are folded in the order in which they committed. Folding one twice gives the same bytes.
 //! * Device state and output that may have to be sent again move forward with the epoch, in the same step.
 //! * Where memory is kept ([`crate::journal`]) folding is redo: RAM is written, then the state that comes of it is kept, then the record
@@ -15,12 +16,14 @@ mod catch;
 mod folder;
 mod image;
 mod target;
+mod unwritten;
 
 pub use catch::{Catch, CatchError, CatchTimings, Recovered};
 #[cfg(test)]
 pub(crate) use folder::Looking;
 pub use folder::{FoldConfig, FoldStatus, Folder, Heard};
 pub use target::FoldTarget;
+pub use unwritten::Unwritten;
 
 use crate::guest::{Epoch, Packet};
 use crate::journal::{Cell, Damaged, KeptState};
@@ -85,6 +88,8 @@ pub struct FoldState {
     kept: Option<Cell>,
     /// The guest's writable disks.
     storage: Option<Arc<dyn Storage>>,
+    /// In a catch: what its images would not take.
+    unwritten: Option<Unwritten>,
 }
 
 impl FoldState {
@@ -99,6 +104,7 @@ impl FoldState {
             pages: 0,
             kept: None,
             storage: None,
+            unwritten: None,
         }
     }
 
@@ -130,7 +136,17 @@ impl FoldState {
         let Some(value) = value else { return Ok(None) };
         let damaged = || Damaged { what: "the newest epoch's device state and output", offset: 0 };
         let (epoch, pages, device_state, resend) = image::decode(&value).ok_or_else(damaged)?;
-        Ok(Some(Self { target, limits, epoch, device_state, resend, pages, kept: Some(cell), storage: None }))
+        Ok(Some(Self {
+            target,
+            limits,
+            epoch,
+            device_state,
+            resend,
+            pages,
+            kept: Some(cell),
+            storage: None,
+            unwritten: None,
+        }))
     }
 
     /// Brings a reader that an earlier process left to where RAM is: a record that is folded already is given up. One that is complete and
@@ -201,14 +217,14 @@ impl FoldState {
     }
 
     /// Before RAM: an image that cannot be written leaves RAM as it was. What was done of it is done again with the epoch, which has committed.
-    fn apply(&self, record: &RecordView<'_>, between: &mut impl FnMut()) -> Result<(), FoldError> {
+    /// In a catch what an image does not take is kept instead, and so is all that follows it.
+    fn apply(&mut self, record: &RecordView<'_>, between: &mut impl FnMut()) -> Result<(), FoldError> {
         for (disk, writes) in record.disk_writes.iter().enumerate().filter(|(_, writes)| !writes.is_empty()) {
             let storage = self.storage.as_ref().expect("the limits have as many disks as there are");
-            storage.apply(writes, between).map_err(|error| {
-                let causes = std::iter::successors(std::error::Error::source(&error), |error| error.source());
-                let why = causes.fold(error.to_string(), |told, cause| format!("{told}: {cause}"));
-                FoldError::Disk { epoch: record.epoch, disk: disk as u16, why }
-            })?;
+            match &mut self.unwritten {
+                None => apply(&**storage, record.epoch, disk, writes, between)?,
+                Some(kept) => kept.take(&**storage, record.epoch, disk, writes, between),
+            }
         }
         Ok(())
     }
@@ -222,9 +238,44 @@ impl FoldState {
         self.target.apply(&record, &mut || ());
     }
 
-    fn into_parts(self) -> (Epoch, Vec<u8>, Result<Vec<Packet>, ResendError>, u64) {
-        (self.epoch, self.device_state, self.resend.finish(), self.pages)
+    /// From here on an image that cannot be written ends no fold.
+    fn keep_unwritten(&mut self) {
+        self.unwritten = Some(Unwritten::of(self.storage.clone()));
     }
+
+    fn into_parts(self) -> Parts {
+        Parts {
+            epoch: self.epoch,
+            device_state: self.device_state,
+            outputs: self.resend.finish(),
+            pages: self.pages,
+            unwritten: self.unwritten.unwrap_or_default(),
+        }
+    }
+}
+
+/// What is left of a state that folds no more.
+struct Parts {
+    epoch: Epoch,
+    device_state: Vec<u8>,
+    outputs: Result<Vec<Packet>, ResendError>,
+    pages: u64,
+    unwritten: Unwritten,
+}
+
+/// Does to an image what an epoch says.
+fn apply(
+    storage: &dyn Storage,
+    epoch: Epoch,
+    disk: usize,
+    writes: &[u8],
+    between: &mut dyn FnMut(),
+) -> Result<(), FoldError> {
+    storage.apply(writes, between).map_err(|error| {
+        let causes = std::iter::successors(std::error::Error::source(&error), |error| error.source());
+        let why = causes.fold(error.to_string(), |told, cause| format!("{told}: {cause}"));
+        FoldError::Disk { epoch, disk: disk as u16, why }
+    })
 }
 
 fn reserve(cell: &mut Cell, epoch: Epoch, image: &[u8]) -> Result<(), FoldError> {

@@ -390,6 +390,33 @@ fn what_an_epoch_did_to_disks_is_in_the_images_before_it_is_in_ram_and_before_th
 }
 
 #[test]
+fn p3_a_catch_whose_image_is_full_keeps_what_it_lacks_in_order_until_it_takes_it() {
+    let disks = Arc::new(Disks::default());
+    let full = |is| disks.full.store(is, std::sync::atomic::Ordering::SeqCst);
+    let (memory, mut wire) = (ram(&SHAPE), Wire::new(RING));
+    let reader = RingReader::new(RING, NONCE, OVERFLOW).unwrap();
+    let state = state(&memory).with_storage(Some(disks.clone()));
+    let owner = OwnerRegion::new(wire.owner());
+    let catch = Folder::start(FoldConfig::default(), wire.ring(), owner, reader, state).unwrap().stop();
+    // They committed when no folder looked any more, and the image filled up.
+    let mut sender = Sender::new(&mut wire, 64 << 10);
+    for epoch in 1..=3_u8 {
+        let content = Content { device_state: vec![epoch], disk_writes: vec![epoch; 3], ..Content::default() };
+        sender.send(Epoch(u64::from(epoch)), &memory, &content).unwrap();
+    }
+    full(true);
+    let mut recovered = catch.finish(&wire.revoke()[..]).unwrap();
+    assert_eq!((recovered.epoch, recovered.device_state.as_slice()), (Epoch(3), &[3][..]), "the newest commit");
+    let still = recovered.unwritten.write().unwrap_err();
+    assert!(matches!(&still, FoldError::Disk { epoch: Epoch(1), disk: 0, .. }), "{still}");
+    assert!(!recovered.unwritten.is_empty() && disks.done.lock().unwrap().is_empty());
+    full(false);
+    recovered.unwritten.write().unwrap();
+    assert!(recovered.unwritten.is_empty());
+    assert_eq!(*disks.done.lock().unwrap(), [vec![1; 3], vec![2; 3], vec![3; 3]], "in the order of the epochs");
+}
+
+#[test]
 fn a_folder_that_is_held_takes_nothing_until_it_may_go_on() {
     let (memory, mut wire) = (ram(&[4]), Wire::new(RING));
     let folder = folder(&wire, &memory);

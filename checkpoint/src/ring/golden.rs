@@ -25,6 +25,7 @@ fn shipped() -> (Vec<u8>, Vec<u8>) {
         device_state: b"vCPUs and devices".to_vec(),
         outputs: vec![Packet { sequence: 300, bytes: vec![0xaa; 5] }, Packet { sequence: 301, bytes: vec![] }],
         released_up_to: Some(299),
+        disk_writes: Vec::new(),
     };
     let mut sender = Sender::new(&mut wire, 64 << 10);
     let mut reader = RingReader::new(RING_BYTES, NONCE, 64 << 10).unwrap();

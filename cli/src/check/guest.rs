@@ -4,7 +4,7 @@ use super::judge::{Finding, Verdict};
 use crate::report::counted;
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::inspect::{InspectError, Inspection};
-use belay_vmm_glue::qemu::judge::{Against, Objection, objections};
+use belay_vmm_glue::qemu::judge::{Against, HeldBy, Objection, objections};
 use belay_vmm_glue::qemu::process::Process;
 use belay_vmm_glue::qemu::qmp::{Qmp, QmpError};
 use std::path::Path;
@@ -35,7 +35,7 @@ fn judge(guest: &Inspection, tracker: Result<(), &str>) -> Vec<Finding> {
     let vcpus = counted(*vcpus as u64, "vCPU", "vCPUs");
     let detail = format!("process {pid}, {machine}, {vcpus}, {how}, {status}");
     let mut findings = vec![ok(format!("QEMU {version}"), detail)];
-    let found = objections(guest, tracker, false, &[]);
+    let found = objections(guest, tracker, HeldBy::Nobody, &[]);
     for ram in &guest.ram {
         let name = format!("RAM {}", ram.id);
         if found.iter().all(|objection| objection.what != name) {

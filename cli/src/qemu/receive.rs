@@ -39,6 +39,10 @@ pub struct QemuReceive {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
+    /// A tap of this host's that QEMU has open and no relay is behind: what a tethered guest sends there is held in the kernel (ifb, sch_plug).
+    /// Once for each
+    #[arg(long, value_name = "NAME", conflicts_with = "relay")]
+    pub tap: Vec<String>,
     /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
@@ -47,19 +51,27 @@ pub struct QemuReceive {
     command: Vec<OsString>,
 }
 
+pub(super) const NAMED_TWICE: (&str, &str) = ("a tap is named twice", "Say --tap once for each tap of the guest's.");
+
+/// Whether two of these taps are the same: one gate would pass for two.
+pub(super) fn named_twice(taps: &[String]) -> bool {
+    taps.iter().enumerate().any(|(index, tap)| taps[..index].contains(tap))
+}
+
 /// What is wrong with the options, and what to do. `takeover`: the QEMU is there already; `linger`: it is to be kept for the next page server.
 pub fn refused(qemu: &QemuReceive, takeover: bool, linger: bool) -> Option<(&'static str, &'static str)> {
     let named = qemu.qmp.is_some() || !qemu.command.is_empty();
     match (takeover, named) {
-        (true, _) if named || qemu.relay.is_some() || !qemu.disk.is_empty() => {
+        (true, _) if named || qemu.relay.is_some() || !qemu.tap.is_empty() || !qemu.disk.is_empty() => {
             Some(("--takeover goes on with a QEMU that is there already", "Say `qemu` and nothing behind it."))
         }
+        _ if named_twice(&qemu.tap) => Some(NAMED_TWICE),
         (false, false) => Some((
             "no QEMU was named",
             "Say the command line of the QEMU to start behind `--`, or --qmp of one that waits.",
         )),
-        _ if linger && (qemu.relay.is_some() || !qemu.disk.is_empty()) => Some((
-            "a guest whose network or disk goes through a relay cannot be taken over yet",
+        _ if linger && (qemu.relay.is_some() || !qemu.tap.is_empty() || !qemu.disk.is_empty()) => Some((
+            "a guest whose network or disk goes through a relay or a gate cannot be taken over yet",
             "Leave --linger out: if this process dies its QEMU ends, and the source catches the guest.",
         )),
         _ => None,
@@ -79,6 +91,7 @@ pub fn host(qemu: &QemuReceive, state_dir: &Path, linger: Option<Duration>) -> R
     };
     let guard = GuardCommand::this_program(&["guard"])?;
     let mut host = QemuHost::new(taker, guard, leash()?, qemu.relay.clone(), qemu.disk.clone());
+    host.gate_before(qemu.tap.clone());
     if let Some(linger) = linger {
         host.keep_for_the_next(Lingers { directory: state_dir.to_owned(), linger });
     }
@@ -105,7 +118,8 @@ pub fn owned(host: &mut QemuHost, output: Option<&Outbox>, observer: &Observer) 
         }
     };
     if let Err(error) = host.let_go_of_network(drained) {
-        let advice = "The guest runs here. Its relay is shut until another belay has taken it in hand and let go of it: start it again.";
+        let advice = "The guest runs here. Its relay is shut until another belay has taken it in hand and let go of it: start it again. A gate before its \
+                      tap goes with `tc qdisc del dev TAP ingress` and `ip link del belay-INDEX`, INDEX as `ip link show TAP` says it.";
         report::failed(observer, &error, advice);
     }
     match host.leave() {

@@ -1,5 +1,6 @@
 //! `belay send … qemu`: moves the guest of a QEMU that runs, and catches it into a standby.
 
+use super::receive::{NAMED_TWICE, named_twice};
 use super::{directory, leash};
 use crate::exit::Exit;
 use crate::keeping;
@@ -24,11 +25,12 @@ use belay_vmm_glue::migrate::status::Board;
 use belay_vmm_glue::qemu::disk;
 use belay_vmm_glue::qemu::disks::Disks;
 use belay_vmm_glue::qemu::inspect::Inspection;
-use belay_vmm_glue::qemu::judge::{Against, objections};
+use belay_vmm_glue::qemu::judge::{Against, HeldBy, objections};
 use belay_vmm_glue::qemu::leaving::{Found, LeavingError, LeavingGuest, Relayed, StandbyPlan};
 use belay_vmm_glue::qemu::qmp::QmpError;
 use belay_vmm_glue::qemu::relay;
 use belay_vmm_glue::qemu::spec::QemuSpec;
+use belay_vmm_glue::qemu::tap;
 use belay_vmm_glue::qemu::wire::Wire;
 use clap::Args;
 use std::ffi::OsString;
@@ -61,6 +63,10 @@ pub struct QemuSend {
     /// The network relay of this host's that QEMU is connected to: where `belay relay --hand` listens. A tethered guest with a network needs one
     #[arg(long, value_name = "PATH")]
     relay: Option<PathBuf>,
+    /// A tap of this host's that QEMU has open, if no relay is behind it; the destination's `qemu --tap` then holds what the guest sends. Once
+    /// for each
+    #[arg(long, value_name = "NAME", conflicts_with = "relay")]
+    tap: Vec<String>,
     /// A disk relay of this host's that QEMU is connected to: where `belay disk --hand` listens. Once for each writable disk of a tethered guest
     #[arg(long, value_name = "PATH")]
     disk: Vec<PathBuf>,
@@ -147,6 +153,14 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         let advice = "Leave --output out: what a guest shows must not be ahead of what its disk has.";
         return usage("a writable disk needs --output commit", advice);
     }
+    if !qemu.tap.is_empty() && tether.as_ref().is_some_and(|tether| tether.output != OutputMode::Commit) {
+        let advice =
+            "Leave --output out, or use a relay: the kernel holds a tap's frames by epochs, and knows of no lease.";
+        return usage("--tap needs --output commit", advice);
+    }
+    if named_twice(&qemu.tap) {
+        return usage(NAMED_TWICE.0, NAMED_TWICE.1);
+    }
     let found = match Found::at(&qemu.qmp, qemu.pid) {
         Ok(found) => found,
         Err(error) => return fail(&error, advice(&error), Exit::Missing),
@@ -160,6 +174,18 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
             return Exit::Missing;
         }
     };
+    if let Err(error) = qemu.tap.iter().try_for_each(|name| tap::is_of(found.guest.pid, name)) {
+        return fail(
+            &error,
+            "Nothing was touched. --tap is the tap of this guest's QEMU, ifname=… of its netdev.",
+            Exit::Missing,
+        );
+    }
+    let held = match (&relay, qemu.tap.len()) {
+        (Some(_), _) => HeldBy::Relay,
+        (None, 0) => HeldBy::Nobody,
+        (None, taps) => HeldBy::Gates(taps),
+    };
     let disks = match taken_disks(&qemu.disk, &found.guest) {
         Ok(disks) => disks,
         Err(error) => {
@@ -167,7 +193,7 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
             return fail(&error, advice, Exit::Missing);
         }
     };
-    if !may_leave(&found.guest, tether.is_some(), (relay.is_some(), &disks.1), observer) {
+    if !may_leave(&found.guest, tether.is_some(), (held, &disks.1), observer) {
         return Exit::Missing;
     }
     let spec = QemuSpec::of(&found.guest);
@@ -188,6 +214,9 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
         return usage(&why, "Nothing was started; `belay help send` names the limits.");
     }
     let wire = Wire::new();
+    if !qemu.tap.is_empty() {
+        wire.take_open_taps();
+    }
     let output = match Outbox::open(holder::OUTBOX_BOUNDS, wire.emitter()) {
         Ok(output) => Arc::new(output),
         Err(error) => return fail(&error, "Nothing was started.", Exit::Failed),
@@ -269,13 +298,13 @@ fn told(guest: &Inspection) -> Kind {
 }
 
 /// Whether nothing stands against it; what does is told, all of it.
-fn may_leave(guest: &Inspection, tethered: bool, (relayed, served): (bool, &[PathBuf]), observer: &Observer) -> bool {
+fn may_leave(guest: &Inspection, tethered: bool, (held, served): (HeldBy, &[PathBuf]), observer: &Observer) -> bool {
     let mut free = true;
     let mut refuse = |what: String, advice: &str| {
         report::failed_text(observer, &what, advice);
         free = false;
     };
-    for objection in objections(guest, Ok(()), relayed, served) {
+    for objection in objections(guest, Ok(()), held, served) {
         let what = format!("{}: {}", objection.what, objection.why);
         match objection.against {
             Against::Moving if objection.change.is_empty() => refuse(what, "It cannot be moved. Nothing was touched."),

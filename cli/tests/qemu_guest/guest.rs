@@ -277,7 +277,31 @@ fn obey() {
     }
 }
 
+/// Says what it hears on this port, for a host that hears a guest's beacon; never comes back.
+fn hear(port: u16) {
+    let socket = std::net::UdpSocket::bind(("0.0.0.0", port)).expect("a port");
+    let mut datagram = [0; 8];
+    loop {
+        if let Ok(8) = socket.recv(&mut datagram) {
+            println!("heard {}", u64::from_le_bytes(datagram));
+        }
+    }
+}
+
+/// Where it tells its count at every tick, to everybody on its network.
+fn beacon() -> Option<std::net::UdpSocket> {
+    let to = std::env::var("beacon").ok()?;
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.set_broadcast(true).ok()?;
+    // Until its card is up there is no way there.
+    socket.connect((to.as_str(), 7)).ok()?;
+    Some(socket)
+}
+
 fn main() {
+    if let Some(port) = std::env::var("hear").ok().and_then(|text| text.parse().ok()) {
+        hear(port);
+    }
     let sectors = wanted("sectors", 0);
     if sectors > 0 {
         std::thread::spawn(move || keep_disk(sectors));
@@ -298,12 +322,17 @@ fn main() {
     let pace = Duration::from_millis(wanted("tick_ms", 10) as u64);
     let (mut tick, mut slowest) = (0u64, Duration::ZERO);
     let mut at = Instant::now();
+    let mut told = None;
     loop {
         std::thread::sleep(pace);
         slowest = slowest.max(at.elapsed());
         at = Instant::now();
         tick += 1;
         say(&format!("tick {tick} steps {} slowest {} ms", STEPS.load(Ordering::SeqCst), slowest.as_millis()));
+        told = told.or_else(beacon);
+        if let Some(told) = &told {
+            let _ = told.send(&tick.to_le_bytes());
+        }
         if tick % 8 == 0 {
             slowest = Duration::ZERO;
         }

@@ -18,7 +18,7 @@ share_binary() { # path, name
 # Those tests of transport that suites run in a host; the others need no device.
 readonly TRANSPORT_TESTS=(--lib --test conformance --test fabrics --test verbs --test verbs_registration)
 
-# Makes what a suite needs: belay, bench, transport-tests, qemu. Once a run each.
+# Makes what a suite needs: belay, bench, transport-tests, glue-tests, qemu. Once a run each.
 need_binaries() {
   local what file
   for what in "$@"; do
@@ -30,6 +30,7 @@ need_binaries() {
       belay) cargo_here build --release --locked -p belay --bin belay --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
       bench) cargo_here build --release --locked -p belay-bench --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
       transport-tests) cargo_here test --release --locked -p belay-transport ${FEATURES:+--features "$FEATURES"} "${TRANSPORT_TESTS[@]}" --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
+      glue-tests) cargo_here test --release --locked -p belay-vmm-glue --lib --no-run --message-format=json >"$WORK/built" 2>"$WORK/cargo.log" || build_failed ;;
     esac
     while read -r file; do share_binary "$file" "$(shared_name "$file")"; done < <(built_executables <"$WORK/built")
     : >"$WORK/built.$what"

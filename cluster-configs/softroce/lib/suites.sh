@@ -1,11 +1,11 @@
 # shellcheck shell=bash
 # A run of the lab: its folders, its time limit, its suites one after the other, and its end.
 #
-# A suite is suites/NAME.sh. It sets ABOUT (what it shows, one line), NEEDS (belay, bench, transport-tests, qemu, or nothing) and, where a host's
+# A suite is suites/NAME.sh. It sets ABOUT (what it shows, one line), NEEDS (belay, bench, transport-tests, glue-tests, qemu, or nothing) and, where a host's
 # usual memory is not enough for it, NEEDS_MIB, and defines run_suite, which tells checks (lib/results.sh) about hosts that are up and joined (lib/hosts.sh).
 
 # In the order in which `all` runs them: what the later ones build on comes first.
-all_suites() { printf '%s\n' smoke conformance perftest demo kill qemu partition loss cpu; }
+all_suites() { printf '%s\n' smoke conformance perftest demo kill qemu tap partition loss cpu; }
 
 is_suite() { all_suites | grep -qx -- "$1"; }
 

@@ -49,6 +49,8 @@ pub enum Kind {
     VmmStarted { pid: u32 },
     /// A VMM was started, and its RAM allocated, before its guest came.
     VmmReady { pid: u32 },
+    /// A tethered guest's output through this tap is held in the kernel: frames that are let go and lost with this host are not sent again.
+    TapGated { tap: String },
     /// A running QEMU whose guest is to be moved was found.
     QemuFound { pid: u32, version: String, machine: String, vcpus: u32, ram_bytes: u64 },
     /// The QEMU into which the guest would be caught waits, as process `pid`.

@@ -96,6 +96,10 @@ impl Guest for ArrivingGuest {
         false
     }
 
+    fn output_is_full(&self) -> bool {
+        self.wire.is_full()
+    }
+
     fn storage(&self) -> Option<Arc<dyn Storage>> {
         self.disks.storage()
     }

@@ -6,16 +6,17 @@ use super::disks::Disks;
 use super::estate::{Adopted, QemuEstate};
 use super::inject::userfaultfds;
 use super::inspect::Inspection;
-use super::judge::{Against, objections};
+use super::judge::{Against, HeldBy, objections};
 use super::launch::{Launch, Launched};
 use super::leash::{Holding, Leash};
 use super::machine::Machine;
 use super::memory::{block, expect_untouched, file_of, in_order};
 use super::process::Process;
 use super::qmp::Qmp;
-use super::relay::{Hand, HandError};
+use super::relay::Hand;
 use super::spec::QemuSpec;
-use super::wire::Wire;
+use super::tap::{self, Gate};
+use super::wire::{LetGoError, Wire};
 use crate::guard::{GuardCommand, GuardError, LifePage};
 use crate::kvm::apart::Keeper;
 use crate::kvm::registration::features;
@@ -74,6 +75,8 @@ pub struct QemuHost {
     leash: GuardCommand,
     /// Where the guest's relay is taken in hand.
     relay: Option<PathBuf>,
+    /// Taps of the guest's, to be shut while it is tethered.
+    taps: Vec<String>,
     wire: Wire,
     /// Where the guest's disk relays are taken in hand.
     disk_relays: Vec<PathBuf>,
@@ -114,12 +117,13 @@ impl QemuHost {
         disk_relays: Vec<PathBuf>,
     ) -> Self {
         let (wire, disks) = (Wire::new(), Disks::default());
-        let (ready, waiting, held, lingers, estate) = (None, None, None, None, None);
+        let (ready, waiting, held, lingers, estate, taps) = (None, None, None, None, None, Vec::new());
         Self {
             taker,
             guard,
             leash,
             relay,
+            taps,
             wire,
             disk_relays,
             disks,
@@ -130,6 +134,11 @@ impl QemuHost {
             lingers,
             estate,
         }
+    }
+
+    /// A tethered guest's network goes through these taps of the QEMU here, before which gates are put; it has no relay.
+    pub fn gate_before(&mut self, taps: Vec<String>) {
+        self.taps = taps;
     }
 
     /// Starts or finds the QEMU and allocates its RAM before its guest comes, so that the guest need not wait for that; what is wrong with it
@@ -144,6 +153,9 @@ impl QemuHost {
         }
         self.ready = Some((machine, ready));
         observer.note(None, Kind::VmmReady { pid: guest.pid });
+        for tap in &self.taps {
+            observer.note(None, Kind::TapGated { tap: tap.clone() });
+        }
         Ok(())
     }
 
@@ -167,7 +179,9 @@ impl QemuHost {
             Held::Left { .. } => (None, PathBuf::new(), None),
         };
         let Some(leash) = leash else { return Ok(None) };
-        if let (Some(lingers), None, true) = (&self.lingers, &self.relay, self.disk_relays.is_empty()) {
+        if let (Some(lingers), None, true, true) =
+            (&self.lingers, &self.relay, self.taps.is_empty(), self.disk_relays.is_empty())
+        {
             let addresses = blocks.iter().map(|block| block.vmm_address).collect();
             let Lingers { directory, linger } = lingers.clone();
             let holding = Holding { pid: *pid, monitor, made, addresses, doors: directory, linger };
@@ -200,7 +214,7 @@ impl QemuHost {
     }
 
     /// The guest is this host's own: its network needs nobody any more. `drained` waits until all that it had sent has left.
-    pub fn let_go_of_network(&self, drained: impl FnOnce()) -> Result<(), HandError> {
+    pub fn let_go_of_network(&self, drained: impl FnOnce()) -> Result<(), LetGoError> {
         self.wire.let_go(Deadline::after(HAND), drained)
     }
 
@@ -213,6 +227,10 @@ impl QemuHost {
     /// Looks at a QEMU in which a guest is to run, and for what is in the way of that.
     fn look(&self, machine: &mut Machine, tethered: bool) -> Result<Inspection, GuestError> {
         let deadline = Deadline::after(BOUND);
+        for name in &self.taps {
+            let looked = tap::is_of(machine.process.number(), name);
+            looked.map_err(|error| failed("find the guest's tap")(error.into()))?;
+        }
         let guest = Inspection::of(&mut machine.qmp, &machine.process, deadline);
         let mut guest = guest.map_err(|error| failed("look at QEMU")(error.into()))?;
         if guest.status != "inmigrate" {
@@ -228,14 +246,22 @@ impl QemuHost {
             .collect();
         let served = served.map_err(|error| failed("look at the guest's disk relays")(error.into()))?;
         let against = |against| against == Against::Moving || tethered;
-        if let Some(objection) = objections(&guest, Ok(()), self.relay.is_some(), &served)
-            .into_iter()
-            .find(|objection| against(objection.against))
+        if let Some(objection) =
+            objections(&guest, Ok(()), self.held_by(), &served).into_iter().find(|objection| against(objection.against))
         {
             let why = format!("QEMU here, {}: {}. {}", objection.what, objection.why, objection.change);
             return Err(GuestError::Unsupported(why.trim_end_matches([' ', '.']).to_owned()));
         }
         Ok(guest)
+    }
+
+    /// What holds a tethered guest's packets.
+    fn held_by(&self) -> HeldBy {
+        match (&self.relay, self.taps.len()) {
+            (Some(_), _) => HeldBy::Relay,
+            (None, 0) => HeldBy::Nobody,
+            (None, taps) => HeldBy::Gates(taps),
+        }
     }
 
     fn start(&mut self) -> Result<Machine, GuestError> {
@@ -341,7 +367,7 @@ impl Host for QemuHost {
         };
         let pid = guest.pid;
         if let Some(relay) = &self.relay {
-            let hand = Hand::attach(relay, sink, 0, Deadline::after(HAND));
+            let hand = Hand::attach(relay, Arc::clone(&sink), 0, Deadline::after(HAND));
             let hand = hand.map_err(|error| failed("take the guest's relay in hand")(error.into()))?;
             if hand.guest() != Some(pid) {
                 let there = hand.guest().map_or("nobody".to_owned(), |there| format!("process {there}"));
@@ -356,6 +382,16 @@ impl Host for QemuHost {
         let attached = self.disks.attach(&self.disk_relays, disk::Role::Arriving, pid, Deadline::after(HAND));
         attached.map_err(|error| failed("take the guest's disk relays in hand")(error.into()))?;
         let tethered = tracker.is_some();
+        if !self.taps.is_empty() {
+            // Of a session that came to nothing, or of a belay that died: nobody's guest is behind it.
+            self.wire.forget_taps();
+            let one = |tap| if tethered { Gate::shut_before(tap).map(Some) } else { tap::clear(tap).map(|()| None) };
+            let gates = self.taps.iter().map(|tap| one(tap)).collect::<Result<Vec<_>, _>>();
+            let gates = gates.map_err(|error| failed("put a gate before the guest's tap")(error.into()))?;
+            if tethered {
+                self.wire.take_taps(gates.into_iter().flatten().collect(), sink);
+            }
+        }
         let guest = Box::new(ArrivingGuest::new(machine, blocks, self.wire.clone(), self.disks.clone(), tethered));
         Ok(Built { guest, shards, pid, gives_sign, keeper })
     }

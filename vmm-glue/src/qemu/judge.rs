@@ -42,11 +42,22 @@ pub struct Objection {
     pub change: String,
 }
 
+/// What keeps a guest's packets until the checkpoint that covers them has committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeldBy {
+    /// Nothing does.
+    Nobody,
+    /// A [relay](super::relay), to which its one socket netdev is connected.
+    Relay,
+    /// [Gates](super::tap) before so many of its taps.
+    Gates(usize),
+}
+
 /// Everything that stands against moving or tethering this guest, worst first. `tracker`: why this host cannot learn which pages
 /// another process's threads write (asynchronous write protection, Linux 6.7), if it cannot.
-/// `relayed`: the guest's one socket netdev goes through a [relay](super::relay), which holds its packets.
+/// `held`: what holds the packets of the guest's netdevs: a relay those of one.
 /// `served`: sockets of the [disk relays](super::disk) that keep the guest's writable disks.
-pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool, served: &[PathBuf]) -> Vec<Objection> {
+pub fn objections(guest: &Inspection, tracker: Result<(), &str>, held: HeldBy, served: &[PathBuf]) -> Vec<Objection> {
     let mut found = Vec::new();
     versions(guest, &mut found);
     ram(&guest.ram, &mut found);
@@ -55,10 +66,17 @@ pub fn objections(guest: &Inspection, tracker: Result<(), &str>, relayed: bool, 
     for disk in &guest.disks {
         found.extend(objection_to_disk(disk, served));
     }
-    let is_relayed = |net: &Net| relayed && net.kind == "stream";
-    let held = guest.nets.iter().position(is_relayed);
-    let others = guest.nets.iter().enumerate().filter(|(index, _)| Some(*index) != held);
-    found.extend(others.map(|(_, net)| objection_to_net(net)));
+    let (kind, mut held) = match held {
+        HeldBy::Nobody => ("", 0),
+        HeldBy::Relay => ("stream", 1),
+        HeldBy::Gates(taps) => ("tap", taps),
+    };
+    for net in &guest.nets {
+        match held > 0 && net.kind == kind {
+            true => held -= 1,
+            false => found.push(objection_to_net(net)),
+        }
+    }
     for memory in &guest.other {
         found.extend(objection_to_memory(memory));
     }
@@ -178,7 +196,7 @@ fn objection_to_net(net: &Net) -> Objection {
         Against::Tethering,
         &what,
         why,
-        "connect it to a `belay relay` (-netdev stream, one of them), or take it out (device_del, netdev_del)",
+        "connect it to a `belay relay` (-netdev stream, one of them), name its tap with --tap, or take it out (device_del, netdev_del)",
     )
 }
 
@@ -235,14 +253,14 @@ mod tests {
     fn odd(change: impl FnOnce(&mut Inspection)) -> Objection {
         let mut guest = good();
         change(&mut guest);
-        let mut found = objections(&guest, Ok(()), false, &[]);
+        let mut found = objections(&guest, Ok(()), HeldBy::Nobody, &[]);
         assert_eq!(found.len(), 1, "{found:#?}");
         found.remove(0)
     }
 
     #[test]
     fn a_guest_that_is_prepared_meets_no_objection() {
-        assert_eq!(objections(&good(), Ok(()), false, &[]), []);
+        assert_eq!(objections(&good(), Ok(()), HeldBy::Nobody, &[]), []);
     }
 
     #[test]
@@ -303,11 +321,17 @@ mod tests {
         assert_eq!(odd(on_relay).what, "disk d0", "of a relay that was not named");
         let mut kept = good();
         on_relay(&mut kept);
-        assert_eq!(objections(&kept, Ok(()), false, &["/run/d".into()]), []);
+        assert_eq!(objections(&kept, Ok(()), HeldBy::Nobody, &["/run/d".into()]), []);
         let tap = odd(|guest| guest.nets.push(Net { name: "n0".into(), kind: "tap".into() }));
         assert_eq!((tap.against, tap.what.as_str()), (Against::Tethering, "netdev n0"));
+        let mut gated = good();
+        gated.nets = ["n0", "n1"].map(|name| Net { name: name.into(), kind: "tap".into() }).into();
+        let found = objections(&gated, Ok(()), HeldBy::Gates(1), &[]);
+        assert!(found.len() == 1 && found[0].what == "netdev n1", "one gate holds one tap: {found:?}");
+        assert_eq!(objections(&gated, Ok(()), HeldBy::Gates(2), &[]), []);
+        assert_eq!(objections(&gated, Ok(()), HeldBy::Relay, &[]).len(), 2, "no relay holds a tap");
         assert_eq!(odd(|guest| guest.commands.clear()).against, Against::Tethering);
-        let found = objections(&good(), Err("no WP_ASYNC"), false, &[]);
+        let found = objections(&good(), Err("no WP_ASYNC"), HeldBy::Nobody, &[]);
         assert!(
             found.len() == 1 && found[0].against == Against::Tethering && found[0].why.contains("no WP_ASYNC"),
             "{found:?}"
@@ -320,7 +344,7 @@ mod tests {
         guest.disks[0].read_only = false;
         guest.capabilities.clear();
         let order: Vec<_> =
-            objections(&guest, Ok(()), false, &[]).into_iter().map(|objection| objection.against).collect();
+            objections(&guest, Ok(()), HeldBy::Nobody, &[]).into_iter().map(|objection| objection.against).collect();
         assert_eq!(order, [Against::Moving, Against::Tethering]);
     }
 }

@@ -19,6 +19,7 @@
 //!   host     a destination that takes QEMU guests
 //!   wire     its network, as its pauses need it
 //!   relay    what a guest sends, held until its checkpoint has committed
+//!   tap      what a guest sends through a tap, held by the kernel until its checkpoint has committed
 //!   disks    its writable disks, as its pauses and its checkpoints need them
 //!   disk     what a guest writes to its disks, kept out of their images until its checkpoint has committed
 //! ```
@@ -45,4 +46,5 @@ pub mod relay;
 pub mod spec;
 mod standby;
 mod state;
+pub mod tap;
 pub mod wire;

@@ -65,6 +65,14 @@ pub fn arguments(running: &[String], elsewhere: &Elsewhere) -> Result<Vec<String
                 let other = object(&value, elsewhere).map_err(|why| refused(value, why))?;
                 made.extend([word.clone(), other]);
             }
+            "netdev" | "nic" => {
+                let value = value();
+                let named = fields(&value).iter().any(|field| field.starts_with("ifname="));
+                if value.starts_with("tap,") && named {
+                    return Err(refused(value, "a tap is open in one QEMU at a time; make the standby another one"));
+                }
+                made.extend([word.clone(), value]);
+            }
             "D" => made.extend([word.clone(), another(&value())]),
             "add-fd" | "readconfig" | "preconfig" => {
                 let value = if option == "preconfig" { String::new() } else { value() };
@@ -264,6 +272,7 @@ mod tests {
             ("-chardev pipe,id=c,path=/x", "cannot be opened twice"),
             ("-add-fd set=1,fd=3", "whoever started QEMU"),
             ("-netdev tap,id=n,fd=3", "handed down"),
+            ("-netdev tap,id=n,ifname=vm1,script=no", "make the standby another one"),
             ("-blockdev file,filename=/dev/fdset/2", "handed down"),
         ] {
             let error = made(line).unwrap_err();

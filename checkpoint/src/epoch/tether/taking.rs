@@ -152,7 +152,7 @@ impl TetherLoop {
 
     /// Whether a guest that does not park by itself has emitted as much as may be held (P7).
     fn is_flooded(&self) -> bool {
-        !self.guest.parks_itself() && !self.outbox.has_room()
+        !self.guest.parks_itself() && (!self.outbox.has_room() || self.guest.output_is_full())
     }
 
     /// How often something must be looked at while the guest runs.

@@ -128,6 +128,12 @@ impl Source<'_> {
                 "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \
                  word for the catch. --catch-on-loss gives it beforehand."
             }
+            Named::CannotRevoke if self.disks_due.is_some() => {
+                "The guest's memory is kept here. Make room on the storage, or mend it: the catch goes on by itself then. SIGINT tries it again, once."
+            }
+            Named::CatchStuck if self.disks_due.is_some() => {
+                "The guest is in this process alone: do not end it. Make room on the storage, or mend it: the catch goes on by itself then."
+            }
             Named::CannotRevoke | Named::CatchStuck => {
                 "The guest's memory is kept here. Mend what failed, then send SIGINT to try again, once."
             }

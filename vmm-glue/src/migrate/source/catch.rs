@@ -14,15 +14,18 @@ use belay_transport::stop_point::reached;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
+/// Between two looks whether the images can be written, while a catch waits for them.
+const DISKS_AGAIN: Duration = Duration::from_millis(500);
+
 impl Source<'_> {
     /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
     pub(super) fn revoke(&mut self) -> Option<Event> {
         reached("catch-begun");
+        self.disks_due = None;
         let begun = Instant::now();
         // While nothing is revoked nothing is lost: the destination has the guest, its disks too.
         if let Some(why) = self.disks_stuck() {
-            self.why = why;
-            return Some(Event::CatchFailed { can_retry: true });
+            return self.waits_for_disks(why);
         }
         // Nothing that comes back from here on is listened to but to be told so.
         self.herald = None;
@@ -72,10 +75,39 @@ impl Source<'_> {
         }
     }
 
+    fn waits_for_disks(&mut self, why: String) -> Option<Event> {
+        self.why = why;
+        self.disks_due = Some(Deadline::after(DISKS_AGAIN));
+        Some(Event::CatchFailed { can_retry: true })
+    }
+
+    /// A catch that only the images hold up begins again by itself where they may be written again.
+    pub(super) fn disks_again(&mut self) -> Option<Event> {
+        self.disks_due.take_if(|due| due.expired())?;
+        let State::Revoking { stuck: true, .. } = self.state else { return None };
+        let still = match &mut self.last_read {
+            Some(Ok(recovered)) => recovered.unwritten.write().err().map(|error| protocol::explain(&error)),
+            _ => self.disks_stuck(),
+        };
+        if still.is_some() {
+            self.disks_due = Some(Deadline::after(DISKS_AGAIN));
+            return None;
+        }
+        Some(Event::OperatorCatch)
+    }
+
     pub(super) fn fold_and_load(&mut self) -> Option<Event> {
+        self.disks_due = None;
         let begun = Instant::now();
         let recovered = match self.last_read.take() {
-            Some(Ok(recovered)) => recovered,
+            Some(Ok(mut recovered)) => match recovered.unwritten.write() {
+                Ok(()) => recovered,
+                // Nobody else has it any more: it stays here until the image takes it.
+                Err(error) => {
+                    self.last_read = Some(Ok(recovered));
+                    return self.waits_for_disks(protocol::explain(&error));
+                }
+            },
             Some(Err(CatchError::Unreadable { source, older })) => {
                 self.why = format!("the ring cannot be read past {}: {}", older.epoch, protocol::explain(&source));
                 return Some(Event::CatchFailed { can_retry: false });

@@ -211,6 +211,9 @@ impl Source<'_> {
             return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
         }
         self.tell_of_stuck_disks();
+        if let Some(event) = self.disks_again() {
+            return Some(event);
+        }
         if let State::Serving(_) = self.state
             && let (Some(folder), Some(silence)) = (&self.folder, &mut self.silence)
         {
@@ -233,7 +236,7 @@ impl Source<'_> {
         match folder.status().stuck {
             Some(stuck) if !std::mem::replace(&mut self.stuck_told, true) => {
                 let advice = "It is tried again and again: make room on the storage, or mend it. What the guest sends is held meanwhile, and it stops \
-                              when no more can be; a catch waits too, and nothing is lost. If this host's disk relay has gone, end belay here and \
+                              when no more can be; a catch waits too, and goes on by itself. Nothing is lost. If this host's disk relay has gone, end belay here and \
                               promote the guest at the destination."
                     .to_owned();
                 self.note(Kind::Failed { what: explain(&stuck), advice });

@@ -32,7 +32,7 @@ use belay_checkpoint::fold::{Catch, CatchError, FoldError, FoldTarget, Folder, R
 use belay_checkpoint::guest::{Epoch, Guest, GuestError};
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::ownership::Illegal;
-use belay_checkpoint::ownership::source::{Action, Event, State, restart, step};
+use belay_checkpoint::ownership::source::{Action, CatchStep, Event, State, restart, step};
 use belay_checkpoint::ring::{RingError, RingReader, SpoolError};
 use belay_transport::fabric::{FabricError, FabricKind, Owner, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
@@ -248,6 +248,8 @@ pub struct Source<'a> {
     warned: bool,
     /// That a disk's image cannot be written was told.
     stuck_told: bool,
+    /// A catch waits for the images, which are looked at again then.
+    disks_due: Option<Deadline>,
     /// A catch that had stuck was ordered again.
     ordered_again: bool,
     outcome: Option<Outcome>,
@@ -378,6 +380,7 @@ impl<'a> Source<'a> {
             ticked_at: Instant::now(),
             warned: false,
             stuck_told: false,
+            disks_due: None,
             ordered_again: false,
             outcome: None,
         }
@@ -499,6 +502,8 @@ impl<'a> Source<'a> {
             State::Ceded { .. } if self.outcome.is_none() => {
                 self.outcome = Some(Outcome::Ceded { why: std::mem::take(&mut self.why) });
             }
+            // It is in this process and nowhere else: only writing its disks is left, which is tried for as long as it takes.
+            State::Revoking { stuck: true, step: CatchStep::Fold, .. } => {}
             // Nothing is lost by a catch that has stuck: it waits for the operator's word, once.
             State::Revoking { stuck: true, .. } if self.ordered_again && self.outcome.is_none() => {
                 self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });
