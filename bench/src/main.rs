@@ -14,6 +14,7 @@ mod quantity;
 mod rig;
 mod table;
 mod tethered;
+mod tracking;
 mod wire;
 
 use belay_transport::fabric::FabricKind;
@@ -41,6 +42,7 @@ enum Command {
     Checkpoint(Options),
     Migrate(Box<migrate::MigrateArgs>),
     Policy(Box<policies::PolicyArgs>),
+    Tracking(tracking::TrackingArgs),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
 }
@@ -107,6 +109,8 @@ fn main() -> ExitCode {
             Command::Migrate(args) => migrate::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Policy(args) => policies::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Tracking(args) => tracking::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
                 (Some(report), Some(path)) => save(path, &report),
