@@ -18,6 +18,7 @@ mod suspicion;
 mod sweep;
 mod table;
 mod tethered;
+mod tracking;
 mod wire;
 
 use belay_transport::fabric::FabricKind;
@@ -47,6 +48,7 @@ enum Command {
     Sweep(Box<sweep::SweepArgs>),
     Suspicion(Box<suspicion::SuspicionArgs>),
     Policy(Box<policies::PolicyArgs>),
+    Tracking(tracking::TrackingArgs),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
 }
@@ -118,6 +120,8 @@ fn main() -> ExitCode {
             Command::Suspicion(args) => suspicion::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Policy(args) => policies::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Tracking(args) => tracking::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
                 (Some(report), Some(path)) => save(path, &report),

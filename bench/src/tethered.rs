@@ -13,7 +13,7 @@ use belay_checkpoint::policy::FixedPeriod;
 use belay_checkpoint::record::{Limits, largest_record};
 use belay_checkpoint::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReader, RingShape, RingWriter};
 use belay_checkpoint::staging::Slot;
-use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
+use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory, write_protection};
 use belay_transport::fabric::LaneKind;
 use belay_transport::pull::{Engine, Install};
 use belay_transport::region::{Mapping, RamFile};
@@ -76,7 +76,7 @@ impl Tethered {
         let tracking = match kind {
             TrackerKind::KvmLog => Tracking::Log,
             TrackerKind::KvmRing => Tracking::Ring { entries: DEFAULT_RING_ENTRIES },
-            TrackerKind::UffdWp => Tracking::None,
+            TrackerKind::UffdWp | TrackerKind::UffdSync => Tracking::None,
         };
         let options = KvmOptions { tracking, irqchip: false };
         let outbox = Outbox::commit(Bounds { bytes: 1 << 20, packets: 4096 }, Box::new(Nowhere));
@@ -106,7 +106,8 @@ impl Tethered {
         let address = guest.vmm_memory().address();
         let protect = kind == TrackerKind::UffdWp;
         let whole = 0..memory_bytes;
-        let mut uffds = registration::register(address, PageSize::Small, &[whole], protect, OpenMode::All)?;
+        let mut uffds =
+            registration::register(address, PageSize::Small, &[whole], write_protection(kind), OpenMode::All)?;
         let uffd = uffds.pop().expect("one shard was asked for");
 
         // The tether's memory is registered before the first lane opens.
@@ -391,6 +392,9 @@ impl DirtyTracker for LentTracker {
             taken.clear();
         }
         tracker.harvest(into)
+    }
+    fn sift(&mut self, dirty: &mut DirtySet, discards: &DirtySet) -> Result<(), GuestError> {
+        self.lock().tracker.sift(dirty, discards)
     }
     fn dirty_so_far(&mut self) -> Option<u64> {
         self.lock().tracker.dirty_so_far()

@@ -116,6 +116,22 @@ impl DirtySet {
         }
     }
 
+    /// Takes out everything `other` holds.
+    pub fn subtract(&mut self, other: &Self) {
+        for region in &mut self.regions {
+            let Some(other) = other.regions.iter().find(|other| other.id == region.id && !other.used.is_empty()) else {
+                continue;
+            };
+            for &word in &other.used {
+                let (bits, out) = (&mut region.words[word as usize], other.words[word as usize]);
+                self.count -= u64::from((*bits & out).count_ones());
+                *bits &= !out;
+            }
+            let words = &region.words;
+            region.used.retain(|&word| words[word as usize] != 0);
+        }
+    }
+
     /// Every page, region by region, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = (RegionId, PageIndex)> + '_ {
         self.regions.iter().flat_map(|region| {
@@ -240,6 +256,7 @@ mod tests {
             runs in prop::collection::vec((0u64..1000, 1u64..200), 0..40),
             modulus in 1u64..7,
             again in prop::collection::vec(0u64..1000, 0..40),
+            out in prop::collection::vec(0u64..1200, 0..200),
         ) {
             let id = RegionId(3);
             let mut set = DirtySet::new([(id, 1200)]);
@@ -253,6 +270,10 @@ mod tests {
             for page in again {
                 prop_assert_eq!(set.insert(id, PageIndex(page)), model.insert(page));
             }
+            let mut gone = DirtySet::new([(id, 1200)]);
+            out.iter().for_each(|&page| gone.insert_run(id, PageIndex(page), 1));
+            set.subtract(&gone);
+            model.retain(|page| !out.contains(page));
             prop_assert_eq!(set.len(), model.len() as u64);
             prop_assert!(set.iter().map(|(_, page)| page.0).eq(model.iter().copied()));
             let runs: Vec<_> = set.runs(id).map(|(first, count)| (first.0, count)).collect();

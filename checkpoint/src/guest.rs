@@ -90,6 +90,9 @@ pub enum TrackerKind {
     KvmRing,
     /// userfaultfd async write-protect + PAGEMAP_SCAN: sees writes by every thread of the VMM, needs Linux 6.7.
     UffdWp,
+    /// userfaultfd sync write-protect: the first write to a group of pages waits for whoever serves the guest's faults. Sees writes by
+    /// every thread of the VMM; cost follows what was dirtied.
+    UffdSync,
 }
 
 /// Learns which pages were written. Honest about what it sees.
@@ -106,6 +109,13 @@ pub trait DirtyTracker: Send {
     /// Adds every page written since [`DirtyTracker::start`] or the last harvest to `into`, and tracks anew. Guest paused (P8). May
     /// report a page that was not written or not landed; never misses one that was.
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError>;
+
+    /// Takes those pages out of `dirty` whose content is what it was when they were last left in by this call, where the tracker can
+    /// tell. Right after a harvest, in the same pause; by then `dirty` holds only pages that go into the record (or are carried
+    /// to a later one), and `discards` those that will read as zero.
+    fn sift(&mut self, _dirty: &mut DirtySet, _discards: &DirtySet) -> Result<(), GuestError> {
+        Ok(())
+    }
 
     /// Pages known to be dirty so far, without stopping the guest: a lower bound, for budget policies. `None` where the
     /// tracker cannot tell cheaply.

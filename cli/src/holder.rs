@@ -6,6 +6,7 @@ use crate::quantity::Span;
 use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
+use belay_checkpoint::tracker::write_protection;
 use belay_transport::region::RamFile;
 use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{Deadline, RegionId};
@@ -152,7 +153,7 @@ fn build(
     let tracking = match tracker {
         Some(TrackerKind::KvmLog) => Tracking::Log,
         Some(TrackerKind::KvmRing) => Tracking::Ring { entries: DEFAULT_RING_ENTRIES },
-        Some(TrackerKind::UffdWp) | None => Tracking::None,
+        Some(TrackerKind::UffdWp | TrackerKind::UffdSync) | None => Tracking::None,
     };
     let options = KvmOptions { tracking, ..KvmOptions::default() };
     let own = std::process::id();
@@ -394,16 +395,16 @@ impl Host for ThisHost {
             Driver::Threads(_) => OpenMode::UserModeOnly,
         };
         let address = guest.memory()[0].vmm_address;
-        let protect = tracker == Some(TrackerKind::UffdWp);
+        let protection = tracker.and_then(write_protection);
         let uffds = match &remote {
             Some((faults, _)) => {
-                let features = features(page_size, protect);
+                let features = features(page_size, protection);
                 let one = |part: &std::ops::Range<u64>| {
-                    faults.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protect)
+                    faults.userfaultfd(features, part.clone(), VmmFaults::MissingAndMinor, protection.is_some())
                 };
                 bytes.iter().map(one).collect()
             }
-            None => register(address, page_size, &bytes, protect, mode).map_err(|error| GuestError::Io {
+            None => register(address, page_size, &bytes, protection, mode).map_err(|error| GuestError::Io {
                 doing: "registering guest RAM".into(),
                 source: io::Error::other(error),
             }),

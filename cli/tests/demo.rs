@@ -68,6 +68,9 @@ demo_kvm! {
     demo_kvm_tcp_ring_apart: [19, 20], "--fabric" "tcp" "--tracker" "kvm-ring" "--vmm" "apart";
     demo_kvm_tcp_wp_in_process: [21, 22], "--fabric" "tcp" "--tracker" "uffd-wp" "--vmm" "in-process";
     demo_kvm_tcp_wp_apart: [23, 24], "--fabric" "tcp" "--tls" "--tracker" "uffd-wp" "--vmm" "apart";
+    demo_kvm_local_sync_in_process: [33, 34],
+        "--fabric" "local" "--tracker" "uffd-sync" "--vmm" "in-process" "--vcpus" "2" "--shards" "2";
+    demo_kvm_tcp_sync_apart: [35, 36], "--fabric" "tcp" "--tracker" "uffd-sync" "--vmm" "apart" "--dirty-rate" "100k";
     demo_kvm_two_vcpus_two_shards: [25, 26], "--vcpus" "2" "--shards" "2" "--kill-at" "70";
     demo_kvm_scanner: [27, 28], "--guest" "scanner" "--dirty-rate" "100k";
     demo_kvm_lease_at_the_operators_word: [29, 30], "--output" "lease";
@@ -86,6 +89,9 @@ fn demo_kvm_goes_to_release_when_nobody_is_killed() {
         let report = demo(&to_release);
         assert_eq!(report["passed"], true, "{report}");
         assert!(report["total_us"].as_u64().is_some(), "{report}");
+        // Write protection that somebody has to lift is gone when nobody is there any more to do it.
+        let report = demo(&[&to_release[..], &["--tracker", "uffd-sync"]].concat());
+        assert_eq!(report["passed"], true, "{report}");
         let report = demo(&[&to_release[..], &["--policy", "none"]].concat());
         assert_eq!((report["passed"].as_bool(), report["commits"].as_u64()), (Some(true), Some(0)), "{report}");
     }
@@ -97,9 +103,11 @@ fn demo_on_host_threads_where_there_is_no_kvm() {
         eprintln!("skipped: it needs a userfaultfd");
         return;
     }
-    let report = demo(&["--memory", "32M", "--drive", "threads", "--tracker", "uffd-wp"]);
-    assert_eq!(report["passed"], true, "{report}");
-    assert!(report["driven_by"].as_str().is_some_and(|by| by.contains("threads")), "{report}");
+    for tracker in ["uffd-wp", "uffd-sync"] {
+        let report = demo(&["--memory", "32M", "--drive", "threads", "--tracker", tracker]);
+        assert_eq!(report["passed"], true, "{report}");
+        assert!(report["driven_by"].as_str().is_some_and(|by| by.contains("threads")), "{report}");
+    }
 }
 
 #[test]
@@ -110,7 +118,7 @@ fn demo_kvm_huge_pages() {
     }
     // Two copies of 32 MiB, and what the kernel keeps for itself.
     let Some(_reserved) = huge_pages::HugePages::reserve(40) else { return };
-    for tracker in ["kvm-ring", "kvm-log", "uffd-wp"] {
+    for tracker in ["kvm-ring", "kvm-log", "uffd-wp", "uffd-sync"] {
         let report = demo(&["--memory", "32M", "--page-size", "2M", "--drive", "kvm", "--tracker", tracker]);
         assert_eq!(report["passed"], true, "{report}");
     }

@@ -260,7 +260,8 @@ mod kvm {
     #[test]
     fn p3_the_first_checkpoint_after_a_takeover_holds_all_that_the_dead_page_server_had_harvested_and_not_committed() {
         needs_kvm!("a catch after a takeover");
-        for (tracker, fabric) in [("kvm-ring", "tcp"), ("kvm-log", "local"), ("uffd-wp", "tcp")] {
+        for (tracker, fabric) in [("kvm-ring", "tcp"), ("kvm-log", "local"), ("uffd-wp", "tcp"), ("uffd-sync", "local")]
+        {
             let send = [&LEASE[..], &["--tracker", tracker, "--run-on", "50ms"]].concat();
             let mut scene = Scene::start(fabric, &["--hold-pull-at", "40"], &send);
             scene.await_mid_pull(40);

@@ -111,7 +111,7 @@ fn wait_for(events: &Receiver<Kind>, what: &str, is_it: impl Fn(&Kind) -> bool) 
     }
 }
 
-fn pages_are_never_stale(when: When) {
+fn pages_are_never_stale(when: When, tracker: TrackerKind) {
     if no_kvm() {
         return;
     }
@@ -133,8 +133,8 @@ fn pages_are_never_stale(when: When) {
     let (mut guest, output, source_ram) = running_guest(&spec);
     let listener = Listener::bind(&Address::Unix(place.join("sock")), SessionConfig::new(Security::LoopbackOnly));
     let listener = listener.expect("listen");
-    // Only async write-protection sees what is written through the mapping by others than vCPUs.
-    let mut config = source_config(listener.address().clone(), &spec, TrackerKind::UffdWp);
+    // Only write-protection sees what is written through the mapping by others than vCPUs.
+    let mut config = source_config(listener.address().clone(), &spec, tracker);
     config.proposal.release = ReleasePolicy::Never;
     let (tell, events) = unbounded();
     let observer = Observer::new("discards", move |observation| drop(tell.send(observation.kind.clone())));
@@ -161,12 +161,12 @@ fn pages_are_never_stale(when: When) {
             let must = give_up(&seen, page, how, &first);
             // Needed by somebody at once, or only later: a discard that nobody meets is none yet.
             if index % 2 == 0 {
-                assert_eq!(page_of(&seen.vmm, page), must, "{when:?} {how:?}: page {page} is stale");
+                assert_eq!(page_of(&seen.vmm, page), must, "{tracker:?} {when:?} {how:?}: page {page} is stale");
             }
             wanted.push((page, how, must));
         }
         for (page, how, must) in &wanted {
-            assert_eq!(&page_of(&seen.vmm, *page), must, "{when:?} {how:?}: page {page} is stale later");
+            assert_eq!(&page_of(&seen.vmm, *page), must, "{tracker:?} {when:?} {how:?}: page {page} is stale later");
         }
         // What was done so far is in the next epoch but one at the latest.
         while events.try_recv().is_ok() {}
@@ -180,22 +180,25 @@ fn pages_are_never_stale(when: When) {
     });
     assert!(matches!(caught, Ok(Outcome::Caught { .. })), "{caught:?}");
     for (page, how, must) in &wanted {
-        assert_eq!(&page_of(&source_ram, *page), must, "{when:?} {how:?}: page {page} after the catch");
+        assert_eq!(&page_of(&source_ram, *page), must, "{tracker:?} {when:?} {how:?}: page {page} after the catch");
     }
     drop(guest);
 }
 
 #[test]
 fn what_is_given_up_before_it_lands_is_never_stale_there_nor_after_a_catch() {
-    pages_are_never_stale(When::Before);
+    pages_are_never_stale(When::Before, TrackerKind::UffdWp);
+    pages_are_never_stale(When::Before, TrackerKind::UffdSync);
 }
 
 #[test]
 fn what_is_given_up_while_it_lands_is_never_stale_there_nor_after_a_catch() {
-    pages_are_never_stale(When::During);
+    pages_are_never_stale(When::During, TrackerKind::UffdWp);
+    pages_are_never_stale(When::During, TrackerKind::UffdSync);
 }
 
 #[test]
 fn what_is_given_up_after_it_has_landed_is_never_stale_there_nor_after_a_catch() {
-    pages_are_never_stale(When::After);
+    pages_are_never_stale(When::After, TrackerKind::UffdWp);
+    pages_are_never_stale(When::After, TrackerKind::UffdSync);
 }

@@ -102,7 +102,7 @@ fn a_tracker_the_vm_was_not_made_for_is_refused_with_the_reason() {
         return;
     }
     let mut rig = Rig::boot(spec(Program::Ledger, 0), KvmOptions { tracking: Tracking::Log, irqchip: false });
-    for kind in [TrackerKind::KvmRing, TrackerKind::UffdWp] {
+    for kind in [TrackerKind::KvmRing, TrackerKind::UffdWp, TrackerKind::UffdSync] {
         assert!(matches!(rig.guest.tracker(kind), Err(GuestError::NoTracker { .. })));
     }
 }

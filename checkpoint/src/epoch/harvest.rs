@@ -29,5 +29,6 @@ pub fn harvest(
         discards.clear();
     }
     discards.retain(|region, page| !dirty.contains(region, page));
-    Ok(())
+    // After this a page can be in neither: it was given up or opened, and holds what the source has.
+    tracker.sift(dirty, discards)
 }

@@ -2,6 +2,7 @@
 
 use super::model::*;
 use super::*;
+use crate::dirty::Harvested;
 use crate::fold::{FoldConfig, FoldState, FoldTarget, Folder};
 use crate::guest::{DirtyTracker, Guest, Packet, RamBlock, TrackerKind};
 use crate::outbox::{Bounds, Emitter, Outbox};
@@ -182,10 +183,16 @@ fn p3_p5_a_tethered_guest_is_caught_whole_wherever_its_destination_dies() {
 
 /// Cuts a rig's session off after `life` bytes and goes on over another one.
 fn over_another_session(rig: Rig, life: u64) -> Rig {
+    over_another_session_with(rig, life, |_| ())
+}
+
+/// As above; `meanwhile` changes what is carried over.
+fn over_another_session_with(rig: Rig, life: u64, meanwhile: impl FnOnce(&mut Harvested)) -> Rig {
     rig.wire.dies_after(life);
     assert!(rig.tether.wait_failed(soon()));
     let Rig { wire, source, folder, model, tether, witness, outbox, log, pages, _running } = rig;
-    let end = tether.stop().unwrap();
+    let mut end = tether.stop().unwrap();
+    meanwhile(&mut end.uncommitted);
     let mut catch = folder.stop();
     let committed = catch.drain(&wire.ring_bytes()[..]).unwrap();
     assert!(committed >= end.committed, "{committed} is there, {} was reported", end.committed);
@@ -223,6 +230,49 @@ fn p3_p4_what_was_harvested_and_never_committed_is_in_the_next_sessions_first_re
         let rig = over_another_session(rig, (16 - at) * 17_011);
         rig.catch_and_check();
     }
+}
+
+/// A tracker that notes which discards it is told of.
+struct Told(Box<dyn DirtyTracker>, Arc<Mutex<Vec<u64>>>);
+
+impl DirtyTracker for Told {
+    fn kind(&self) -> TrackerKind {
+        self.0.kind()
+    }
+    fn sees_device_writes(&self) -> bool {
+        self.0.sees_device_writes()
+    }
+    fn start(&mut self) -> Result<(), GuestError> {
+        self.0.start()
+    }
+    fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
+        self.0.harvest(into)
+    }
+    fn sift(&mut self, _: &mut DirtySet, discards: &DirtySet) -> Result<(), GuestError> {
+        self.1.lock().unwrap().extend(discards.iter().map(|(_, page)| page.0));
+        Ok(())
+    }
+    fn dirty_so_far(&mut self) -> Option<u64> {
+        self.0.dirty_so_far()
+    }
+}
+
+#[test]
+fn p3_a_tracker_that_knows_contents_hears_of_what_was_given_up_between_two_sessions() {
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let noting = |guest: &mut Model| -> Box<dyn DirtyTracker> {
+        Box::new(Told(guest.tracker(TrackerKind::KvmRing).unwrap(), Arc::clone(&heard)))
+    };
+    let rig = Setting { period: Duration::ZERO, ..Setting::default() }.try_start(noting).unwrap();
+    let last = rig.pages - 1;
+    heard.lock().unwrap().clear();
+    let rig = over_another_session_with(rig, 31_337, |carried| {
+        heard.lock().unwrap().clear();
+        carried.dirty.retain(|_, page| page.0 != last);
+        carried.discards.insert(RegionId(0), PageIndex(last));
+    });
+    assert!(heard.lock().unwrap().contains(&last), "it was told of {:?}", heard.lock().unwrap());
+    drop(rig);
 }
 
 #[test]
@@ -590,7 +640,8 @@ fn source_folder(wire: &Wire, lease: Duration) -> Folder {
 
 #[test]
 fn the_lease_lasts_while_the_source_grants_it_and_runs_out_by_itself() {
-    let (mut wire, lease) = (Wire::new(RING), Duration::from_millis(150));
+    // Long against what a busy machine keeps a thread waiting.
+    let (mut wire, lease) = (Wire::new(RING), Duration::from_secs(1));
     let folder = source_folder(&wire, lease);
     let heart = beating(&mut wire, Duration::from_secs(60));
     assert!(heart.wait(soon(), |status| status.granted > 3));

@@ -137,6 +137,8 @@ choice! {
         KvmRing,
         /// userfaultfd async write-protect and PAGEMAP_SCAN: for any VMM, Linux 6.7
         UffdWp,
+        /// userfaultfd sync write-protect of groups of pages that grow where they are written together; kvm VMM only
+        UffdSync,
     }
 }
 choice! {
@@ -228,6 +230,7 @@ impl From<TrackerChoice> for TrackerKind {
             TrackerChoice::KvmLog => Self::KvmLog,
             TrackerChoice::KvmRing => Self::KvmRing,
             TrackerChoice::UffdWp => Self::UffdWp,
+            TrackerChoice::UffdSync => Self::UffdSync,
         }
     }
 }

@@ -90,7 +90,7 @@ impl Guard {
             self.shared.states.discard(index, frame);
             self.shared.discards.record(index, frame);
             let start = alias.address() + frame.offset(page_size) as u64;
-            while zero_missing(&self.uffd, start, page_size, &self.zeroes)?.stop == Stop::EventsPending {
+            while zero_missing(&self.uffd, start, page_size, &self.zeroes, false)?.stop == Stop::EventsPending {
                 std::thread::yield_now();
             }
         }
@@ -98,20 +98,19 @@ impl Guard {
     }
 }
 
-/// A zero frame where there is none. Where there is one (EEXIST) nothing changes: this can never destroy what a guest wrote.
+/// A zero frame where there is none, write-protected if `protect`. Where there is one (EEXIST) nothing changes: this can never destroy what a guest wrote.
 pub(super) fn zero_missing(
     uffd: &Uffd,
     start: u64,
     page_size: PageSize,
     zeroes: &[u8],
+    protect: bool,
 ) -> Result<Installed, UffdError> {
     let len = page_size.bytes();
-    match page_size {
-        PageSize::Small => uffd.zeropage(start, len as u64),
-        PageSize::Huge => {
-            assert!(zeroes.len() >= len, "{} zeroes for a frame of {len} bytes", zeroes.len());
-            // SAFETY: `zeroes` is readable for a whole frame (asserted).
-            unsafe { uffd.copy(start, zeroes.as_ptr().cast(), len as u64, page_size, false) }
-        }
+    if page_size == PageSize::Small && !protect {
+        return uffd.zeropage(start, len as u64);
     }
+    assert!(zeroes.len() >= len, "{} zeroes for a frame of {len} bytes", zeroes.len());
+    // SAFETY: `zeroes` is readable for a whole frame (asserted).
+    unsafe { uffd.copy(start, zeroes.as_ptr().cast(), len as u64, page_size, protect) }
 }

@@ -1,6 +1,6 @@
 //! From bytes in place to a page the guest sees: land (publish the state), then show (CONTINUE or COPY).
 
-use super::plan::{Install, LandingPlan};
+use super::plan::LandingPlan;
 use super::shard::Shard;
 use super::shared::{Counters, PullFailure, Shared};
 use crate::pages::State;
@@ -49,7 +49,7 @@ pub(super) fn show(shard: &mut Shard, index: usize) -> Result<Shown, PullFailure
         let start = region.plan.vmm_address + (first << region.shift());
         let outcome = match &region.plan.landing {
             LandingPlan::InPlace { .. } => {
-                let protect = shard.shared.install == Install::Tracked;
+                let protect = shard.shared.install.protects();
                 shard.uffd.continue_range(start, left << region.shift(), region.plan.page_size, protect)
             }
             LandingPlan::Bounce { .. } => copy(shard, index, slot.region, first, left),
@@ -99,7 +99,7 @@ fn copy(shard: &Shard, index: usize, region: usize, first: u64, most: u64) -> Re
         shard.uffd.wake(start, bytes)?;
         return Ok(Installed { bytes, present: 0, stop: Stop::Done });
     }
-    let protect = shard.shared.install == Install::Tracked;
+    let protect = shard.shared.install.protects();
     let Some(slot) = shard.slots.at(index) else { return Ok(Installed { bytes, present: 0, stop: Stop::Done }) };
     let LandingPlan::Bounce { buffers, .. } = &plan.landing else { unreachable!("only bounce landings are copied") };
     if slot.zero && !protect && page_size == crate::units::PageSize::Small {

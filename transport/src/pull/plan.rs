@@ -20,6 +20,21 @@ pub enum Install {
     Clean,
     /// Write-protected, so that userfaultfd's asynchronous tracking sees a page as written only once the guest wrote it.
     Tracked,
+    /// Write-protected at every showing, the first and any later one, and where a discard is answered with zeroes: for synchronous
+    /// tracking, which hears of a write by its fault alone ([`super::Observer::write_fault`]).
+    Protected,
+}
+
+impl Install {
+    /// Whether a page is write-protected when it is shown for the first time.
+    pub(super) fn protects(self) -> bool {
+        self != Self::Clean
+    }
+
+    /// Whether it is whenever it is shown.
+    pub(super) fn always_protects(self) -> bool {
+        self == Self::Protected
+    }
 }
 
 /// What the switch map says of a frame.

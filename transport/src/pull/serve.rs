@@ -19,7 +19,7 @@ use super::shared::{Counters, PullFailure};
 use super::slots::{LaneOf, Slot};
 use crate::pages::State;
 use crate::uffd::{FaultKind, Stop};
-use crate::units::{FrameIndex, PageIndex};
+use crate::units::{FrameIndex, PAGE_SHIFT, PageIndex};
 
 impl Shard {
     /// Serves one fault, as far as can be done now.
@@ -114,8 +114,9 @@ impl Shard {
         self.shared.discards.record(waiting.region, FrameIndex(waiting.frame));
         let region = &self.shared.regions[waiting.region];
         let start = region.plan.vmm_address + (waiting.frame << region.shift());
-        let outcome = zero_missing(&self.uffd, start, region.plan.page_size, &self.zeroes)
-            .map_err(|source| self.uffd_failed(source))?;
+        let outcome =
+            zero_missing(&self.uffd, start, region.plan.page_size, &self.zeroes, self.shared.install.always_protects())
+                .map_err(|source| self.uffd_failed(source))?;
         match outcome.stop {
             Stop::Done if outcome.present == 0 => {
                 self.shared.states.discard(waiting.region, FrameIndex(waiting.frame));
@@ -129,15 +130,20 @@ impl Shard {
         }
     }
 
-    /// The page table lost a page the file has. Not write-protected: it may have been written since it was first shown, and
-    /// would count as clean.
+    /// The page table lost a page the file has. It may have been written since it was first shown, and must not count as clean: it
+    /// is shown without write protection (which is what written means to asynchronous tracking), or whoever tracks is told.
     fn show_again(&mut self, waiting: Waiting) -> Result<(), PullFailure> {
         let region = &self.shared.regions[waiting.region];
         let page_size = region.plan.page_size;
         let start = region.plan.vmm_address + (waiting.frame << region.shift());
+        let protect = self.shared.install.always_protects();
+        if protect {
+            let page = PageIndex(waiting.frame << (region.shift() - PAGE_SHIFT));
+            self.shared.observer.shown_again(region.plan.id, page);
+        }
         let outcome = self
             .uffd
-            .continue_range(start, page_size.bytes() as u64, page_size, false)
+            .continue_range(start, page_size.bytes() as u64, page_size, protect)
             .map_err(|source| self.uffd_failed(source))?;
         match outcome.stop {
             Stop::Done => {

@@ -21,6 +21,10 @@ pub trait Observer: Send + Sync {
     /// The engine can no longer fetch pages. Once.
     fn failed(&self, _failure: &PullFailure) {}
 
+    /// A page that had been shown and was lost from the page table is about to be shown again, write-protected ([`Install::Protected`]). It
+    /// may have been written before it was lost.
+    fn shown_again(&self, _region: RegionId, _page: PageIndex) {}
+
     /// A write to a write-protected page (synchronous tracking). Whether it was taken care of: unless the observer has lifted
     /// the protection through `uffd` and says so, it is [`PullFailure::UnhandledWriteFault`].
     fn write_fault(&self, _uffd: &Uffd, _region: RegionId, _page: PageIndex) -> bool {

@@ -280,7 +280,9 @@ impl Guest for HostGuest {
 
     fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
         let reason = match kind {
-            TrackerKind::UffdWp => "it belongs to whoever serves this guest's pages, not to its VMM",
+            TrackerKind::UffdWp | TrackerKind::UffdSync => {
+                "it belongs to whoever serves this guest's pages, not to its VMM"
+            }
             TrackerKind::KvmLog | TrackerKind::KvmRing => "these are host threads, without KVM",
         };
         Err(GuestError::NoTracker { kind, reason: reason.into() })

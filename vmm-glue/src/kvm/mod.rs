@@ -173,7 +173,7 @@ impl Guest for KvmGuest {
             (TrackerKind::KvmRing, Tracking::Ring { .. }, Some(collected)) => {
                 Ok(Box::new(tracker_ring::RingTracker::new(self.machine.clone(), collected.clone())))
             }
-            (TrackerKind::UffdWp, ..) => {
+            (TrackerKind::UffdWp | TrackerKind::UffdSync, ..) => {
                 let reason = "it belongs to whoever serves this guest's pages, not to its VMM".into();
                 Err(GuestError::NoTracker { kind, reason })
             }

@@ -15,9 +15,10 @@ use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, RamBlock, 
 use belay_checkpoint::outbox::{Bounds, Emitter, LeaseClock, Outbox, OutputMode};
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
 use belay_checkpoint::staging::{Slot, StageError};
-use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory};
+use belay_checkpoint::tracker::{Groups, UffdSyncTracker, UffdWpTracker, WhoseMemory, WriteFaults};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
-use belay_transport::pull::Engine;
+use belay_transport::pull::{Engine, ShardRange};
+use belay_transport::uffd::Uffd;
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
 use crossbeam_channel::Sender;
 use std::sync::Arc;
@@ -149,22 +150,27 @@ pub fn outbox(tethering: Option<&Tethering>, emitter: Box<dyn Emitter>) -> std::
 impl Tethering {
     /// Begins to track before there is a guest, where that takes long and needs none: write protection marks every page of RAM, a
     /// millisecond for 60 MiB. [`Tethering::arm`] does it where this has not.
-    pub(super) fn track_ahead(&mut self, guest: &dyn Guest, vmm_pid: u32) -> Result<(), TetheringError> {
-        if self.settings.tracker == TrackerKind::UffdWp {
-            let mut tracker = UffdWpTracker::new(whose(vmm_pid), guest.memory())?;
+    pub(super) fn track_ahead(&mut self, guest: &dyn Guest, of: Tracked<'_>) -> Result<(), TetheringError> {
+        if let Some(mut tracker) = protecting(self.settings.tracker, guest.memory(), of)? {
             tracker.start()?;
-            self.ready.as_mut().expect("not started yet").tracker = Some(Box::new(tracker));
+            self.ready.as_mut().expect("not started yet").tracker = Some(tracker);
         }
         Ok(())
     }
 
     /// Starts to track, while the guest stands still: from here on every write is in some epoch.
-    pub fn arm(&mut self, guest: &mut dyn Guest, engine: Arc<Engine>, vmm_pid: u32) -> Result<(), TetheringError> {
+    pub(super) fn arm(
+        &mut self,
+        guest: &mut dyn Guest,
+        engine: Arc<Engine>,
+        of: Tracked<'_>,
+    ) -> Result<(), TetheringError> {
         let ready = self.ready.as_mut().expect("armed once, before it starts");
         if ready.tracker.is_none() {
-            let mut tracker = match self.settings.tracker {
-                TrackerKind::UffdWp => Box::new(UffdWpTracker::new(whose(vmm_pid), guest.memory())?),
-                kind => guest.tracker(kind)?,
+            let kind = self.settings.tracker;
+            let mut tracker = match protecting(kind, guest.memory(), of)? {
+                Some(tracker) => tracker,
+                None => guest.tracker(kind)?,
             };
             tracker.start()?;
             ready.tracker = Some(tracker);
@@ -187,9 +193,9 @@ impl Tethering {
         &mut self,
         guest: &mut dyn Guest,
         engine: Arc<Engine>,
-        vmm_pid: u32,
+        of: Tracked<'_>,
     ) -> Result<(), TetheringError> {
-        self.arm(guest, engine, vmm_pid)?;
+        self.arm(guest, engine, of)?;
         let pages = |block: &RamBlock| (block.id, (block.alias.len() / PAGE_SIZE) as u64);
         let sizes: Vec<_> = guest.memory().iter().map(pages).collect();
         self.carried = Some(Harvested::everything(sizes));
@@ -285,6 +291,34 @@ impl Tethering {
             output_delay_p99_us: delays.as_ref().map(|delays| at(delays, 0.99)),
         };
         (Some(end), Some(summary))
+    }
+}
+
+/// The process whose memory is tracked, and who answers its write faults where that is done synchronously.
+pub(super) type Tracked<'a> = (u32, Option<&'a Arc<WriteFaults>>);
+
+/// The trackers that belong to whoever serves the guest's pages, and not to its VMM.
+fn protecting(
+    kind: TrackerKind,
+    blocks: &[RamBlock],
+    (vmm_pid, faults): Tracked<'_>,
+) -> Result<Option<Box<dyn DirtyTracker>>, GuestError> {
+    Ok(match (kind, faults) {
+        (TrackerKind::UffdWp, _) => Some(Box::new(UffdWpTracker::new(whose(vmm_pid), blocks)?)),
+        (TrackerKind::UffdSync, Some(faults)) => Some(Box::new(UffdSyncTracker::new(blocks, Arc::clone(faults))?)),
+        _ => None,
+    })
+}
+
+/// Who will answer write faults on guest RAM `blocks`, if `tether` needs anybody to. `uffds`: what serves its other faults.
+pub(super) fn write_faults(
+    tether: &TetherSettings,
+    blocks: &[RamBlock],
+    uffds: &[(Uffd, Vec<ShardRange>)],
+) -> Result<Option<Arc<WriteFaults>>, GuestError> {
+    match tether.tracker {
+        TrackerKind::UffdSync => WriteFaults::new(blocks, uffds, Groups::Adaptive).map(|faults| Some(Arc::new(faults))),
+        TrackerKind::KvmLog | TrackerKind::KvmRing | TrackerKind::UffdWp => Ok(None),
     }
 }
 

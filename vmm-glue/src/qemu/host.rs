@@ -26,6 +26,7 @@ use crate::migrate::settings::VmmSpec;
 use belay_checkpoint::guest::{Guest, GuestError, PacketSink, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::Emitter;
 use belay_checkpoint::storage::Storage;
+use belay_checkpoint::tracker::write_protection;
 use belay_transport::Deadline;
 use belay_transport::uffd::{Faults, Features, RegisterModes, Uffd};
 use std::io;
@@ -351,8 +352,8 @@ impl Host for QemuHost {
         for (ram, seen) in ram.iter().zip(in_order(&guest.ram)) {
             blocks.push(block(ram.id, seen, Arc::clone(&ram.file), Arc::clone(&ram.alias), &machine.process)?);
         }
-        let protect = tracker == Some(TrackerKind::UffdWp);
-        let shards = register(&machine.process, &blocks, ram, shards, protect)?;
+        let protection = tracker.and_then(write_protection);
+        let shards = register(&machine.process, &blocks, ram, shards, protection)?;
         for block in &blocks {
             expect_untouched(&machine.process, block)?;
         }
@@ -427,16 +428,16 @@ fn register(
     blocks: &[RamBlock],
     ram: &[Ram],
     shards: u16,
-    protect: bool,
+    protection: Option<Features>,
 ) -> Result<Shards, GuestError> {
-    let asked = blocks.iter().map(|block| features(block.page_size, protect)).fold(Features::NONE, Features::union);
+    let asked = blocks.iter().map(|block| features(block.page_size, protection)).fold(Features::NONE, Features::union);
     let fds = userfaultfds(process, usize::from(shards), INJECTION);
     let fds = fds.map_err(|error| failed("have QEMU make a userfaultfd")(error.into()))?;
     let parts = shard_ranges(ram, shards);
     if parts.iter().any(Vec::is_empty) {
         return Err(GuestError::Unsupported(format!("{shards} shards are more than guest RAM can be split in")));
     }
-    let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: protect };
+    let modes = RegisterModes { faults: Faults::MissingAndMinor, write_protect: protection.is_some() };
     let one = |(fd, part): (std::os::fd::OwnedFd, Vec<belay_transport::pull::ShardRange>)| {
         let uffd = Uffd::from_fresh_fd(fd, asked)?;
         for range in &part {

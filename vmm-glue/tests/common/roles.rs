@@ -4,6 +4,7 @@
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds as OutboxBounds, Emitter, Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
+use belay_checkpoint::tracker::write_protection;
 use belay_transport::PageSize;
 use belay_transport::numa::NumaChoice;
 use belay_transport::region::{Mapping, RamFile};
@@ -31,7 +32,7 @@ pub fn tracking(tracker: TrackerKind) -> Tracking {
     match tracker {
         TrackerKind::KvmLog => Tracking::Log,
         TrackerKind::KvmRing => Tracking::Ring { entries: 1024 },
-        TrackerKind::UffdWp => Tracking::None,
+        TrackerKind::UffdWp | TrackerKind::UffdSync => Tracking::None,
     }
 }
 
@@ -90,8 +91,8 @@ impl Host for TestHost {
         let shift = ram[0].file.page_size().shift();
         let bytes = parts.iter().flatten().map(|range| range.frames.start << shift..range.frames.end << shift);
         let address = guest.memory()[0].vmm_address;
-        let protect = tracker == TrackerKind::UffdWp;
-        let uffds = register(address, PageSize::Small, &bytes.collect::<Vec<_>>(), protect, OpenMode::All);
+        let protection = write_protection(tracker);
+        let uffds = register(address, PageSize::Small, &bytes.collect::<Vec<_>>(), protection, OpenMode::All);
         let uffds = uffds.map_err(|error| GuestError::Unsupported(error.to_string()))?;
         let shards = uffds.into_iter().zip(parts).collect();
         Ok(Built { guest: Box::new(guest), shards, pid: std::process::id(), gives_sign: false, keeper: None })

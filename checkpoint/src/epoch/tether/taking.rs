@@ -4,7 +4,7 @@ use super::pending::Pending;
 use super::shared::Shared;
 use super::{FLOOD_LOOK, LOOK, TetherConfig};
 use crate::clock::boottime_ns;
-use crate::dirty::Harvested;
+use crate::dirty::{DirtySet, Harvested};
 use crate::epoch::ship::{Part, Taken};
 use crate::epoch::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, harvest};
 use crate::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet};
@@ -315,6 +315,10 @@ impl TetherLoop {
             }
         }
         self.harvesting = true;
+        if let Some(carried) = &self.carried {
+            // What was given up between two sessions no harvest has seen: it must not be taken for what it was before.
+            self.tracker.sift(&mut DirtySet::new(self.sizes.iter().copied()), &carried.discards)?;
+        }
         let (guest, tracker, arrivals) = (self.guest.as_mut(), self.tracker.as_mut(), self.arrivals.as_mut());
         let Harvested { dirty, discards } = &mut self.pages;
         if let Err(error) = harvest(guest, tracker, arrivals, dirty, discards) {

@@ -87,10 +87,10 @@ impl Pinned {
 
 #[test]
 fn a_read_into_an_orphaned_frame_is_a_discard_and_shows_nothing_stale() {
-    for install in [Install::Clean, Install::Tracked] {
+    for install in [Install::Clean, Install::Tracked, Install::Protected] {
         // CONTINUE write-protects from the same kernel on (6.4) that can protect what was never populated.
         let tracked = Features::WP_SHMEM.union(Features::WP_UNPOPULATED);
-        let features = if install == Install::Tracked { tracked } else { Features::NONE };
+        let features = if install == Install::Clean { Features::NONE } else { tracked };
         let options = Options { demand_permits: 0, install, features, ..Options::default() };
         let Some(pinned) = Pinned::new(options) else { return };
         let rig = &pinned.rig;

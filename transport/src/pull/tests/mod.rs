@@ -77,8 +77,8 @@ fn zero_pages_are_never_read_over_the_fabric() {
         ]
     };
     for memory in Memory::ALL {
-        for install in [Install::Clean, Install::Tracked] {
-            let features = if install == Install::Tracked { Features::WP_SHMEM } else { Features::NONE };
+        for install in [Install::Clean, Install::Tracked, Install::Protected] {
+            let features = if install == Install::Clean { Features::NONE } else { Features::WP_SHMEM };
             let options = Options { memory, install, features, classes: Some(classes(256)), ..Options::default() };
             let Some(rig) = Rig::new(options) else { return };
             assert_eq!(joined(rig.touch(3)), 0);
@@ -311,6 +311,37 @@ fn tracked_pages_arrive_clean_and_only_what_the_guest_writes_is_written() {
         }
         rig.stop();
     }
+}
+
+#[test]
+fn protected_pages_are_protected_at_every_showing_and_a_write_is_told_each_time() {
+    let features = Features::WP_SHMEM.union(Features::WP_UNPOPULATED);
+    let options = Options { install: Install::Protected, features, ..Options::default() };
+    let Some(rig) = Rig::new(options) else { return };
+    let written = || std::mem::take(&mut *rig.told.written.lock().unwrap());
+    let write = |page| {
+        let guest = rig.guest.clone();
+        joined(std::thread::spawn(move || guest.write(page, 1)));
+    };
+    assert_eq!(joined(rig.touch(7)), content(7));
+    rig.pull_all();
+    assert_eq!(written(), [0; 0], "nobody wrote");
+    write(7);
+    write(7);
+    assert_eq!(written(), [7], "a page that was opened faults no more");
+    // Zapped: it comes back as it was, protected, and whoever tracks is told that it may have been written.
+    rig.guest.advise(7, 1, libc::MADV_DONTNEED);
+    assert_eq!(joined(rig.touch(7)), 1);
+    assert_eq!(*rig.told.shown_again.lock().unwrap(), [7]);
+    write(7);
+    assert_eq!(written(), [7]);
+    // Given up: the zeroes that answer are protected too.
+    rig.punch(9);
+    assert_eq!(joined(rig.touch(9)), 0);
+    assert_eq!(rig.discards(), [9]);
+    write(9);
+    assert_eq!(written(), [9]);
+    rig.stop();
 }
 
 /// Pages that are present and written, by PAGEMAP_SCAN (Documentation/admin-guide/mm/pagemap.rst).

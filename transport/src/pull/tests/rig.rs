@@ -130,6 +130,7 @@ pub struct Rig {
     pub uffds: Vec<Uffd>,
     pub pages: u64,
     pub failed: mpsc::Receiver<String>,
+    pub told: Arc<Told>,
 }
 
 /// What the source has in a page.
@@ -137,11 +138,29 @@ pub fn content(page: u64) -> u64 {
     (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-struct Tell(std::sync::Mutex<mpsc::Sender<String>>);
+/// What an engine with [`Install::Protected`] tells.
+#[derive(Default)]
+pub struct Told {
+    /// Pages whose protection was lifted because they were written.
+    pub written: std::sync::Mutex<Vec<u64>>,
+    pub shown_again: std::sync::Mutex<Vec<u64>>,
+}
+
+struct Tell(std::sync::Mutex<mpsc::Sender<String>>, Arc<Told>, u64);
 
 impl Observer for Tell {
     fn failed(&self, failure: &PullFailure) {
         let _ = self.0.lock().unwrap().send(failure.to_string());
+    }
+
+    fn shown_again(&self, region: RegionId, page: PageIndex) {
+        assert_eq!(region, REGION);
+        self.1.shown_again.lock().unwrap().push(page.0);
+    }
+
+    fn write_fault(&self, uffd: &Uffd, region: RegionId, page: PageIndex) -> bool {
+        self.1.written.lock().unwrap().push(page.0);
+        region == REGION && uffd.writeprotect(self.2 + page.0 * 4096, 4096, false).is_ok()
     }
 }
 
@@ -203,7 +222,7 @@ impl Rig {
             };
             let frames = frames * shard / options.shards..frames * (shard + 1) / options.shards;
             let at = |frame: u64| frame << options.page_size.shift();
-            let modes = RegisterModes { faults, write_protect: options.install == Install::Tracked };
+            let modes = RegisterModes { faults, write_protect: options.install != Install::Clean };
             uffd.register(guest.address() + at(frames.start), at(frames.end - frames.start), modes).unwrap();
             uffds.push(uffd.try_clone().unwrap());
             shards.push(ShardParts {
@@ -217,10 +236,11 @@ impl Rig {
         let geometry = RegionGeometry { id: REGION, page_size: options.page_size, frames };
         let states = Arc::new(PageStates::in_memory(&[geometry]).unwrap());
         let (tell, failed) = mpsc::channel();
-        let observer = Arc::new(Tell(std::sync::Mutex::new(tell)));
+        let told = Arc::new(Told::default());
+        let observer = Arc::new(Tell(std::sync::Mutex::new(tell), told.clone(), guest.address()));
         let alias = (!(options.memory == Memory::Bounce)).then_some(local);
         let engine = Engine::start(plan, shards, states, observer).unwrap();
-        Some(Self { engine: Some(engine), guest, file, alias, demand, bulk, uffds, pages: options.pages, failed })
+        Some(Self { engine: Some(engine), guest, file, alias, demand, bulk, uffds, pages: options.pages, failed, told })
     }
 
     pub fn engine(&self) -> &Engine {

@@ -5,26 +5,43 @@ use crate::kvm::apart::Kept;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::switch_map::PageClass;
+use crate::migrate::tethering;
 use belay_checkpoint::guest::TrackerKind;
+use belay_checkpoint::tracker::WriteFaults;
 use belay_transport::pages::{PageStates, RegionGeometry as Frames};
 use belay_transport::pull::{ClassRun, Engine, Install, LandingPlan, PullPlan, RegionPlan, Tuning};
 use belay_transport::stop_point::reached;
-use belay_transport::{Deadline, pull};
+use belay_transport::uffd::Uffd;
+use belay_transport::{Deadline, PageIndex, RegionId, pull};
 use crossbeam_channel::Sender;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Hears of the engine's end on its own threads.
-pub(super) struct EngineEars(Sender<Happening>);
+pub(super) struct EngineEars {
+    happened: Sender<Happening>,
+    /// Who answers writes to protected pages, where they are tracked that way.
+    writes: Option<Arc<WriteFaults>>,
+}
 
 impl pull::Observer for EngineEars {
     fn all_landed(&self) {
-        let _ = self.0.try_send(Happening::AllLanded);
+        let _ = self.happened.try_send(Happening::AllLanded);
     }
 
     fn failed(&self, _failure: &pull::PullFailure) {
-        let _ = self.0.try_send(Happening::PullFailed);
+        let _ = self.happened.try_send(Happening::PullFailed);
+    }
+
+    fn shown_again(&self, region: RegionId, page: PageIndex) {
+        if let Some(writes) = &self.writes {
+            writes.shown_again(region, page);
+        }
+    }
+
+    fn write_fault(&self, _: &Uffd, region: RegionId, page: PageIndex) -> bool {
+        self.writes.as_ref().is_some_and(|writes| writes.answer(region, page))
     }
 }
 
@@ -45,7 +62,7 @@ impl Destination<'_> {
         let guest = self.guest.as_mut().expect("the tether has not been started");
         // Tracked from before the load: what loading writes (a clock page, say) is in the first epoch, the source does not have it.
         if let Some(tethering) = &mut self.tethering {
-            tethering.arm(guest.as_mut(), engine, self.vmm_pid)?;
+            tethering.arm(guest.as_mut(), engine, (self.vmm_pid, self.write_faults.as_ref()))?;
         }
         reached("state-loading");
         guest.load(&device_state)?;
@@ -57,6 +74,15 @@ impl Destination<'_> {
         reached("loaded-told");
         self.go_due = Some(Deadline::after(self.config.bounds.switch));
         Ok(())
+    }
+
+    /// Who answers this guest's write faults, if its writes are tracked that way. The same one for as long as there is this guest.
+    fn write_faults(&mut self) -> Result<Option<Arc<WriteFaults>>, DestinationError> {
+        let guest = self.guest.as_ref().filter(|_| self.write_faults.is_none());
+        if let (Some(tether), Some(guest)) = (&self.proposal.tether, guest) {
+            self.write_faults = tethering::write_faults(tether, guest.memory(), &self.uffds)?;
+        }
+        Ok(self.write_faults.clone())
     }
 
     /// Serves faults from now on, over the lanes of the session. `states`: what an engine before this one has come to.
@@ -91,8 +117,11 @@ impl Destination<'_> {
                 classes: classes.collect(),
             });
         }
-        let tracked = self.proposal.tether.as_ref().is_some_and(|tether| tether.tracker == TrackerKind::UffdWp);
-        let install = if tracked { Install::Tracked } else { Install::Clean };
+        let install = match self.proposal.tether.as_ref().map(|tether| tether.tracker) {
+            Some(TrackerKind::UffdWp) => Install::Tracked,
+            Some(TrackerKind::UffdSync) => Install::Protected,
+            Some(TrackerKind::KvmLog | TrackerKind::KvmRing) | None => Install::Clean,
+        };
         let total: u64 = frames.iter().map(|region| region.frames).sum();
         let hold_at_landed = self.config.hold_pull_at.map(|share| (share * total as f64).ceil() as u64);
         let tuning = Tuning { demand_timeout: self.config.bounds.demand, hold_at_landed, ..Tuning::default() };
@@ -104,7 +133,7 @@ impl Destination<'_> {
             keeper.keep(Kept::PageStates, states.file().as_fd())?;
         }
         self.states = Some(Arc::clone(&states));
-        let ears = Arc::new(EngineEars(self.happened.clone()));
+        let ears = Arc::new(EngineEars { happened: self.happened.clone(), writes: self.write_faults()? });
         let parts = std::mem::take(&mut self.parts);
         let plan = PullPlan { regions, install, tuning, start_paused: true };
         let engine = Arc::new(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?);

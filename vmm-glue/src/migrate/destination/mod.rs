@@ -32,6 +32,7 @@ use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_checkpoint::storage::Storage;
+use belay_checkpoint::tracker::WriteFaults;
 use belay_transport::Deadline;
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
@@ -308,6 +309,8 @@ struct Destination<'a> {
     /// Taken when the engine starts.
     parts: Vec<ShardParts>,
     uffds: Vec<(Uffd, Vec<ShardRange>)>,
+    /// Who answers writes to protected pages, where they are tracked that way; outlives an engine.
+    write_faults: Option<Arc<WriteFaults>>,
     engine: Option<Arc<Engine>>,
     /// What its frames have come to; outlives an engine.
     states: Option<Arc<PageStates>>,

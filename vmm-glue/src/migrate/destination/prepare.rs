@@ -255,8 +255,12 @@ impl<'a> Destination<'a> {
         if built.pid != std::process::id() {
             observer.note(Some(&last), Kind::VmmStarted { pid: built.pid });
         }
+        let write_faults = match &proposal.tether {
+            Some(tether) => tethering::write_faults(tether, built.guest.memory(), &built.shards)?,
+            None => None,
+        };
         if let Some(tethering) = &mut tethering {
-            tethering.track_ahead(built.guest.as_ref(), built.pid)?;
+            tethering.track_ahead(built.guest.as_ref(), (built.pid, write_faults.as_ref()))?;
         }
         let regions = built.guest.memory().iter().map(|block| block.vmm_address).collect::<Vec<_>>();
         let ram = ram
@@ -307,6 +311,7 @@ impl<'a> Destination<'a> {
             signless: (built.pid != std::process::id() && !host.vmm_is_apart()).then_some(built.pid),
             parts,
             uffds: built.shards,
+            write_faults,
             engine: None,
             states: None,
             map: Vec::new(),

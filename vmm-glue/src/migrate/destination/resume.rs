@@ -199,7 +199,7 @@ impl Destination<'_> {
         guest.pause(Deadline::after(bounds.stop))?;
         let mut tethering = tethering.ok_or_else(|| refused("the guest moved without a tether"))?;
         if self.leftover.is_none() {
-            tethering.arm_anew(guest.as_mut(), Arc::clone(&engine), self.vmm_pid)?;
+            tethering.arm_anew(guest.as_mut(), Arc::clone(&engine), (self.vmm_pid, self.write_faults.as_ref()))?;
         }
         self.take_over_session(&proved);
         let secrets = self.warden.as_ref().map(|warden| warden.secrets.clone());

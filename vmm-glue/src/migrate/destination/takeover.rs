@@ -175,6 +175,7 @@ pub fn take_over(
         signless: (!host.vmm_is_apart()).then_some(pid),
         parts: Vec::new(),
         uffds: shards,
+        write_faults: None,
         engine: None,
         states: Some(states),
         map,

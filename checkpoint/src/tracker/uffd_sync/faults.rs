@@ -1,0 +1,387 @@
+//! The side of synchronous write protection that answers faults, and its state: which groups are open.
+//!
+//! Rules of this room:
+//! * A group is *marked open before its protection is lifted*, and *protected before it is marked shut*; a chunk's lock keeps the two
+//!   apart. So no page is ever writable without being marked.
+//! * Whoever answers a fault never waits for the lock. A chunk that is being harvested is let be, and the writer woken: it
+//!   faults again. The thread that harvests waits for a fault to be answered, with a bound: one system call.
+//! * A page is shown protected, always (`Install::Protected`). One that is shown *again* may have lost what told it from a clean one,
+//!   and counts as written.
+
+use super::groups::{CHUNK, Groups, group, widened};
+use crate::guest::{GuestError, RamBlock};
+use belay_transport::pull::ShardRange;
+use belay_transport::uffd::{Stop, Uffd, UffdError};
+use belay_transport::{Deadline, PAGE_SHIFT, PAGE_SIZE, PageIndex, RegionId};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+/// Longest that a harvest waits for one fault to be answered, or for an address space that is changing.
+const BOUND: Duration = Duration::from_secs(5);
+/// Chunks that are locked at once while a run of them is protected.
+const RUN_CHUNKS: usize = 64;
+/// Shut units between two open ones that are protected along with them: cheaper than a system call more.
+const GAP: u64 = 8;
+
+/// What is known of 64 units. The size of all of them is accounted for: below a byte a page.
+#[derive(Debug)]
+struct Chunk {
+    state: Mutex<State>,
+    /// Shown again since the last harvest.
+    shown: AtomicU64,
+}
+
+const _: () = assert!(size_of::<Chunk>() <= CHUNK as usize);
+
+/// Bits are units of the chunk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct State {
+    /// Writable, and to be taken for written.
+    open: u64,
+    /// Of those, the ones that were opened by themselves: written for certain.
+    alone: u64,
+    /// What was written in the last epoch that wrote here.
+    pub(super) before: u64,
+    /// Whose content is known.
+    pub(super) hashed: u64,
+    /// log2 of the group.
+    pub(super) order: u8,
+}
+
+#[derive(Debug)]
+struct Region {
+    id: RegionId,
+    /// Address in the VMM.
+    start: u64,
+    unit_shift: u32,
+    units: u64,
+    chunks: Box<[Chunk]>,
+    /// A bit a chunk: something is open in it, or was shown again.
+    touched: Box<[AtomicU64]>,
+}
+
+/// Units of a region that one userfaultfd watches.
+#[derive(Debug)]
+struct Area {
+    uffd: Uffd,
+    region: usize,
+    units: Range<u64>,
+}
+
+/// What a harvest found in one chunk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found {
+    pub region: usize,
+    pub chunk: u64,
+    pub open: u64,
+    /// Of those, what was certainly written, or has to be taken for it.
+    pub certain: u64,
+}
+
+/// Answers write faults on guest RAM. Shared between the threads that serve its other faults and the tracker.
+#[derive(Debug)]
+pub struct WriteFaults {
+    groups: Groups,
+    regions: Vec<Region>,
+    areas: Vec<Area>,
+    answered: AtomicU64,
+    /// Pages opened since the last harvest.
+    opened: AtomicU64,
+}
+
+impl WriteFaults {
+    /// For guest RAM `blocks`, whose frames are watched by the userfaultfds in `watched` (each opened with [`super::SYNC_FEATURES`]
+    /// and registered for write-protect faults).
+    pub fn new(blocks: &[RamBlock], watched: &[(Uffd, Vec<ShardRange>)], groups: Groups) -> Result<Self, GuestError> {
+        let order = match groups {
+            Groups::Fixed(size) => size.order(),
+            Groups::Adaptive => 0,
+        };
+        let regions: Vec<Region> = blocks.iter().map(|block| Region::new(block, order)).collect();
+        let mut areas = Vec::new();
+        for (uffd, ranges) in watched {
+            for range in ranges {
+                let region = regions.iter().position(|region| region.id == range.region);
+                let region = region.filter(|&at| range.frames.end <= regions[at].units);
+                let region = region.ok_or_else(|| {
+                    GuestError::BadState(format!("frames {:?} of {} are none of guest RAM", range.frames, range.region))
+                })?;
+                let uffd = uffd.try_clone().map_err(io("duplicate the userfaultfd"))?;
+                areas.push(Area { uffd, region, units: range.frames.clone() });
+            }
+        }
+        Ok(Self { groups, regions, areas, answered: AtomicU64::new(0), opened: AtomicU64::new(0) })
+    }
+
+    pub(super) fn groups(&self) -> Groups {
+        self.groups
+    }
+
+    /// Write faults answered so far.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// 4 KiB pages opened since the last harvest.
+    pub fn opened(&self) -> u64 {
+        self.opened.load(Ordering::Relaxed)
+    }
+
+    /// Answers a write to protected `page`: its group is open from now on, and whoever waits goes on. False when the page is none
+    /// of ours, or its VMM is gone, or the kernel refuses: then the writer still waits.
+    pub fn answer(&self, region: RegionId, page: PageIndex) -> bool {
+        let Some((region_at, region)) = self.find(region) else { return false };
+        let unit = page.0 >> (region.unit_shift - PAGE_SHIFT);
+        let area = self.areas.iter().find(|area| area.region == region_at && area.units.contains(&unit));
+        let Some(area) = area else { return false };
+        let (chunk, bit) = (unit / CHUNK, (unit % CHUNK) as u32);
+        let mut state = match region.chunks[chunk as usize].state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return area.uffd.wake(region.address(unit), 1 << region.unit_shift).is_ok();
+            }
+        };
+        let order = match self.groups {
+            Groups::Adaptive if region.unit_shift == PAGE_SHIFT => widened(state.order, bit, state.open),
+            _ => state.order,
+        };
+        let units = group(order, bit) & within(&area.units, chunk);
+        let new = units & !state.open;
+        if units.count_ones() == 1 {
+            state.alone |= units;
+        }
+        state.open |= units;
+        region.touch(chunk);
+        let first = chunk * CHUNK + u64::from(units.trailing_zeros());
+        let len = u64::from(units.count_ones()) << region.unit_shift;
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        self.opened.fetch_add(u64::from(new.count_ones()) << (region.unit_shift - PAGE_SHIFT), Ordering::Relaxed);
+        let lifted = area.uffd.writeprotect(region.address(first), len, false);
+        drop(state);
+        match lifted {
+            Ok(Stop::Done) => true,
+            // It comes again, when the events that hold this up have been read.
+            Ok(Stop::EventsPending) => area.uffd.wake(region.address(unit), 1 << region.unit_shift).is_ok(),
+            Ok(Stop::Gone | Stop::NoFrame) | Err(_) => false,
+        }
+    }
+
+    /// A page that had been shown is about to be shown again, protected.
+    pub fn shown_again(&self, region: RegionId, page: PageIndex) {
+        let Some((_, region)) = self.find(region) else { return };
+        let unit = page.0 >> (region.unit_shift - PAGE_SHIFT);
+        region.chunks[(unit / CHUNK) as usize].shown.fetch_or(1 << (unit % CHUNK), Ordering::AcqRel);
+        region.touch(unit / CHUNK);
+    }
+
+    /// Shuts all of guest RAM and forgets what was open. Guest paused.
+    pub(super) fn shut_all(&self) -> Result<(), GuestError> {
+        for (index, region) in self.regions.iter().enumerate() {
+            let mut chunk = 0;
+            while chunk < region.chunks.len() as u64 {
+                let end = (chunk + RUN_CHUNKS as u64).min(region.chunks.len() as u64);
+                let deadline = Deadline::after(BOUND);
+                let locked: Result<Vec<_>, _> = (chunk..end).map(|chunk| region.lock(chunk, deadline)).collect();
+                let mut locked = locked?;
+                self.protect(index, chunk * CHUNK..(end * CHUNK).min(region.units), deadline)?;
+                for (state, chunk) in locked.iter_mut().zip(&region.chunks[chunk as usize..]) {
+                    (state.open, state.alone, state.before, state.hashed) = (0, 0, 0, 0);
+                    chunk.shown.store(0, Ordering::Release);
+                }
+                chunk = end;
+            }
+        }
+        self.opened.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Gives what is open to `each` and shuts it again. After an error what was not shut is still open, and found by the next one.
+    pub(super) fn shut(&self, mut each: impl FnMut(Found)) -> Result<(), GuestError> {
+        self.opened.store(0, Ordering::Relaxed);
+        for index in 0..self.regions.len() {
+            if let Err(error) = self.shut_region(index, &mut each) {
+                // Which of them were not reached is not worth knowing: the next harvest looks at all.
+                self.regions.iter().for_each(Region::touch_all);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn shut_region(&self, index: usize, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
+        let region = &self.regions[index];
+        let mut run = Run { locked: Vec::with_capacity(RUN_CHUNKS), units: 0..0 };
+        for (word, touched) in region.touched.iter().enumerate() {
+            let mut bits = touched.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let chunk = word as u64 * 64 + u64::from(bits.trailing_zeros());
+                bits &= bits - 1;
+                if run.locked.len() == RUN_CHUNKS || run.units.end + GAP < chunk * CHUNK {
+                    self.end_run(index, &mut run, each)?;
+                }
+                let state = region.lock(chunk, Deadline::after(BOUND))?;
+                let mut open = state.open;
+                run.locked.push((chunk, state));
+                while open != 0 {
+                    let first = open.trailing_zeros();
+                    let count = (open >> first).trailing_ones();
+                    open &= !(ones(count) << first);
+                    let first = chunk * CHUNK + u64::from(first);
+                    if run.units.is_empty() {
+                        run.units = first..first;
+                    } else if run.units.end + GAP < first {
+                        self.protect(index, run.units.clone(), Deadline::after(BOUND))?;
+                        run.units.start = first;
+                    }
+                    run.units.end = first + u64::from(count);
+                }
+            }
+        }
+        self.end_run(index, &mut run, each)
+    }
+
+    /// Protects what is left of a run and tells of its chunks.
+    fn end_run(&self, index: usize, run: &mut Run<'_>, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
+        let region = &self.regions[index];
+        if !run.units.is_empty() {
+            self.protect(index, run.units.clone(), Deadline::after(BOUND))?;
+        }
+        for (chunk, mut state) in run.locked.drain(..) {
+            let shown = region.chunks[chunk as usize].shown.swap(0, Ordering::AcqRel);
+            let (open, certain) = (state.open | shown, state.alone | shown);
+            (state.open, state.alone) = (0, 0);
+            if open != 0 {
+                each(Found { region: index, chunk, open, certain });
+            }
+        }
+        run.units = 0..0;
+        Ok(())
+    }
+
+    /// Write-protects units, whichever userfaultfds watch them.
+    fn protect(&self, region: usize, units: Range<u64>, deadline: Deadline) -> Result<(), GuestError> {
+        for area in self.areas.iter().filter(|area| area.region == region) {
+            let (start, end) = (units.start.max(area.units.start), units.end.min(area.units.end));
+            if start >= end {
+                continue;
+            }
+            let region = &self.regions[region];
+            let (at, len) = (region.address(start), (end - start) << region.unit_shift);
+            loop {
+                match area.uffd.writeprotect(at, len, true).map_err(io("write-protect guest RAM"))? {
+                    Stop::Done => break,
+                    Stop::Gone | Stop::NoFrame => {
+                        return Err(GuestError::VmmGone(format!("{} is not mapped any more", region.id)));
+                    }
+                    Stop::EventsPending if deadline.expired() => {
+                        return Err(GuestError::BadState(format!(
+                            "{}'s address space has been changing for {BOUND:?}, so it cannot be write-protected",
+                            region.id
+                        )));
+                    }
+                    Stop::EventsPending => std::thread::yield_now(),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is known of a chunk, for whoever compares contents.
+    pub(super) fn state(&self, region: usize, chunk: u64) -> Result<MutexGuard<'_, State>, GuestError> {
+        self.regions[region].lock(chunk, Deadline::after(BOUND))
+    }
+
+    /// The 4 KiB pages of a unit of a region, and the region.
+    pub(super) fn pages(&self, region: usize, unit: u64) -> (RegionId, Range<u64>) {
+        let region = &self.regions[region];
+        let shift = region.unit_shift - PAGE_SHIFT;
+        (region.id, unit << shift..(unit + 1) << shift)
+    }
+
+    /// The region of a page and its unit there.
+    pub(super) fn place(&self, id: RegionId, page: PageIndex) -> Option<(usize, u64)> {
+        let (index, region) = self.find(id)?;
+        Some((index, page.0 >> (region.unit_shift - PAGE_SHIFT)))
+    }
+
+    fn find(&self, id: RegionId) -> Option<(usize, &Region)> {
+        self.regions.iter().enumerate().find(|(_, region)| region.id == id)
+    }
+}
+
+/// Chunks that are locked, and the units among them that are still to be protected.
+struct Run<'a> {
+    locked: Vec<(u64, MutexGuard<'a, State>)>,
+    units: Range<u64>,
+}
+
+impl Region {
+    fn new(block: &RamBlock, order: u8) -> Self {
+        let (len, unit_shift) = (block.alias.len() as u64, block.page_size.shift());
+        assert!(len > 0 && len.is_multiple_of(1 << unit_shift), "{} has {len} bytes, not whole pages", block.id);
+        let units = len >> unit_shift;
+        let chunks = units.div_ceil(CHUNK);
+        // A huge page is a group by itself: the kernel does not protect parts of one.
+        let order = if unit_shift == PAGE_SHIFT { order } else { 0 };
+        let state = State { open: 0, alone: 0, before: 0, hashed: 0, order };
+        let chunk = || Chunk { state: Mutex::new(state), shown: AtomicU64::new(0) };
+        Self {
+            id: block.id,
+            start: block.vmm_address,
+            unit_shift,
+            units,
+            chunks: std::iter::repeat_with(chunk).take(chunks as usize).collect(),
+            touched: std::iter::repeat_with(AtomicU64::default).take(chunks.div_ceil(64) as usize).collect(),
+        }
+    }
+
+    fn address(&self, unit: u64) -> u64 {
+        self.start + (unit << self.unit_shift)
+    }
+
+    fn touch(&self, chunk: u64) {
+        self.touched[(chunk / 64) as usize].fetch_or(1 << (chunk % 64), Ordering::AcqRel);
+    }
+
+    fn touch_all(&self) {
+        for (word, touched) in self.touched.iter().enumerate() {
+            touched.fetch_or(within(&(0..self.chunks.len() as u64), word as u64), Ordering::AcqRel);
+        }
+    }
+
+    /// A thread that died with the lock left nothing half done that a harvest could not take.
+    fn lock(&self, chunk: u64, deadline: Deadline) -> Result<MutexGuard<'_, State>, GuestError> {
+        loop {
+            match self.chunks[chunk as usize].state.try_lock() {
+                Ok(state) => return Ok(state),
+                Err(TryLockError::Poisoned(poisoned)) => return Ok(PoisonError::into_inner(poisoned)),
+                Err(TryLockError::WouldBlock) if deadline.expired() => {
+                    return Err(GuestError::BadState(format!(
+                        "a write fault in pages {}+{} of {} has been being answered for {BOUND:?}",
+                        (chunk * CHUNK) << (self.unit_shift - PAGE_SHIFT),
+                        (CHUNK << self.unit_shift) / PAGE_SIZE as u64,
+                        self.id
+                    )));
+                }
+                Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+            }
+        }
+    }
+}
+
+fn ones(count: u32) -> u64 {
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+}
+
+/// The units of `range` that are in a chunk.
+fn within(range: &Range<u64>, chunk: u64) -> u64 {
+    let bits = |units: u64| ones(units.saturating_sub(chunk * CHUNK).min(CHUNK) as u32);
+    bits(range.end) & !bits(range.start)
+}
+
+fn io(doing: &'static str) -> impl FnOnce(UffdError) -> GuestError {
+    move |error| GuestError::Io { doing: doing.into(), source: std::io::Error::other(error) }
+}
