@@ -21,6 +21,8 @@ struct Road {
     source: Process,
 }
 
+/// A loss is what the test makes it, never a stall of a busy machine.
+const LEASE: &str = "6s";
 const CONTINUE: [&str; 2] = ["--on-source-loss", "continue"];
 
 impl Road {
@@ -64,7 +66,7 @@ impl Road {
         let (to, state) = (link.address().to_owned(), place.text("source"));
         let common = ["send", "--json", "--to", &to, "--state-dir", &state, "--run-dir", &run, "--drive", drive];
         let guest =
-            ["--memory", "32M", "--run-before", "50ms", "--lease", "500ms", "--release", "never", "--fabric", "tcp"];
+            ["--memory", "32M", "--run-before", "50ms", "--lease", LEASE, "--release", "never", "--fabric", "tcp"];
         let shown = ["--output-to", &seen_at, "--check", "--run-on", "200ms"];
         let source = place.belay(&[&common[..], &guest, &shown, &arbiter, send].concat());
         let mut road = Self { place, etcd, observer, link, destination, source };
