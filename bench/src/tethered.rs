@@ -15,7 +15,7 @@ use belay_checkpoint::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReade
 use belay_checkpoint::staging::Slot;
 use belay_checkpoint::tracker::{UffdWpTracker, WhoseMemory, write_protection};
 use belay_transport::fabric::LaneKind;
-use belay_transport::pull::{Engine, Install};
+use belay_transport::pull::{Discard, Engine, Install};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::OpenMode;
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, PageSize, RegionId};
@@ -408,9 +408,9 @@ impl Arrivals for Pulled {
     fn landed(&self, region: RegionId, page: PageIndex) -> bool {
         self.0.landed(region, page)
     }
-    fn take_discards(&mut self, into: &mut DirtySet) {
-        self.0.take_discards(&mut |region, page| {
-            into.insert(region, page);
+    fn take_discards(&mut self, discards: &mut DirtySet, perhaps: &mut DirtySet) {
+        self.0.take_discards(&mut |Discard { region, page, certain }| {
+            if certain { &mut *discards } else { &mut *perhaps }.insert(region, page);
         });
     }
 }

@@ -24,7 +24,7 @@ pub fn harvest(
     if !tracker.sees_device_writes() {
         guest.device_writes(dirty)?;
     }
-    arrivals.take_discards(discards);
+    arrivals.take_discards(discards, dirty);
     if mutated(Mutation::DiscardSkipped) {
         discards.clear();
     }

@@ -40,8 +40,9 @@ pub trait Arrivals: Send {
     /// Whether the bytes behind the alias are the guest's: the page has landed, or was discarded and is the guest's own since.
     fn landed(&self, region: RegionId, page: PageIndex) -> bool;
 
-    /// Adds every page that was discarded since the last call. Guest paused.
-    fn take_discards(&mut self, into: &mut DirtySet);
+    /// Adds every page that was discarded since the last call to `discards`, and to `perhaps` those that may have been: what they hold has to be
+    /// looked at. Guest paused.
+    fn take_discards(&mut self, discards: &mut DirtySet, perhaps: &mut DirtySet);
 }
 
 /// Hears of epochs. Called on the tether's threads; must not block.

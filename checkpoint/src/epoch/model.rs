@@ -235,7 +235,7 @@ impl Arrivals for Model {
     fn landed(&self, _: RegionId, page: PageIndex) -> bool {
         self.world().landed[page.0 as usize]
     }
-    fn take_discards(&mut self, into: &mut DirtySet) {
+    fn take_discards(&mut self, into: &mut DirtySet, _: &mut DirtySet) {
         let mut world = self.world();
         into.merge(&world.discards);
         world.discards.clear();

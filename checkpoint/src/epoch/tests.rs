@@ -545,16 +545,21 @@ impl DirtyTracker for Saw {
     }
 }
 
-struct Arrived(Vec<bool>, Vec<u64>);
+/// What has landed, what was discarded, and what may have been.
+struct Arrived(Vec<bool>, Vec<u64>, Vec<u64>);
 
 impl Arrivals for Arrived {
     fn landed(&self, _: RegionId, page: PageIndex) -> bool {
         self.0[page.0 as usize]
     }
-    fn take_discards(&mut self, into: &mut DirtySet) {
-        self.1.drain(..).for_each(|page| {
-            into.insert(RegionId(0), PageIndex(page));
-        });
+    fn take_discards(&mut self, discards: &mut DirtySet, perhaps: &mut DirtySet) {
+        let fill = |from: &mut Vec<u64>, into: &mut DirtySet| {
+            from.drain(..).for_each(|page| {
+                into.insert(RegionId(0), PageIndex(page));
+            });
+        };
+        fill(&mut self.1, discards);
+        fill(&mut self.2, perhaps);
     }
 }
 
@@ -566,19 +571,21 @@ proptest! {
         dirty in prop::collection::vec(0..STILL, 0..80),
         device in prop::collection::vec(0..STILL, 0..20),
         discards in prop::collection::vec(0..STILL, 0..40),
+        perhaps in prop::collection::vec(0..STILL, 0..10),
         landed in prop::collection::vec(any::<bool>(), STILL as usize),
         sees_devices in any::<bool>(),
     ) {
         let mut still = Still { memory: Vec::new(), dirty, landed, device, discards, sees_devices };
         let mut tracker = Saw(still.dirty.clone(), still.sees_devices);
-        let mut arrived = Arrived(still.landed.clone(), still.discards.clone());
+        let mut arrived = Arrived(still.landed.clone(), still.discards.clone(), perhaps.clone());
         let (mut pages, mut gone) = (DirtySet::new([(RegionId(0), STILL)]), DirtySet::new([(RegionId(0), STILL)]));
         pages.insert(RegionId(0), PageIndex(1));
         gone.insert(RegionId(0), PageIndex(2));
         harvest(&mut still, &mut tracker, &mut arrived, &mut pages, &mut gone).unwrap();
         for page in 0..STILL {
             let by_device = !still.sees_devices && still.device.contains(&page);
-            let data = still.dirty.contains(&page) && still.landed[page as usize] || by_device;
+            let written = still.dirty.contains(&page) && still.landed[page as usize] || by_device;
+            let data = written || perhaps.contains(&page);
             prop_assert_eq!(pages.contains(RegionId(0), PageIndex(page)), data, "page {}", page);
             let discarded = still.discards.contains(&page) && !data;
             prop_assert_eq!(gone.contains(RegionId(0), PageIndex(page)), discarded, "discard of page {}", page);
@@ -600,7 +607,7 @@ fn a_thousand_scattered_pages_are_harvested_and_staged_in_half_a_millisecond() {
     let mut still =
         Still { memory: memory.clone(), dirty, landed, device: Vec::new(), discards: Vec::new(), sees_devices };
     let mut tracker = Saw(still.dirty.clone(), true);
-    let mut arrived = Arrived(still.landed.clone(), Vec::new());
+    let mut arrived = Arrived(still.landed.clone(), Vec::new(), Vec::new());
     let (mut pages, mut gone) = (empty_set(&memory), empty_set(&memory));
     let (mut best, mut exchange) = (Duration::MAX, NoExchange);
     for epoch in 1..200 {

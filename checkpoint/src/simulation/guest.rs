@@ -214,7 +214,7 @@ impl Arrivals for Pages<'_> {
     fn landed(&self, region: RegionId, page: PageIndex) -> bool {
         self.0[number(region, page)] == Page::Landed
     }
-    fn take_discards(&mut self, into: &mut DirtySet) {
+    fn take_discards(&mut self, into: &mut DirtySet, _: &mut DirtySet) {
         into.merge(self.1);
         self.1.clear();
     }

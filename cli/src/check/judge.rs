@@ -2,7 +2,7 @@
 
 use super::facts::{Facts, KvmFacts, NoKvm};
 use crate::descriptors;
-use belay_checkpoint::tracker::REQUIRED_FEATURES;
+use belay_checkpoint::tracker::{REQUIRED_FEATURES, SYNC_FEATURES};
 use belay_transport::uffd::Features;
 use serde::Serialize;
 use std::borrow::Cow;
@@ -65,6 +65,9 @@ pub fn judge(facts: &Facts) -> Vec<Finding> {
         findings.push(postcopy(facts, has));
     }
     findings.push(tracker(facts));
+    if let Some(has) = facts.uffd.features {
+        findings.push(sync_tracker(facts, has));
+    }
     findings.extend([memory(facts), shm(facts), cores(facts), open_files(facts), huge_pages(facts)]);
     findings.extend(super::rdma::judge(&facts.rdma));
     findings
@@ -144,6 +147,14 @@ fn tracker(facts: &Facts) -> Finding {
             &[],
         ),
         (Err(why), _) => degraded(NAME, why.clone(), &[]),
+    }
+}
+
+fn sync_tracker(facts: &Facts, has: Features) -> Finding {
+    const NAME: &str = "tracker uffd-sync";
+    match SYNC_FEATURES.missing_from(has) {
+        Features::NONE => ok(NAME, "synchronous write protection of shared memory, by groups of pages"),
+        lacking => degraded(NAME, format!("Linux {} lacks {lacking}; 6.4 or newer has it", facts.kernel), &[]),
     }
 }
 

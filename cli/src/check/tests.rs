@@ -46,7 +46,7 @@ fn a_good_host_lacks_nothing() {
     let findings = judge(&good());
     assert!(findings.iter().all(|finding| finding.verdict == Verdict::Ok), "{findings:?}");
     let rdma = findings.iter().filter(|finding| finding.name.starts_with("rdma")).count();
-    assert_eq!((findings.len() - rdma, rdma), (12, 7));
+    assert_eq!((findings.len() - rdma, rdma), (13, 7));
 }
 
 #[test]
@@ -106,6 +106,10 @@ fn an_old_kernel_is_told_which_one_is_new_enough() {
         finding.detail.contains("6.1.0") && finding.detail.contains("WP_ASYNC") && finding.detail.contains("6.7"),
         "{finding:?}"
     );
+
+    let finding = findings.iter().find(|finding| finding.name == "tracker uffd-sync").expect("judged");
+    assert_eq!(finding.verdict, Verdict::Degraded);
+    assert!(finding.detail.contains("WP_UNPOPULATED") && finding.detail.contains("6.4"), "{finding:?}");
 
     facts.uffd.features = Some(Features::NONE);
     let findings = judge(&facts);

@@ -88,11 +88,15 @@ impl Guard {
             let page_size = region.plan.page_size;
             let frame = FrameIndex::containing(offset as usize, page_size);
             self.shared.states.discard(index, frame);
-            self.shared.discards.record(index, frame);
+            self.shared.discards.suspect(index, frame);
             let start = alias.address() + frame.offset(page_size) as u64;
-            while zero_missing(&self.uffd, start, page_size, &self.zeroes, false)?.stop == Stop::EventsPending {
-                std::thread::yield_now();
-            }
+            let outcome = loop {
+                match zero_missing(&self.uffd, start, page_size, &self.zeroes, false)? {
+                    Installed { stop: Stop::EventsPending, .. } => std::thread::yield_now(),
+                    outcome => break outcome,
+                }
+            };
+            self.shared.discards.settle(index, frame, outcome.present == 0);
         }
         Ok(())
     }

@@ -30,6 +30,7 @@ pub use shared::{NoObserver, Observer, Progress, PullFailure};
 use crate::deadline::Deadline;
 use crate::pages::{PageStates, State};
 use crate::units::{FrameIndex, PageIndex, RegionId};
+pub use discards::Discard;
 use discards::DiscardSet;
 use guard::Guard;
 use histogram::Stages;
@@ -181,10 +182,8 @@ impl Engine {
         &self.shared.states
     }
 
-    /// Takes the pages the guest gave up since the last call. They are to be read like dirty ones, not taken for zero: the
-    /// guest may have written one since, and now and then one is named that was not given up (an old fault event cannot be
-    /// told from a new one before the kernel is asked). No discard is ever left out.
-    pub fn take_discards(&self, f: &mut dyn FnMut(RegionId, PageIndex)) {
+    /// Takes the pages that the guest gave up, or may have given up, since the last call. No discard is ever left out.
+    pub fn take_discards(&self, f: &mut dyn FnMut(Discard)) {
         self.shared.discards.take(f);
     }
 
@@ -239,7 +238,7 @@ impl Engine {
     }
 
     /// As [`Engine::stop`], and takes the discards that came until the very end ([`Engine::take_discards`]).
-    pub fn stop_and_take(self, deadline: Deadline, f: &mut dyn FnMut(RegionId, PageIndex)) -> Result<Stats, StopError> {
+    pub fn stop_and_take(self, deadline: Deadline, f: &mut dyn FnMut(Discard)) -> Result<Stats, StopError> {
         let shared = self.shared.clone();
         let stats = self.stop(deadline)?;
         shared.discards.take(f);

@@ -107,16 +107,18 @@ impl Shard {
         self.zero_if_missing(waiting)
     }
 
-    /// Puts a zero frame where there is none and takes that for the discard it is; else wakes who waits. It is recorded
-    /// first: a guest that has seen the zeroes must not be harvested without them. (An old event so records a page that was
-    /// not given up; see [`super::Engine::take_discards`].)
+    /// Puts a zero frame where there is none and takes that for the discard it is; else wakes who waits. It is suspected
+    /// first: a guest that has seen the zeroes must not be harvested without them, and this may be an old event.
     fn zero_if_missing(&mut self, waiting: Waiting) -> Result<(), PullFailure> {
-        self.shared.discards.record(waiting.region, FrameIndex(waiting.frame));
+        self.shared.discards.suspect(waiting.region, FrameIndex(waiting.frame));
         let region = &self.shared.regions[waiting.region];
         let start = region.plan.vmm_address + (waiting.frame << region.shift());
         let outcome =
             zero_missing(&self.uffd, start, region.plan.page_size, &self.zeroes, self.shared.install.always_protects())
                 .map_err(|source| self.uffd_failed(source))?;
+        if matches!(outcome.stop, Stop::Done) {
+            self.shared.discards.settle(waiting.region, FrameIndex(waiting.frame), outcome.present == 0);
+        }
         match outcome.stop {
             Stop::Done if outcome.present == 0 => {
                 self.shared.states.discard(waiting.region, FrameIndex(waiting.frame));

@@ -17,7 +17,7 @@ use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipE
 use belay_checkpoint::staging::{Slot, StageError};
 use belay_checkpoint::tracker::{Groups, UffdSyncTracker, UffdWpTracker, WhoseMemory, WriteFaults};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
-use belay_transport::pull::{Engine, ShardRange};
+use belay_transport::pull::{Discard, Engine, ShardRange};
 use belay_transport::uffd::Uffd;
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
 use crossbeam_channel::Sender;
@@ -356,9 +356,9 @@ impl Arrivals for Pulled {
         self.0.landed(region, page)
     }
 
-    fn take_discards(&mut self, into: &mut DirtySet) {
-        self.0.take_discards(&mut |region, page| {
-            into.insert(region, page);
+    fn take_discards(&mut self, discards: &mut DirtySet, perhaps: &mut DirtySet) {
+        self.0.take_discards(&mut |Discard { region, page, certain }| {
+            if certain { &mut *discards } else { &mut *perhaps }.insert(region, page);
         });
     }
 }

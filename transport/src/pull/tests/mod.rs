@@ -177,6 +177,28 @@ fn a_page_given_up_before_during_or_after_its_read_is_never_stale() {
 }
 
 #[test]
+fn p3_an_old_fault_on_a_hole_that_is_filled_and_written_by_now_makes_no_certain_discard() {
+    let Some(rig) = Rig::new(Options::default()) else { return };
+    rig.pull_all();
+    for round in 1..=300 {
+        rig.punch(7);
+        // Several find the hole; whoever is answered first lets all of them go on, and the others' faults are read by then or never.
+        let readers = [rig.touch(7), rig.touch(7), rig.touch(7)];
+        readers.into_iter().for_each(|reader| assert_eq!(joined(reader), 0));
+        let taken = rig.all_discards();
+        assert!(taken.iter().all(|discard| discard.page.0 == 7), "{taken:?}");
+        // Harvested. What the guest writes now and a later harvest does not find written must not be said to be zero.
+        rig.guest.write(7, round);
+        for _ in 0..3 {
+            std::thread::yield_now();
+            let certain: Vec<_> = rig.all_discards().into_iter().filter(|discard| discard.certain).collect();
+            assert_eq!(certain, [], "round {round}, with {} in it", rig.guest.word(7));
+        }
+    }
+    rig.stop();
+}
+
+#[test]
 fn with_bounce_landing_a_page_dropped_by_madvise_reads_as_zero_and_is_never_fetched() {
     let options = Options { memory: Memory::Bounce, demand_permits: 0, ..Options::default() };
     let Some(rig) = Rig::new(options) else { return };

@@ -263,12 +263,16 @@ impl Rig {
     }
 
     pub fn discards(&self) -> Vec<u64> {
-        let mut pages = Vec::new();
-        self.engine().take_discards(&mut |region, page| {
-            assert_eq!(region, REGION);
-            pages.push(page.0);
+        self.all_discards().into_iter().map(|discard| discard.page.0).collect()
+    }
+
+    pub fn all_discards(&self) -> Vec<Discard> {
+        let mut all = Vec::new();
+        self.engine().take_discards(&mut |discard| {
+            assert_eq!(discard.region, REGION);
+            all.push(discard);
         });
-        pages
+        all
     }
 
     pub fn state(&self, page: u64) -> State {

@@ -14,12 +14,14 @@ use crate::migrate::protocol::{self, ToDestination, ToSource};
 use crate::migrate::reattach::{Reattach, decode_proposal};
 use crate::migrate::registering::place;
 use crate::migrate::settings::Proposal;
+use belay_checkpoint::dirty::Harvested;
 use belay_checkpoint::ownership::destination::{Event, State};
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
 use belay_transport::pages::PageStates;
+use belay_transport::pull::Discard;
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming};
-use belay_transport::{Deadline, PageIndex, RegionId, fabric};
+use belay_transport::{Deadline, fabric};
 use crossbeam_channel::bounded;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -164,11 +166,11 @@ impl Destination<'_> {
         }
         let (states, discards) = self.end_engine()?;
         if let Some(leftover) = &mut self.leftover {
-            for (region, page) in discards {
-                if !leftover.carried.dirty.contains(region, page) {
-                    leftover.carried.discards.insert(region, page);
-                }
+            let Harvested { dirty, discards: carried } = &mut leftover.carried;
+            for Discard { region, page, certain } in discards {
+                if certain { &mut *carried } else { &mut *dirty }.insert(region, page);
             }
+            carried.retain(|region, page| !dirty.contains(region, page));
         }
         self.replace_guard(proved.session.lanes.take_guard(Deadline::after(bounds.handshake))?, deadline)?;
         // What the old session's threads may still say is said to nobody.
@@ -235,7 +237,7 @@ impl Destination<'_> {
     }
 
     /// Ends the old engine: what it had come to, and the discards nobody has taken yet.
-    fn end_engine(&mut self) -> Result<(PageStates, Vec<(RegionId, PageIndex)>), DestinationError> {
+    fn end_engine(&mut self) -> Result<(PageStates, Vec<Discard>), DestinationError> {
         let refused = |why: &str| DestinationError::Refused(why.to_owned());
         let states = self.states.clone().ok_or_else(|| refused("no page of the guest was ever served here"))?;
         let mut discards = Vec::new();
@@ -249,8 +251,8 @@ impl Destination<'_> {
                 }
             };
             // Its lanes are closed with it; what it had in flight is absent again, and read over the new session.
-            let stopped = engine.stop_and_take(Deadline::after(self.config.bounds.stop), &mut |region, page| {
-                discards.push((region, page));
+            let stopped = engine.stop_and_take(Deadline::after(self.config.bounds.stop), &mut |discard| {
+                discards.push(discard);
             });
             stopped.map_err(|error| DestinationError::Refused(error.to_string()))?;
         }
