@@ -173,9 +173,9 @@ impl Drop for Folder {
 }
 
 /// With nothing new for so many sleeps it sleeps longer, up to so many times as long. A catch wakes it; an epoch that comes then has committed
-/// before it is seen.
+/// before it is seen. Where there are disks, output waits for their images, and it stays awake.
 const QUIET_AFTER: u32 = 50;
-const QUIET: u32 = 10;
+const QUIET: u32 = 20;
 
 struct Work {
     config: FoldConfig,
@@ -283,7 +283,8 @@ impl Work {
         self.quiet = self.quiet.saturating_add(1);
         let (longer, shortest) = (self.config.idle * QUIET, self.config.idle);
         // A heartbeat is answered when it is seen: that must stay a small part of the lease.
-        let sleep = if self.quiet > QUIET_AFTER { longer.min(self.config.lease / 100).max(shortest) } else { shortest };
+        let quiet = self.quiet > QUIET_AFTER && !self.state.has_disks();
+        let sleep = if quiet { longer.min(self.config.lease / 50).max(shortest) } else { shortest };
         let status = self.shared.status();
         if !self.shared.stop.load(Ordering::Acquire) {
             let _ = self.shared.parked.wait_timeout(status, sleep);

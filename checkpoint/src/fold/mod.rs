@@ -238,6 +238,11 @@ impl FoldState {
         self.target.apply(&record, &mut || ());
     }
 
+    /// Whether what the guest does to disks comes with its epochs.
+    fn has_disks(&self) -> bool {
+        self.storage.is_some()
+    }
+
     /// From here on an image that cannot be written ends no fold.
     fn keep_unwritten(&mut self) {
         self.unwritten = Some(Unwritten::of(self.storage.clone()));

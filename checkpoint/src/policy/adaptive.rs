@@ -25,7 +25,7 @@ const LONGEST_IN_BOUNDS: u32 = 10;
 /// How often an epoch without output is looked at, in parts of the bound.
 const LOOKS_A_BOUND: u32 = 16;
 /// And of the room that it leaves.
-const LOOKS_AHEAD: u32 = 4;
+const LOOKS_AHEAD: u32 = 3;
 /// The reserve's step, and its range, in parts of the bound.
 const RESERVE_STEP: f64 = 0.06;
 const RESERVE_EASE: f64 = RESERVE_STEP / 120.0;

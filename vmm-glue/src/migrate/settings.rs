@@ -116,11 +116,11 @@ impl Default for LeaseSettings {
 }
 
 impl LeaseSettings {
-    /// A lease of this length. It is renewed fifty times in its length, and no more often than every 2 ms nor more seldom than every 20: an idle
+    /// A lease of this length. It is renewed 25 times in its length, and no more often than every 2 ms nor more seldom than every 40: an idle
     /// guest's tether costs little else.
     pub fn lasting(length: Duration) -> Self {
-        let (most_often, most_seldom) = (Self::default().heartbeat, Duration::from_millis(20));
-        Self { length, heartbeat: (length / 50).clamp(most_often, most_seldom), ..Self::default() }
+        let (most_often, most_seldom) = (Self::default().heartbeat, Duration::from_millis(40));
+        Self { length, heartbeat: (length / 25).clamp(most_often, most_seldom), ..Self::default() }
     }
 
     /// Silence after which the source may hold the lease for run out: length, 200 ppm of drift (twice what a quartz clock is

@@ -351,7 +351,7 @@ const ENDED_BY_SIGNAL: &str = "ended by a signal";
 /// How often what has no channel is looked at.
 const TICK: Duration = Duration::from_millis(2);
 /// The same once every page has landed, unless the VMM has to be watched for its death.
-const IDLE_TICK: Duration = Duration::from_millis(20);
+const IDLE_TICK: Duration = Duration::from_millis(50);
 
 impl Destination<'_> {
     fn run(mut self) -> Ended {
