@@ -2,9 +2,13 @@
 
 use super::{Demo, DemoError, KillAt, io};
 use crate::options::{Drive, FabricChoice, OutputChoice, VmmPlace};
-use crate::quantity::Bytes;
+use crate::quantity::{Bytes, Span};
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
+
+/// How often the demo takes a checkpoint, if nothing else is said.
+const PERIOD: Span = Span(Duration::from_millis(10));
 
 impl Demo {
     fn belay(&self) -> Result<Command, DemoError> {
@@ -103,7 +107,9 @@ impl Demo {
         pass("--vmm", guest.vmm.map(|place: VmmPlace| place.to_string()));
         pass("--drive", guest.drive.map(|drive: Drive| drive.to_string()));
         pass("--policy", tether.policy.as_ref().map(ToString::to_string));
-        pass("--period", tether.period.map(|period| period.to_string()));
+        // Of the guest's output alone it would not be known how many checkpoints commit before the pull is over.
+        let period = tether.period.or(tether.policy.is_none().then_some(PERIOD));
+        pass("--period", period.map(|period| period.to_string()));
         pass("--output", tether.output.map(|output: OutputChoice| output.to_string()));
         pass("--tracker", tether.tracker.map(|tracker| tracker.to_string()));
         pass("--lease", tether.lease.map(|lease| lease.to_string()));

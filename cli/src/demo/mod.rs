@@ -61,7 +61,9 @@ Examples:
   belay demo --fabric tcp --tls --vmm apart              over TLS, the VMM in a process of its own
   belay demo --fabric verbs                              through this host's RDMA device, there and back
   belay demo --memory 1G --kill-at never --policy none   plain post-copy to the end, for comparison
-  belay demo --output lease                              see what a catch costs without output commit";
+  belay demo --output lease                              see what a catch costs without output commit
+
+A checkpoint is taken every 10 ms, unless --policy or --period says otherwise.";
 
 /// When the destination dies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
