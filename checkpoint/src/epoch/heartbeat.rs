@@ -29,8 +29,9 @@ pub struct HeartbeatConfig {
     pub bound: Duration,
 }
 
-/// How often it beats where output waits for disks.
-const WITH_DISKS: Duration = Duration::from_millis(2);
+/// How often it beats where output waits for disks, and while less than half of the lease is left: whoever was stopped for long and may be stopped
+/// again soon has little time to renew it.
+const IN_A_HURRY: Duration = Duration::from_millis(2);
 
 impl Default for HeartbeatConfig {
     fn default() -> Self {
@@ -207,7 +208,9 @@ impl Beating {
     /// Output waits for disk writes that become durable, and only a beat tells that they have.
     fn interval(&self) -> Duration {
         let waits = self.shared.applied.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if waits { self.config.interval.min(WITH_DISKS) } else { self.config.interval }
+        let left = self.shared.lease.0.load(Ordering::Acquire).saturating_sub(boottime_ns());
+        let hurry = waits || u128::from(left) < self.config.lease.as_nanos() / 2;
+        if hurry { self.config.interval.min(IN_A_HURRY) } else { self.config.interval }
     }
 
     fn beat(&mut self) -> Result<(), HeartbeatError> {

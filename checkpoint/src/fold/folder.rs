@@ -220,7 +220,13 @@ impl Work {
     fn run(mut self) -> (RingReader, FoldState) {
         let mut failed = false;
         while !self.shared.stop.load(Ordering::Acquire) {
+            let heard = self.shared.changed_at_ns.load(Ordering::Relaxed);
             listen(&self.ring, &self.owner, &self.shared, self.config.lease);
+            let since = self.shared.changed_at_ns.load(Ordering::Relaxed).saturating_sub(heard);
+            if u128::from(since) > self.config.lease.as_nanos() / 4 {
+                // Somebody was stopped, and is about to renew a lease that has little left.
+                self.quiet = 0;
+            }
             match if failed { Ok(false) } else { self.turn() } {
                 Ok(true) => self.quiet = 0,
                 Ok(false) => self.park(),
