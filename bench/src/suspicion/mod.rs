@@ -34,8 +34,8 @@ pub struct SuspicionArgs {
     /// Leases
     #[arg(long, value_name = "TIME", value_delimiter = ',', default_value = "100ms,300ms,1s", value_parser = quantity::time)]
     lease: Vec<Duration>,
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kinds::ALL)]
-    stress: Vec<Kinds>,
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = StressKind::ALL)]
+    stress: Vec<StressKind>,
     /// Busy threads for each processor
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=1000))]
     busy: u64,
@@ -60,18 +60,18 @@ pub struct SuspicionArgs {
 
 /// What is done to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Kinds {
+enum StressKind {
     None,
     Processors,
     Stops,
     Memory,
 }
 
-impl Kinds {
+impl StressKind {
     const ALL: [Self; 4] = [Self::None, Self::Processors, Self::Stops, Self::Memory];
 }
 
-impl fmt::Display for Kinds {
+impl fmt::Display for StressKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.to_possible_value().expect("none is hidden").get_name())
     }
@@ -127,7 +127,7 @@ pub fn run(args: &SuspicionArgs) -> Result<Vec<Row>, BenchError> {
     Ok(rows)
 }
 
-fn row(stress: Kinds, lease: Duration, trials: &[Trial]) -> Row {
+fn row(stress: StressKind, lease: Duration, trials: &[Trial]) -> Row {
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let suspected: Vec<_> = trials.iter().filter_map(|trial| trial.suspected.as_ref()).collect();
     let after: Vec<f64> = suspected.iter().map(|(after, _)| ms(*after)).collect();
@@ -158,7 +158,13 @@ fn print(row: &Row) {
     );
 }
 
-fn trial(args: &SuspicionArgs, belay: &Belay, kind: Kinds, lease: Duration, seed: u64) -> Result<Trial, BenchError> {
+fn trial(
+    args: &SuspicionArgs,
+    belay: &Belay,
+    kind: StressKind,
+    lease: Duration,
+    seed: u64,
+) -> Result<Trial, BenchError> {
     let (listen, there, here) = (belay.address(FabricKind::Tcp, ""), belay.path("there"), belay.path("here"));
     let words = ["receive", "--fabric", "tcp", "--listen", &listen, "--state-dir", &there];
     let (mut receiver, to) = belay.start(&words)?.listening()?;
@@ -177,13 +183,15 @@ fn trial(args: &SuspicionArgs, belay: &Belay, kind: Kinds, lease: Duration, seed
         return Ok(Trial { suspected: Some((Duration::ZERO, format!("{by} (in the pull)"))), fenced: true });
     }
     let stress = match kind {
-        Kinds::None => Stress::none(),
-        Kinds::Processors => {
+        StressKind::None => Stress::none(),
+        StressKind::Processors => {
             let processors = std::thread::available_parallelism().map_or(1, usize::from);
             Stress::processors(processors * args.busy as usize)?
         }
-        Kinds::Stops => Stress::stops([sender.pid(), receiver.pid()], lease.mul_f64(args.stop as f64 / 100.0), seed)?,
-        Kinds::Memory => Stress::memory()?,
+        StressKind::Stops => {
+            Stress::stops([sender.pid(), receiver.pid()], lease.mul_f64(args.stop as f64 / 100.0), seed)?
+        }
+        StressKind::Memory => Stress::memory()?,
     };
     let began = Instant::now();
     let suspected = sender.wait_if(args.time, noticed)?;
@@ -210,7 +218,7 @@ mod tests {
             |ms, by: &str| Trial { suspected: Some((Duration::from_millis(ms), by.to_owned())), fenced: true };
         let trials =
             [suspected(30, "b"), Trial { suspected: None, fenced: false }, suspected(10, "a"), suspected(20, "b")];
-        let row = row(Kinds::Stops, Duration::from_millis(100), &trials);
+        let row = row(StressKind::Stops, Duration::from_millis(100), &trials);
         assert_eq!((row.trials, row.suspected, row.fenced, row.after_ms), (4, 3, 3, Some(20.0)));
         assert_eq!(row.by, ["a", "b"]);
     }
