@@ -4,6 +4,8 @@
 #[path = "../../transport/src/testing.rs"]
 pub mod huge_pages;
 
+pub mod etcd;
+
 use crate::dirty::DirtySet;
 use crate::guest::{Epoch, Packet, RamBlock};
 use crate::record::{PacketHeader, kind};

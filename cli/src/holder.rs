@@ -20,6 +20,7 @@ use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
+use belay_vmm_glue::migrate::status::Board;
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
 use belay_vmm_glue::witness::proof;
 use std::io;
@@ -28,6 +29,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Why a guest that was to be moved is not.
+pub const CANCELLED: &str = "the operator cancelled the migration";
 
 /// What a guest may have waiting to leave before its vCPUs park.
 pub const OUTBOX_BOUNDS: Bounds = Bounds { bytes: 16 << 20, packets: 65_536 };
@@ -254,10 +258,15 @@ impl Held {
         Ok(Self { guest, spec: spec.clone(), nonces })
     }
 
-    /// Waits until the guest has filled its memory, and then for as long as it shall run here; what ended the wait.
-    pub fn warm_up(&self, run: Duration, words: &Words) -> Result<WaitEnded, HolderError> {
+    /// Waits until the guest has filled its memory, and then for as long as it shall run here; what ended the wait. `board` shows each.
+    pub fn warm_up(&self, run: Duration, words: &Words, board: &Board) -> Result<WaitEnded, HolderError> {
+        board.phase("filling", "the guest fills its memory before it is moved");
         let taken = |ask| match ask {
-            Ask::Cancel => Ok("the guest is not moved and runs on here".to_owned()),
+            Ask::Cancel => {
+                // Shown before it is answered: whoever has the answer may look at once.
+                board.phase("running", CANCELLED);
+                Ok("the guest is not moved and runs on here".to_owned())
+            }
             ask => Err(format!(
                 "the guest has not been moved yet, so there is nothing to {ask}; `belay cancel` calls it off"
             )),

@@ -243,8 +243,7 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
             return exit;
         }
     };
-    board.phase("filling", "the guest fills its memory before it is moved");
-    match held.warm_up(args.run_before.0, words) {
+    match held.warm_up(args.run_before.0, words, board) {
         Ok(WaitEnded::Time) => {}
         Ok(WaitEnded::Signal) => {
             keeping::close(keep, observer);
@@ -252,12 +251,7 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         }
         Ok(WaitEnded::Order) => {
             keeping::close(keep, observer);
-            board.phase("running", "the operator cancelled the migration");
-            report::failed_text(
-                observer,
-                "the operator cancelled the migration",
-                "The guest never left and runs on here.",
-            );
+            report::failed_text(observer, holder::CANCELLED, "The guest never left and runs on here.");
             return held.run_on(args.run_on, args.check, &output, words, observer, Exit::NotMoved);
         }
         Err(error) => {

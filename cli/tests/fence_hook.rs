@@ -56,8 +56,7 @@ impl Road {
     /// The guest came back whole; before that the hook had succeeded, and after it nothing of it runs.
     fn expect_caught(mut self) {
         assert_eq!(self.source.end(), 10, "{}", self.source.story());
-        let checked = self.source.events("checked").last().expect("it says what it found");
-        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{checked}");
+        self.source.expect_whole();
         let at = |is_it: &dyn Fn(&serde_json::Value) -> bool| self.source.seen.iter().position(is_it);
         let proven = at(&|event| event["state"] == "fence-hook-succeeded").expect("it succeeded");
         for after in ["revoked", "recovered", "caught"] {

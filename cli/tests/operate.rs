@@ -343,8 +343,7 @@ mod ordering {
             let kinds: Vec<_> = answers.iter().map(|answer| answer["answer"].as_str().unwrap()).collect();
             assert_eq!(kinds, ["accepted", "came-to-pass"]);
             assert_eq!((pair.source.end(), pair.destination.end()), (10, 13), "{}", pair.source.story());
-            let checked = pair.source.events("checked").last().expect("it was checked");
-            assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()));
+            pair.source.expect_whole();
             pair.place.expect_nothing_left();
         }
     }
@@ -364,7 +363,7 @@ mod ordering {
         assert_eq!(status["state"], "running");
         // It runs on as it was, and its memory is what it must be.
         assert_eq!(pair.source.end(), 5, "{}", pair.source.story());
-        assert_eq!(pair.source.events("checked").last().expect("checked")["wrong_pages"], 0);
+        pair.source.expect_whole();
         let (code, _, complaint) = told(&pair.belay(&["cancel", "there"]));
         assert_eq!(code, 0, "{complaint}");
         assert_eq!(pair.destination.end(), 5);
@@ -397,8 +396,7 @@ mod ordering {
         assert_eq!(code, 0, "{complaint} {}", pair.destination.story());
         assert!(said.contains("this host's own"), "{said}");
         assert_eq!(pair.destination.end(), 0, "{}", pair.destination.story());
-        let checked = pair.destination.events("checked").last().expect("it ran on and was checked");
-        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()));
+        pair.destination.expect_whole();
         pair.place.expect_nothing_left();
     }
 

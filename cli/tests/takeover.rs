@@ -79,7 +79,7 @@ impl Road {
     fn expect_caught_by_takeover(&mut self) {
         self.source = self.take_over(&["--takeover-grace", "300ms", "--run-on", "100ms"]);
         assert_eq!(self.source.end(), 10, "{}", self.source.story());
-        expect_right(&self.source);
+        self.source.expect_whole();
         assert_eq!((self.left(), self.journals()), (vec![], 0), "an orderly end leaves nothing");
     }
 
@@ -112,11 +112,6 @@ impl Road {
     }
 }
 
-fn expect_right(process: &Process) {
-    let checked = process.events("checked").last().expect("it says what it found").clone();
-    assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{checked}");
-}
-
 /// The destination is alive: its guest goes on, is tethered again, pulls the rest, and is released.
 fn goes_on(fabric: &str, send: &[&str], receive: &[&str], times: usize) {
     let mut road = Road::start(fabric, &[&["--run-on", "100ms", "--check"], receive].concat(), send);
@@ -145,12 +140,12 @@ fn goes_on(fabric: &str, send: &[&str], receive: &[&str], times: usize) {
         road.source.signal(libc::SIGTERM);
         let code = road.source.end();
         assert!(matches!(code, 10 | 130), "{code}: {}", road.source.story());
-        expect_right(&road.source);
+        road.source.expect_whole();
         assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
     } else {
         assert_eq!(road.destination.end(), 0, "{}", road.destination.story());
         assert_eq!(road.source.end(), 0, "{}", road.source.story());
-        expect_right(&road.destination);
+        road.destination.expect_whole();
     }
     assert_eq!((road.left(), road.journals()), (vec![], 0), "an orderly end leaves nothing");
     road.expect_good_end();
@@ -238,7 +233,7 @@ fn a_source_that_dies_while_it_folds_is_taken_over_and_the_guest_goes_on() {
         road.source.wait_for_event("caught");
         road.source.signal(libc::SIGTERM);
         assert_eq!(road.source.end(), 10, "{}", road.source.story());
-        expect_right(&road.source);
+        road.source.expect_whole();
         road.expect_good_end();
     }
 }
@@ -257,7 +252,7 @@ fn p6_a_source_that_dies_in_a_release_has_released_exactly_if_it_is_on_disk() {
         assert_eq!(again.was("serving"), !released, "{point}: {}", again.story());
         assert_eq!(again.events("caught").count(), 0, "{point}: {}", again.story());
         assert_eq!(road.destination.end(), 0, "{point}: {}", road.destination.story());
-        expect_right(&road.destination);
+        road.destination.expect_whole();
         assert_eq!((road.left(), road.journals()), (vec![], 0), "{point}: an orderly end leaves nothing");
         // Nobody takes over what is released and known to be.
         let mut late = road.take_over(&[]);
@@ -273,7 +268,7 @@ fn p6_a_release_that_was_told_stands_though_nobody_says_farewell() {
     let mut road = Road::start("tcp", &["--run-on", "100ms", "--check"], &["--stop-at", "release-told"]);
     road.crash_where_it_stopped();
     assert_eq!(road.destination.end(), 0, "{}", road.destination.story());
-    expect_right(&road.destination);
+    road.destination.expect_whole();
     // It is not found any more; that changes nothing, and whoever wants may ask again.
     for _ in 0..2 {
         let mut again = road.take_over(&["--takeover-grace", "300ms"]);
@@ -302,7 +297,7 @@ fn a_source_that_dies_in_the_switch_is_taken_over_once_the_guests_state_is_saved
                 road.source.wait_for_event("caught");
             }
             assert_eq!(road.source.end(), 10, "{point}: {}", road.source.story());
-            expect_right(&road.source);
+            road.source.expect_whole();
         } else {
             let mut again = road.take_over(&[]);
             assert_eq!(again.end(), 7, "{point}: {}", again.story());
@@ -332,7 +327,7 @@ fn a_source_that_dies_in_the_handshake_of_a_takeover_is_taken_over_again() {
         });
         road.destination.crash();
         assert_eq!(road.source.end(), 10, "{}", road.source.story());
-        expect_right(&road.source);
+        road.source.expect_whole();
         road.expect_good_end();
     }
 }
@@ -355,7 +350,7 @@ fn a_second_migration_succeeds_after_a_takeover() {
     road.source = Road::send(&road.place, &road.memory, &to, &observer, &[]);
     assert_eq!(road.destination.end(), 0, "{}", road.destination.story());
     assert_eq!(road.source.end(), 0, "{}", road.source.story());
-    expect_right(&road.destination);
+    road.destination.expect_whole();
     assert_eq!((road.left(), road.journals()), (vec![], 0));
     road.expect_good_end();
 }
@@ -374,7 +369,7 @@ fn under_lease_a_destination_that_was_silent_too_long_tethers_again() {
     road.source.wait_for_event("caught");
     road.source.signal(libc::SIGTERM);
     assert_eq!(road.source.end(), 10, "{}", road.source.story());
-    expect_right(&road.source);
+    road.source.expect_whole();
     assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
     drop((road.observer, road.destination, road.source));
     road.place.expect_nothing_left();
@@ -426,7 +421,7 @@ fn what_cannot_be_taken_over_is_said_with_a_code_of_its_own() {
     road.source.wait_for_event("caught");
     road.source.signal(libc::SIGTERM);
     assert_eq!(road.source.end(), 10, "{}", road.source.story());
-    expect_right(&road.source);
+    road.source.expect_whole();
     road.expect_good_end();
 }
 

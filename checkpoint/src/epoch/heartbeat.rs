@@ -288,4 +288,14 @@ impl Beats {
     pub(crate) fn lease(&self) -> Arc<dyn LeaseClock> {
         self.0.shared.lease.clone()
     }
+
+    /// How long it would wait now before its next beat.
+    pub(crate) fn interval(&self) -> Duration {
+        self.0.interval()
+    }
+
+    /// How long the lease lasts from now on.
+    pub(crate) fn left(&self) -> Duration {
+        Duration::from_nanos(self.0.shared.lease.0.load(Ordering::Acquire).saturating_sub(boottime_ns()))
+    }
 }

@@ -677,6 +677,36 @@ fn a_lease_is_never_longer_than_what_both_sides_said() {
 }
 
 #[test]
+fn a_lease_of_which_less_than_half_is_left_is_renewed_in_a_hurry_and_one_of_which_more_is_left_is_not() {
+    let mut wire = Wire::new(RING);
+    let (lease, interval) = (Duration::from_millis(200), Duration::from_millis(20));
+    let _folder = source_folder(&wire, Duration::from_secs(3600));
+    let mailbox = Mailbox::new(&mut wire).unwrap();
+    let config = HeartbeatConfig { lease, interval, ..HeartbeatConfig::default() };
+    let mut heart = crate::epoch::heartbeat::Beats::new(wire.lane(), Wire::keys(), mailbox, config);
+    let deadline = soon();
+    let (mut calm, mut hurried) = (false, false);
+    while !(calm && hurried) {
+        assert!(!deadline.expired(), "calm: {calm}, hurried: {hurried}");
+        // What it says holds for the whole time between two looks at the lease, however long this thread was kept waiting there.
+        let before = heart.left();
+        let says = heart.interval();
+        let after = heart.left();
+        if after * 2 > lease {
+            assert_eq!(says, interval);
+            calm = true;
+        }
+        if before * 2 < lease {
+            assert!(says < interval, "{says:?} with {before:?} left");
+            hurried = calm;
+        }
+        if before.is_zero() || !calm {
+            heart.beat().unwrap();
+        }
+    }
+}
+
+#[test]
 fn p5_the_heartbeat_ends_when_the_source_takes_the_session_back() {
     let mut wire = Wire::new(RING);
     let folder = source_folder(&wire, Duration::from_secs(1));

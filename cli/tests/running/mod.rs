@@ -244,6 +244,12 @@ impl Process {
         self.events("state").any(|event| event["state"] == state)
     }
 
+    /// Its guest was looked at (`--check`), and every byte was what it must be.
+    pub fn expect_whole(&self) {
+        let checked = self.events("checked").last().unwrap_or_else(|| panic!("it never looked: {}", self.story()));
+        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{}", self.story());
+    }
+
     /// What it said, without what comes all the time.
     pub fn story(&self) -> String {
         let rare = |event: &&Value| !["pull", "committed", "latency"].contains(&event["event"].as_str().unwrap_or(""));

@@ -1,108 +1,11 @@
 //! A real etcd on loopback.
 
 use super::*;
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
-
-/// Where etcd is; says why and is none where it is not.
-fn etcd() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|folder| folder.join("etcd")).find(|path| path.is_file());
-    let found = found.or_else(|| Some(PathBuf::from("/usr/bin/etcd")).filter(|path| path.is_file()));
-    if found.is_none() {
-        eprintln!("skipped: there is no etcd in PATH (Debian: etcd-server)");
-    }
-    found
-}
-
-/// Two that nobody has now. They lie below what the kernel gives out by itself, so that no listener of another test takes one meanwhile;
-/// whoever else does makes etcd end, and other ones are tried.
-fn free_ports() -> [u16; 2] {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 20_000 + (std::process::id() % 1000) as u16 * 10;
-    let mut free = std::iter::repeat_with(|| 20_000 + (first - 20_000 + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000)
-        .filter(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok());
-    [(); 2].map(|()| free.next().expect("one after the other"))
-}
-
-/// One that dies with the test.
-struct Server {
-    program: PathBuf,
-    folder: tempfile::TempDir,
-    ports: [u16; 2],
-    child: Child,
-}
+use crate::testing::etcd::{Server, etcd};
 
 impl Server {
-    fn start(program: PathBuf) -> Self {
-        for _ in 0..50 {
-            let folder = tempfile::tempdir().expect("a temporary directory");
-            let ports = free_ports();
-            let child = Self::spawn(&program, &folder, ports);
-            let mut server = Self { program: program.clone(), folder, ports, child };
-            if server.answers() {
-                return server;
-            }
-        }
-        panic!("etcd does not start");
-    }
-
-    fn spawn(program: &PathBuf, folder: &tempfile::TempDir, [client, peer]: [u16; 2]) -> Child {
-        let (client, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
-        let mut command = Command::new(program);
-        command
-            .args(["--name", "one", "--listen-client-urls", &client, "--advertise-client-urls", &client])
-            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("one={peer}"), "--data-dir"])
-            .arg(folder.path().join("data"))
-            .args(["--log-level", "error", "--unsafe-no-fsync"])
-            .env_remove("ETCD_NAME")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let die_with_the_test = || {
-            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(Into::into)
-        };
-        // SAFETY: prctl(2) allocates nothing and touches no memory of this process: it may be called between fork and exec.
-        unsafe { command.pre_exec(die_with_the_test) };
-        command.spawn().expect("etcd starts")
-    }
-
     fn client(&self) -> Etcd {
-        Etcd::new(format!("http://127.0.0.1:{}", self.ports[0]).parse().expect("an endpoint"))
-    }
-
-    /// Waits until it answers; false if it ended before.
-    fn answers(&mut self) -> bool {
-        let end = Instant::now() + Duration::from_secs(60);
-        let nobody: GuestName = "nobody".parse().expect("a name");
-        loop {
-            match self.client().who(&nobody, Deadline::after(Duration::from_secs(5))) {
-                Ok(_) => return true,
-                Err(_) if !matches!(self.child.try_wait(), Ok(None)) => return false,
-                Err(error) => assert!(Instant::now() < end, "{error}"),
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().expect("ours");
-        self.child.wait().expect("ours");
-    }
-
-    fn start_again(&mut self) {
-        self.child = Self::spawn(&self.program, &self.folder, self.ports);
-        assert!(self.answers(), "etcd ended as it was started again");
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        Etcd::new(self.address().parse().expect("an endpoint"))
     }
 }
 
