@@ -5,8 +5,8 @@ use crate::metrics::http;
 use crate::operate::console::ConsoleOptions;
 use crate::operate::protocol;
 use crate::options::{
-    ConfigFile, FabricOptions, FenceOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice, SecurityOptions,
-    TetherOptions,
+    ArbiterTable, ConfigFile, FabricOptions, FenceOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice,
+    SecurityOptions, SourceLossOptions, TetherOptions,
 };
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use serde::Serialize;
@@ -101,11 +101,19 @@ fn file(text: &str) {
     same::<SecurityOptions>(&file.security);
     same::<ConsoleOptions>(&file.operate);
     same::<FenceOptions>(&file.fence);
+    same::<ArbiterTable>(&file.arbiter);
     let table: toml::Table = text.parse().expect("it was read");
     assert!(
-        table.keys().all(|key| ["tether", "guest", "fabric", "security", "operate", "fence"].contains(&&**key)),
+        table
+            .keys()
+            .all(|key| ["tether", "guest", "fabric", "security", "operate", "fence", "arbiter"].contains(&&**key)),
         "{text:?}"
     );
+    // What is wrong with an arbiter is said; nobody who named one goes without.
+    let (named, on_source_loss) = file.arbiter.clone().parts();
+    if let Ok(None) = SourceLossOptions::default().or(on_source_loss).of(&named) {
+        assert!(file.arbiter.arbiter.is_none() && file.arbiter.guest_name.is_none(), "{text:?}");
+    }
     // Every file goes under any command line.
     let tether = TetherOptions::default().or(file.tether.clone());
     assert_eq!(written(&tether), written(&file.tether));
@@ -171,7 +179,8 @@ mod tests {
             ring = \"64M\"\nrelease = \"30s\"\nshards = 2\npace = \"2.5G\"\n[guest]\nmemory = \"1G\"\npage-size = \"2M\"\n\
             vmm = \"apart\"\n[fabric]\nfabric = \"verbs\"\ntrusted-fabric = true\nnuma-node = \"1\"\nib-port = 1\n\
             [security]\ncert = \"a.crt\"\ninsecure = true\n\
-            [fence]\nfence-hook = \"power-off $BELAY_FENCE_HOST\"\nfence-timeout = \"60s\"\nfence-always = true\n";
+            [fence]\nfence-hook = \"power-off $BELAY_FENCE_HOST\"\nfence-timeout = \"60s\"\nfence-always = true\n\
+            [arbiter]\narbiter = \"http://etcd-0:2379\"\nguest-name = \"vm1\"\non-source-loss = \"continue\"\n";
         let of = |mode: u8, text: &str| [&[mode], text.as_bytes()].concat();
         let seeds = [
             ("file", of(0, file)),

@@ -33,7 +33,7 @@ pub struct SourceLossOptions {
 }
 
 /// Both, in a file that both hosts may read.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ArbiterTable {
     pub arbiter: Option<String>,
