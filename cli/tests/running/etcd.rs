@@ -1,4 +1,5 @@
 //! An etcd of a test's own, and what it says of a guest.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 #[path = "../../../checkpoint/src/testing/etcd.rs"]
 mod server;
