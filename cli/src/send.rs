@@ -428,6 +428,9 @@ fn guest_spec(options: &GuestOptions) -> GuestSpec {
     GuestSpec {
         program: match options.guest {
             Some(ProgramChoice::Scanner) => Program::Scanner,
+            Some(ProgramChoice::Sequential) => Program::Sequential,
+            Some(ProgramChoice::Zipf) => Program::Zipf,
+            Some(ProgramChoice::Phases) => Program::Phases,
             Some(ProgramChoice::Ledger) | None => Program::Ledger,
         },
         memory_bytes,

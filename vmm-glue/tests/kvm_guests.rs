@@ -26,7 +26,8 @@ fn spec(program: Program, vcpus: u16, seed: u64) -> GuestSpec {
 
 fn guests() -> impl Iterator<Item = GuestSpec> {
     let programs = [(Program::Ledger, 1), (Program::Ledger, 2), (Program::Scanner, 1), (Program::Scanner, 2)];
-    let programs = programs.into_iter().chain([(Program::Metronome, 1)]);
+    let programs = programs.into_iter().chain([(Program::Metronome, 1), (Program::Sequential, 2), (Program::Zipf, 1)]);
+    let programs = programs.chain([(Program::Phases, 2)]);
     programs.zip(10..).map(|((program, vcpus), seed)| spec(program, vcpus, seed))
 }
 
@@ -43,8 +44,9 @@ fn every_guest_runs_identically_with_and_without_a_stop_in_the_middle() {
 
 #[test]
 fn a_ledger_of_host_threads_runs_identically_with_and_without_a_stop_in_the_middle() {
-    for (vcpus, seed) in [(1, 1), (1, 2), (2, 3), (2, 4)] {
-        runs_identically_with_and_without_stops(&spec(Program::Ledger, vcpus, seed), &Kind::HostThreads);
+    let ledgers = [(Program::Ledger, 1), (Program::Sequential, 1), (Program::Zipf, 2), (Program::Phases, 2)];
+    for ((program, vcpus), seed) in ledgers.into_iter().zip(1..) {
+        runs_identically_with_and_without_stops(&spec(program, vcpus, seed), &Kind::HostThreads);
     }
 }
 

@@ -30,14 +30,14 @@ guest stood still in that time: at the switch, for checkpoints, held back; check
 old a checkpoint was when it had committed; output delay, how long packets waited for theirs; host a and host b, processor time of source and
 destination, guest included.
 
-Workloads: idle writes 100 pages a second, random 20,000 anywhere in 64 MiB, write-heavy 200,000 in 32 MiB. A packet leaves every 256 pages
-written.")]
+Workloads: idle writes 100 pages a second, random 20,000 anywhere in 64 MiB, sequential as many from its one end to the other, zipf as many of which
+56 % go to a hundredth of it, phases each of these in turns for 1.6 s, write-heavy 200,000 in 32 MiB. A packet leaves every 256 pages written.")]
 pub struct SweepArgs {
     /// Which policies, as --policy of `belay send` has them, and none
     #[arg(long, value_name = "POLICY", value_delimiter = ';', default_values = ["none", "fixed:0.1ms", "fixed:1ms", "fixed:10ms", "fixed:50ms", "fixed:100ms", "adaptive:50ms"])]
     policy: Vec<Way>,
     /// Which guests
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Workload::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Workload::USUAL)]
     workload: Vec<Workload>,
     /// Guest RAM
     #[arg(long, value_name = "BYTES", value_delimiter = ',', default_value = "1G", value_parser = quantity::bytes)]
@@ -100,19 +100,27 @@ impl fmt::Display for Way {
 pub enum Workload {
     Idle,
     Random,
+    Sequential,
+    Zipf,
+    Phases,
     WriteHeavy,
 }
 
 impl Workload {
-    const ALL: [Self; 3] = [Self::Idle, Self::Random, Self::WriteHeavy];
+    /// Where nobody says which.
+    const USUAL: [Self; 3] = [Self::Idle, Self::Random, Self::WriteHeavy];
 
-    /// Pages a second, and the memory they are spread over.
-    fn words(self) -> [&'static str; 4] {
-        match self {
-            Self::Idle => ["--dirty-rate", "100", "--working-set", "64M"],
-            Self::Random => ["--dirty-rate", "20k", "--working-set", "64M"],
-            Self::WriteHeavy => ["--dirty-rate", "200k", "--working-set", "32M"],
-        }
+    /// The program, pages a second, and the memory they are spread over.
+    fn words(self) -> [&'static str; 6] {
+        let (program, rate, pages) = match self {
+            Self::Idle => ("ledger", "100", "64M"),
+            Self::Random => ("ledger", "20k", "64M"),
+            Self::Sequential => ("sequential", "20k", "64M"),
+            Self::Zipf => ("zipf", "20k", "64M"),
+            Self::Phases => ("phases", "20k", "64M"),
+            Self::WriteHeavy => ("ledger", "200k", "32M"),
+        };
+        ["--guest", program, "--dirty-rate", rate, "--working-set", pages]
     }
 }
 

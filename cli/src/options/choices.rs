@@ -146,6 +146,12 @@ choice! {
     ProgramChoice {
         /// Scattered writes, each depending on what was there before
         Ledger,
+        /// The same from one end to the other, again and again
+        Sequential,
+        /// The same, a few pages much more often than the rest
+        Zipf,
+        /// The same, in each of these ways in turns
+        Phases,
         /// Reads and checks everything, writes nothing
         Scanner,
     }

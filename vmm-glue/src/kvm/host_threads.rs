@@ -61,6 +61,7 @@ struct Shared {
     control: Control,
     port: Port,
     spec: GuestSpec,
+    pattern: rules::Pattern,
     layout: Layout,
     memory: Arc<Mapping>,
     /// Set while threads are to stop: what a kick is to a vCPU.
@@ -119,7 +120,7 @@ impl Shared {
             }
             Next::Step => {
                 let seed = rules::step_seed(spec.seed, vcpu as u16);
-                let (page, word, hash) = rules::step(seed, now.step, own.end - own.start);
+                let (page, word, hash) = rules::step(self.pattern, seed, now.step, own.end - own.start);
                 let word = self.memory.atomic_u64(PageIndex(own.start + page).offset() + word * 8);
                 let old = word.load(Ordering::Relaxed);
                 now.digest = rules::fold(now.digest, old);
@@ -175,7 +176,7 @@ impl Shared {
     }
 }
 
-/// See the module. Runs [`Program::Ledger`] only.
+/// See the module. Runs ledgers only.
 pub struct HostGuest {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -191,9 +192,13 @@ impl HostGuest {
         sink: Arc<dyn PacketSink>,
     ) -> Result<Self, GuestError> {
         let layout = spec.layout().map_err(|error| GuestError::Unsupported(error.to_string()))?;
-        if spec.program != Program::Ledger {
-            return Err(GuestError::Unsupported(format!("host threads run the ledger, not the {:?}", spec.program)));
-        }
+        let pattern = match spec.program {
+            Program::Metronome => None,
+            program => program.pattern(),
+        };
+        let Some(pattern) = pattern else {
+            return Err(GuestError::Unsupported(format!("host threads run ledgers, not the {:?}", spec.program)));
+        };
         if file.len() as u64 != spec.memory_bytes || alias.len() != file.len() {
             let (asked, file, alias) = (spec.memory_bytes, file.len(), alias.len());
             return Err(GuestError::Unsupported(format!(
@@ -208,6 +213,7 @@ impl HostGuest {
             control: Control::new(vcpus),
             port: Port::new(spec, sink),
             spec: spec.clone(),
+            pattern,
             layout,
             memory,
             stopping: AtomicBool::new(true),

@@ -24,7 +24,7 @@ use belay_transport::{Deadline, PageSize, RegionId};
 use control::Wish;
 use guests::{GuestSpec, LEDGER_ENTRY, Layout, Program, SCANNER_ENTRY};
 pub use host_threads::HostGuest;
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs};
 use machine::{Machine, failed};
 pub use shared::SharedGuest;
 use std::sync::Arc;
@@ -202,10 +202,7 @@ impl BareGuest for KvmGuest {
             let fd = vcpu.fd();
             let sregs = user_mode(fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?, &self.layout);
             fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
-            let entry = match self.spec.program {
-                Program::Ledger | Program::Metronome => LEDGER_ENTRY,
-                Program::Scanner => SCANNER_ENTRY,
-            };
+            let entry = if self.spec.program == Program::Scanner { SCANNER_ENTRY } else { LEDGER_ENTRY };
             let regs = kvm_regs {
                 rip: self.layout.text().offset() as u64 + entry,
                 rdi: self.layout.parameters(vcpu.index as u16),
@@ -213,6 +210,11 @@ impl BareGuest for KvmGuest {
                 ..Default::default()
             };
             fd.set_regs(&regs).map_err(failed("KVM_SET_REGS"))?;
+            // With interrupt controllers in the kernel every vCPU but the first waits for a SIPI, which nobody here would send.
+            if self.machine.irqchip {
+                let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+                fd.set_mp_state(running).map_err(failed("KVM_SET_MP_STATE"))?;
+            }
         }
         Ok(())
     }

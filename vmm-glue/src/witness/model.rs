@@ -6,6 +6,7 @@
 //! holes and data. Costs as much private memory as the guest has.
 
 use super::packet::{self, PacketError, Parsed};
+use crate::kvm::guests::rules::Pattern;
 use crate::kvm::guests::{GuestSpec, Layout, NONCE_LOG_CAPACITY, Program, SpecError, low_pages, rules, text};
 use belay_transport::region::Mapping;
 use belay_transport::{PAGE_SIZE, PageIndex};
@@ -145,9 +146,9 @@ impl Model {
             }
         }
         fill(&mut image, spec, &layout);
-        let packets = match spec.program {
-            Program::Ledger | Program::Metronome => run_ledger(&mut image, spec, &layout, steps, &logs),
-            Program::Scanner => (0..spec.vcpus).map(|vcpu| scanner_packets(&image, &layout, vcpu, steps)).collect(),
+        let packets = match spec.program.pattern() {
+            Some(pattern) => run_ledger(&mut image, spec, pattern, &layout, steps, &logs),
+            None => (0..spec.vcpus).map(|vcpu| scanner_packets(&image, &layout, vcpu, steps)).collect(),
         };
         Self { spec: spec.clone(), layout, image, packets, logs, issued: issued.to_vec() }
     }
@@ -218,10 +219,10 @@ impl Model {
                 return Err(PacketError::FromTheFuture { sequence, actual });
             };
             match self.spec.program {
-                Program::Ledger | Program::Metronome if actual == *expected => {}
                 Program::Scanner if actual.same_pass(expected) => {
                     self.check_scanner_nonce(sequence, &actual, &mut nonces[vcpu])?;
                 }
+                program if program != Program::Scanner && actual == *expected => {}
                 _ => return Err(PacketError::Wrong { sequence, actual, expected: *expected }),
             }
             *index += 1;
@@ -315,6 +316,7 @@ fn fill(image: &mut [u64], spec: &GuestSpec, layout: &Layout) {
 fn run_ledger(
     image: &mut [u64],
     spec: &GuestSpec,
+    pattern: Pattern,
     layout: &Layout,
     steps: &[u64],
     logs: &[Vec<NonceSeen>],
@@ -332,7 +334,7 @@ fn run_ledger(
             .zip(parts)
             .map(|(vcpu, part)| {
                 let (steps, log) = (steps[usize::from(vcpu)], &logs[usize::from(vcpu)]);
-                scope.spawn(move || replay(part, spec, vcpu, steps, log))
+                scope.spawn(move || replay(part, (spec, pattern), vcpu, steps, log))
             })
             .collect();
         running.into_iter().map(|thread| thread.join().expect("replaying does not panic")).collect()
@@ -362,7 +364,13 @@ struct Replayed {
     counters: [u64; 64],
 }
 
-fn replay(own: &mut [u64], spec: &GuestSpec, vcpu: u16, steps: u64, log: &[NonceSeen]) -> Replayed {
+fn replay(
+    own: &mut [u64],
+    (spec, pattern): (&GuestSpec, Pattern),
+    vcpu: u16,
+    steps: u64,
+    log: &[NonceSeen],
+) -> Replayed {
     let (seed, pages) = (rules::step_seed(spec.seed, vcpu), (own.len() / PAGE_WORDS) as u64);
     let mut now = Parsed { kind: rules::kind::FILLED, vcpu, step: 0, digest: 0, nonces: 0, last_nonce: 0 };
     let mut replayed = Replayed { packets: vec![now], counters: [0; 64] };
@@ -371,7 +379,7 @@ fn replay(own: &mut [u64], spec: &GuestSpec, vcpu: u16, steps: u64, log: &[Nonce
     while now.step < steps {
         let mut last_hash = 0;
         for _ in 0..spec.batch_steps {
-            let (page, word, hash) = rules::step(seed, now.step, pages);
+            let (page, word, hash) = rules::step(pattern, seed, now.step, pages);
             let at = page as usize * PAGE_WORDS + word;
             now.digest = rules::fold(now.digest, own[at]);
             own[at] = rules::chain(own[at], hash);

@@ -208,7 +208,7 @@ impl<G: BareGuest + ?Sized> Rig<G> {
     pub fn run_to_and_check(&mut self, step: u64) -> Model {
         self.guest.park_at_step(step).expect("park");
         self.guest.resume().expect("resume");
-        let steps = self.guest.wait_parked(soon()).expect("parked");
+        let steps = self.guest.wait_parked(soon()).unwrap_or_else(|error| panic!("{error} of {:?}", self.spec));
         let model = Model::new(&self.spec, &steps, &self.ram.alias, &self.issued).expect("model");
         let comparison = model.compare(&self.ram.alias, 8);
         assert!(comparison.is_equal(), "steps {steps:?}: {comparison}");

@@ -42,7 +42,7 @@ pub const METRONOME_LOG_ENTRIES: u64 = 128;
 /// Gaps in the guest's clock shorter than this are not logged.
 pub const METRONOME_GAP_TICKS: u64 = 20_000;
 
-const PARAMETERS: usize = 18;
+const PARAMETERS: usize = 19;
 
 /// Present, writable, user, accessed: set beforehand so that the CPU never has to.
 const TABLE_ENTRY: u64 = 0x27;
@@ -71,6 +71,7 @@ pub enum Parameter {
     MetronomeLog = 15,
     MetronomeSpinTicks = 16,
     MetronomeGapTicks = 17,
+    Pattern = 18,
 }
 
 /// Guest-physical address of a byte of RAM.
@@ -238,5 +239,7 @@ fn parameters(layout: &Layout, spec: &GuestSpec, vcpu: u16) -> [u64; PARAMETERS]
     set(Parameter::MetronomeLog, if metronome { address(layout.metronome_log()) } else { 0 });
     set(Parameter::MetronomeSpinTicks, spec.metronome_spin_ticks);
     set(Parameter::MetronomeGapTicks, METRONOME_GAP_TICKS);
+    // A scanner makes no steps.
+    set(Parameter::Pattern, spec.program.pattern().map_or(0, |pattern| pattern as u64));
     words
 }

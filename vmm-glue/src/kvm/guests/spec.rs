@@ -1,6 +1,7 @@
 //! What a guest is asked to do.
 
 use super::Layout;
+use super::rules::Pattern;
 use belay_transport::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,25 @@ pub enum Program {
     Scanner,
     /// A ledger that dirties one batch, then watches its own clock until the next one and logs every gap it sees.
     Metronome,
+    /// A ledger whose steps go from one end of its working set to the other, again and again.
+    Sequential,
+    /// A ledger that writes a few pages much more often than the rest.
+    Zipf,
+    /// A ledger that goes about it in one way for a while, and then in another.
+    Phases,
+}
+
+impl Program {
+    /// Where the steps of a ledger go; none of a program that writes nothing.
+    pub fn pattern(self) -> Option<Pattern> {
+        match self {
+            Self::Ledger | Self::Metronome => Some(Pattern::Random),
+            Self::Sequential => Some(Pattern::Sequential),
+            Self::Zipf => Some(Pattern::Zipf),
+            Self::Phases => Some(Pattern::Phases),
+            Self::Scanner => None,
+        }
+    }
 }
 
 /// Who writes the first content of guest memory.

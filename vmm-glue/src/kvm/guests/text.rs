@@ -126,7 +126,31 @@ belay_guest_text:
     add rax, r8
     belay_mix
     mov r11, rax
+    /* the page into rdx, by the pattern; of the phases, by what it is now */
+    mov rcx, [rdi + 8*18]
+    cmp ecx, {PHASES}
+    jne .Lpattern
+    mov rcx, r12
+    shr rcx, {PHASE_SHIFT}
+    and ecx, 3
+    cmp ecx, 3
+    je .Lrandom
+.Lpattern:
+    cmp ecx, {SEQUENTIAL}
+    jb .Lrandom
+    je .Lsequential
+    .rept 3
+    mul rax
+    mov rax, rdx
+    .endr
+.Lrandom:
     mul r10
+    jmp .Lplaced
+.Lsequential:
+    mov rax, r12
+    xor edx, edx
+    div r10
+.Lplaced:
     shl rdx, 12
     add rdx, r9
     mov eax, r11d
@@ -292,6 +316,9 @@ belay_guest_text_end:
     DOORBELL = const crate::kvm::device::DOORBELL,
     PACE = const crate::kvm::device::PACE,
     METRONOME_MASK = const super::METRONOME_LOG_ENTRIES - 1,
+    SEQUENTIAL = const rules::Pattern::Sequential as u8,
+    PHASES = const rules::Pattern::Phases as u8,
+    PHASE_SHIFT = const rules::PHASE_SHIFT,
     FILLED = const rules::kind::FILLED,
     PROGRESS = const rules::kind::PROGRESS,
     PASS = const rules::kind::PASS,
