@@ -10,6 +10,7 @@ pub mod fuzzing;
 #[cfg(test)]
 mod golden;
 pub mod numa;
+pub mod pagemap;
 pub mod pages;
 pub mod pull;
 pub mod region;

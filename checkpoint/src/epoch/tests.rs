@@ -1,5 +1,6 @@
 //! What a tether promises, with a guest that runs meanwhile.
 
+use super::heartbeat::Beats;
 use super::model::*;
 use super::*;
 use crate::dirty::Harvested;
@@ -683,7 +684,7 @@ fn a_lease_of_which_less_than_half_is_left_is_renewed_in_a_hurry_and_one_of_whic
     let _folder = source_folder(&wire, Duration::from_secs(3600));
     let mailbox = Mailbox::new(&mut wire).unwrap();
     let config = HeartbeatConfig { lease, interval, ..HeartbeatConfig::default() };
-    let mut heart = crate::epoch::heartbeat::Beats::new(wire.lane(), Wire::keys(), mailbox, config);
+    let mut heart = Beats::new(wire.lane(), Wire::keys(), mailbox, config);
     let deadline = soon();
     let (mut calm, mut hurried) = (false, false);
     while !(calm && hurried) {

@@ -17,13 +17,11 @@
 //! (Documentation/admin-guide/mm/pagemap.rst). A swapped or migrating page counts as present: its frame is still the file's.
 
 use super::extents::{between, end, intersection, normal, total};
+use crate::pagemap::{NO_REGION, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, Query, scan};
 use crate::region::{Extent, Mapping};
 use crate::units::{PAGE_SHIFT, PAGE_SIZE};
-use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
-use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -36,9 +34,6 @@ const WORDS: usize = 8192;
 /// Bits of such a word.
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
-
-const _: () = assert!(size_of::<raw::pm_scan_arg>() == 96);
-const _: () = assert!(size_of::<raw::page_region>() == 24);
 
 /// A way of asking the kernel which parts are in no page table.
 type Look = fn(&OwnedFd, &Mapping, &[Extent]) -> Result<Vec<Extent>, Errno>;
@@ -107,65 +102,16 @@ fn scanned(pagemap: &OwnedFd, mapping: &Mapping, within: &[Extent]) -> Result<Ve
     let base = mapping.address();
     let (Some(first), Some(last)) = (within.first(), within.last()) else { return Ok(Vec::new()) };
     let (mut at, stop) = (base + first.offset, base + end(last));
-    let absent = u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED);
-    let mut runs = vec![raw::page_region { start: 0, end: 0, categories: 0 }; RUNS];
+    let neither = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+    let query = Query { flags: 0, categories: neither, inverted: true };
+    let mut runs = vec![NO_REGION; RUNS];
     let mut missing = Vec::new();
     while at < stop {
-        let mut argument = raw::pm_scan_arg {
-            size: size_of::<raw::pm_scan_arg>() as u64,
-            flags: 0,
-            start: at,
-            end: stop,
-            walk_end: 0,
-            vec: runs.as_mut_ptr() as u64,
-            vec_len: runs.len() as u64,
-            max_pages: 0,
-            category_inverted: absent,
-            category_mask: absent,
-            category_anyof_mask: 0,
-            return_mask: absent,
-        };
-        // SAFETY: the kernel writes the argument and at most `vec_len` regions at `vec`, which `runs` has room for and which
-        // nothing else refers to during the call.
-        let count = match unsafe { ioctl(pagemap, Scan(&mut argument)) } {
-            Ok(count) => count,
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno),
-        };
+        let (count, walked) = scan(pagemap, query, at, stop, &mut runs)?;
         missing.extend(runs[..count].iter().map(|run| between(run.start - base, run.end - base)));
-        // A call that did not move would be made for ever.
-        if argument.walk_end <= at {
-            return Err(Errno::IO);
-        }
-        at = argument.walk_end;
+        at = walked;
     }
     Ok(intersection(&normal(missing), within))
-}
-
-const SCAN: Opcode = opcode::read_write::<raw::pm_scan_arg>(b'f', 16);
-
-/// One PAGEMAP_SCAN; gives the number of runs found.
-struct Scan<'a>(&'a mut raw::pm_scan_arg);
-
-// SAFETY: SCAN is the number made from pm_scan_arg, which is what as_ptr points at; it is mutating; the kernel's answer is a plain
-// count.
-unsafe impl Ioctl for Scan<'_> {
-    type Output = usize;
-
-    const IS_MUTATING: bool = true;
-
-    fn opcode(&self) -> Opcode {
-        SCAN
-    }
-
-    fn as_ptr(&mut self) -> *mut c_void {
-        std::ptr::from_mut(self.0).cast()
-    }
-
-    // SAFETY: the pointer is not used; the result is the ioctl's own return value.
-    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
-        usize::try_from(out).map_err(|_| Errno::IO)
-    }
 }
 
 /// A page's word at a time.
