@@ -13,6 +13,7 @@ mod policies;
 mod profile;
 mod pull;
 mod quantity;
+mod report;
 mod rig;
 mod suspicion;
 mod sweep;
