@@ -25,6 +25,11 @@ impl Latency {
         Self::of_histogram(name, role, bytes, &histogram)
     }
 
+    /// Of which only the columns are known.
+    pub fn of_row(row: Row, role: Role) -> Self {
+        Self { row, role, distribution: Distribution::default() }
+    }
+
     /// As [`Self::of_samples`].
     pub fn of_histogram(name: &str, role: Role, bytes: usize, ns: &Histogram<u64>) -> Self {
         Self { row: Row::of_histogram(name, bytes, ns), role, distribution: Distribution::of(ns) }

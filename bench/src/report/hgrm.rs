@@ -35,7 +35,7 @@ pub fn text(ns: &Histogram<u64>) -> String {
 pub fn write(report: &Report, folder: &Path) -> Result<(), BenchError> {
     std::fs::create_dir_all(folder).map_err(BenchError::io("make the folder for the .hgrm files"))?;
     for case in &report.cases {
-        for latency in case.latencies.iter().filter(|latency| latency.row.iterations > 0) {
+        for latency in case.latencies.iter().filter(|latency| !latency.distribution.0.is_empty()) {
             let name = file_name(&report.suite, case, &latency.row.name);
             std::fs::write(folder.join(name), text(&latency.distribution.histogram()))
                 .map_err(BenchError::io("write a .hgrm file"))?;

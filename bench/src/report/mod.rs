@@ -3,18 +3,24 @@
 //! A [`Report`] has cases, a [`Case`] has what was measured under one set of parameters. Each [`Measure`] keeps the value of every round,
 //! and beside it what a floor or a peer did in the same round, so that a ratio is always one of two neighbours in time.
 
+mod compare;
 mod distribution;
+mod figure;
 mod hgrm;
+mod html;
 mod json;
 mod machine;
 mod output;
 mod plot;
+mod svg;
 mod text;
+mod tools;
 
-pub use distribution::{Distribution, Latency};
+pub use distribution::Latency;
 pub use machine::Machine;
 pub use output::Output;
 pub use plot::{Axis, Curve, Line, Mark, Plot, Point, Reference, Series};
+pub use tools::{CompareArgs, HtmlArgs};
 
 use crate::table::median;
 use serde::{Deserialize, Serialize};
