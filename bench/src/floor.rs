@@ -1,12 +1,13 @@
 //! The leanest loops that do the same work, for comparison. Nothing of belay is used here: system calls, memcpy, a socket.
 //!
-//! * fault: wait for a fault, copy 4 KiB (or ask for it over TCP), CONTINUE.
+//! * fault: wait for a fault, copy the page (or ask for it over TCP), CONTINUE; or, of memory whose frames cannot be shared, COPY.
+//! * ask: ask for a page over TCP, and no more.
 //! * sweep: copy (or receive) a chunk, CONTINUE it, next chunk.
 //! * memcpy and stream: the same bytes without userfaultfd.
 //! * scattered: copy pages from all over a guest's memory, as the staging of a checkpoint must.
 
 use linux_raw_sys::general as raw;
-use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_REGISTER};
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_REGISTER};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -77,8 +78,14 @@ fn check(outcome: i32) -> io::Result<i32> {
 }
 
 fn memfd(len: usize) -> io::Result<OwnedFd> {
+    memfd_of(len, PAGE)
+}
+
+/// Of pages of 4 KiB or of 2 MiB.
+fn memfd_of(len: usize, page: usize) -> io::Result<OwnedFd> {
+    let huge = if page == PAGE { 0 } else { libc::MFD_HUGETLB | libc::MFD_HUGE_2MB };
     // SAFETY: the name is NUL-terminated.
-    let fd = check(unsafe { libc::memfd_create(c"floor".as_ptr(), libc::MFD_CLOEXEC) })?;
+    let fd = check(unsafe { libc::memfd_create(c"floor".as_ptr(), libc::MFD_CLOEXEC | huge) })?;
     // SAFETY: the kernel just made it and nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: ftruncate touches no memory of ours.
@@ -105,12 +112,25 @@ struct Memory {
     alias: Map,
     guest: Map,
     uffd: OwnedFd,
+    fault: Fault,
 }
 
+/// What one fault brings.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// Bytes of a page: 4 KiB or 2 MiB.
+    pub page: usize,
+    /// COPY from where the bytes are, instead of writing them to the page's alias and CONTINUE.
+    pub copy: bool,
+}
+
+/// Pages of 4 KiB, written through an alias.
+pub const SMALL: Fault = Fault { page: PAGE, copy: false };
+
 impl Memory {
-    fn new(len: usize) -> io::Result<Self> {
-        let file = memfd(len)?;
-        let (alias, guest) = (Map::new(&file, len, true)?, Map::new(&file, len, false)?);
+    fn new(len: usize, fault: Fault) -> io::Result<Self> {
+        let file = memfd_of(len, fault.page)?;
+        let (alias, guest) = (Map::new(&file, len, !fault.copy)?, Map::new(&file, len, false)?);
         // SAFETY: the system call takes its flags by value.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         // SAFETY: checked to be a descriptor the kernel just made.
@@ -118,9 +138,23 @@ impl Memory {
         let mut api = raw::uffdio_api { api: u64::from(raw::UFFD_API), features: 0, ioctls: 0 };
         ioctl(&uffd, UFFDIO_API, &mut api)?;
         let range = raw::uffdio_range { start: guest.at as u64, len: len as u64 };
-        let mode = u64::from(raw::UFFDIO_REGISTER_MODE_MISSING | raw::UFFDIO_REGISTER_MODE_MINOR);
+        let minor = if fault.copy { 0 } else { raw::UFFDIO_REGISTER_MODE_MINOR };
+        let mode = u64::from(raw::UFFDIO_REGISTER_MODE_MISSING | minor);
         ioctl(&uffd, UFFDIO_REGISTER, &mut raw::uffdio_register { range, mode, ioctls: 0 })?;
-        Ok(Self { alias, guest, uffd })
+        Ok(Self { alias, guest, uffd, fault })
+    }
+
+    /// Answers a fault with the page at `from`, after `wait`.
+    fn answer(&self, offset: usize, from: *const u8, wait: impl FnOnce()) -> io::Result<()> {
+        let page = self.fault.page;
+        if !self.fault.copy {
+            copy(from, self.alias.page(offset, page), page);
+            wait();
+            return self.show(offset, page);
+        }
+        wait();
+        let (dst, src) = (self.guest.page(offset, page) as u64, from as u64);
+        ioctl(&self.uffd, UFFDIO_COPY, &mut raw::uffdio_copy { dst, src, len: page as u64, mode: 0, copy: 0 })
     }
 
     #[inline]
@@ -138,33 +172,50 @@ fn ioctl<T>(fd: &OwnedFd, request: u32, argument: &mut T) -> io::Result<()> {
 
 /// Touches the pages of `order` one after the other while the leanest loop serves them. `wait`: before a page is shown the loop
 /// stays awake for so long, as if a wire had been waited for.
-pub fn faults(wire: Wire, Source(source): &Source, order: &[usize], wait: Duration) -> io::Result<Faults> {
-    let memory = Memory::new(source.len)?;
+pub fn faults(wire: Wire, source: &Source, order: &[usize], wait: Duration) -> io::Result<Faults> {
+    faults_of(wire, source, SMALL, &[order], wait).map(|(faults, _)| faults)
+}
+
+/// As [`faults`], with a touching thread for each of `orders` and pages of another kind; also how long all touches took together.
+pub fn faults_of(
+    wire: Wire,
+    Source(source): &Source,
+    fault: Fault,
+    orders: &[&[usize]],
+    wait: Duration,
+) -> io::Result<(Faults, Duration)> {
+    let memory = Memory::new(source.len, fault)?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let peer = match wire {
             Wire::Memory => None,
-            Wire::Tcp => {
-                let listener = TcpListener::bind("127.0.0.1:0")?;
-                let ours = TcpStream::connect(listener.local_addr()?)?;
-                ours.set_nodelay(true)?;
-                scope.spawn(move || answer(listener, source));
-                Some(ours)
-            }
+            Wire::Tcp => Some(connect(scope, source, fault.page)?),
         };
         let server = scope.spawn(|| serve(&memory, source, &stop, peer, wait));
-        let mut toucher = Vec::with_capacity(order.len());
-        for page in order {
-            let at = memory.guest.page(page * PAGE, 8).cast::<u64>();
-            let start = Instant::now();
-            // SAFETY: inside the mapping and aligned; volatile, because it is another thread that fills it.
-            unsafe { at.read_volatile() };
-            toucher.push(start.elapsed().as_nanos() as u64);
+        let start = Instant::now();
+        let memory = &memory;
+        let touchers: Vec<_> = orders.iter().map(|order| scope.spawn(move || touch(memory, order))).collect();
+        let mut toucher = Vec::new();
+        for one in touchers {
+            toucher.extend(one.join().map_err(|_| io::Error::other("a thread that touched panicked"))?);
         }
+        let took = start.elapsed();
         stop.store(true, Ordering::Release);
         let server = server.join().map_err(|_| io::Error::other("the floor's server panicked"))??;
-        Ok(Faults { toucher, server })
+        Ok((Faults { toucher, server }, took))
     })
+}
+
+fn touch(memory: &Memory, order: &[usize]) -> Vec<u64> {
+    let mut took = Vec::with_capacity(order.len());
+    for page in order {
+        let at = memory.guest.page(page * memory.fault.page, 8).cast::<u64>();
+        let start = Instant::now();
+        // SAFETY: inside the mapping and aligned; volatile, because it is another thread that fills it.
+        unsafe { at.read_volatile() };
+        took.push(start.elapsed().as_nanos() as u64);
+    }
+    took
 }
 
 fn serve(
@@ -175,7 +226,7 @@ fn serve(
     wait: Duration,
 ) -> io::Result<Vec<u64>> {
     let mut times = Vec::with_capacity(1 << 16);
-    let (mut message, mut page) = ([0_u64; 4], vec![0_u8; PAGE]);
+    let (mut message, mut page) = ([0_u64; 4], vec![0_u8; memory.fault.page]);
     let mut empty = 0_u32;
     while !stop.load(Ordering::Relaxed) {
         // SAFETY: the buffer takes one message of 32 bytes.
@@ -191,40 +242,69 @@ fn serve(
         }
         empty = 0;
         let start = Instant::now();
-        let offset = (message[2] - memory.guest.at as u64) as usize & !(PAGE - 1);
+        let offset = (message[2] - memory.guest.at as u64) as usize & !(memory.fault.page - 1);
+        let waiting = || {
+            while start.elapsed() < wait {
+                std::hint::spin_loop();
+            }
+        };
         match &mut peer {
-            None => copy(source.page(offset, PAGE), memory.alias.page(offset, PAGE), PAGE),
+            None => memory.answer(offset, source.page(offset, memory.fault.page), waiting)?,
             Some(peer) => {
                 peer.write_all(&(offset as u64).to_ne_bytes())?;
                 peer.read_exact(&mut page)?;
-                copy(page.as_ptr(), memory.alias.page(offset, PAGE), PAGE);
+                memory.answer(offset, page.as_ptr(), waiting)?;
             }
         }
-        while start.elapsed() < wait {
-            std::hint::spin_loop();
-        }
-        memory.show(offset, PAGE)?;
         times.push(start.elapsed().as_nanos() as u64);
     }
     Ok(times)
 }
 
+/// A connection to a thread of its own that answers an offset with a page of `source`.
+fn connect<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    source: &'scope Map,
+    page: usize,
+) -> io::Result<TcpStream> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let ours = TcpStream::connect(listener.local_addr()?)?;
+    ours.set_nodelay(true)?;
+    scope.spawn(move || answer(listener, source, page));
+    Ok(ours)
+}
+
 /// The other end of the TCP floor: an offset in, a page out.
-fn answer(listener: TcpListener, source: &Map) -> io::Result<()> {
+fn answer(listener: TcpListener, source: &Map, len: usize) -> io::Result<()> {
     let (mut stream, _) = listener.accept()?;
     stream.set_nodelay(true)?;
-    let (mut request, mut page) = ([0; 8], vec![0_u8; PAGE]);
+    let (mut request, mut page) = ([0; 8], vec![0_u8; len]);
     while stream.read_exact(&mut request).is_ok() {
-        copy(source.page(u64::from_ne_bytes(request) as usize, PAGE), page.as_mut_ptr(), PAGE);
+        copy(source.page(u64::from_ne_bytes(request) as usize, len), page.as_mut_ptr(), len);
         stream.write_all(&page)?;
     }
     Ok(())
 }
 
-/// Copies (or receives) and shows all of the source in chunks.
-pub fn sweep(wire: Wire, Source(source): &Source, chunk: usize) -> io::Result<Duration> {
+/// Asks for the pages of `order` over TCP, one after the other, and does nothing with them: what each took, in nanoseconds.
+pub fn ask(Source(source): &Source, order: &[usize], page: usize) -> io::Result<Vec<u64>> {
+    std::thread::scope(|scope| {
+        let mut peer = connect(scope, source, page)?;
+        let mut bytes = vec![0; page];
+        let one = |at: &usize| {
+            let start = Instant::now();
+            peer.write_all(&((at * page) as u64).to_ne_bytes())?;
+            peer.read_exact(&mut bytes)?;
+            Ok(start.elapsed().as_nanos() as u64)
+        };
+        order.iter().map(one).collect()
+    })
+}
+
+/// Copies (or receives) and shows all of the source in chunks, each of whole pages of `page` bytes.
+pub fn sweep(wire: Wire, Source(source): &Source, chunk: usize, page: usize) -> io::Result<Duration> {
     let len = source.len;
-    let memory = Memory::new(len)?;
+    let memory = Memory::new(len, Fault { page, copy: false })?;
     match wire {
         Wire::Memory => {
             let start = Instant::now();

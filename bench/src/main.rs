@@ -13,6 +13,7 @@ mod policies;
 mod profile;
 mod pull;
 mod quantity;
+mod report;
 mod rig;
 mod suspicion;
 mod sweep;
@@ -38,10 +39,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Latency of a demand fault, unloaded and under background pull
-    Fault(Options),
-    /// Bandwidth of the background pull
-    Pull(Options),
+    Fault(fault::FaultArgs),
+    Pull(pull::PullArgs),
     /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
     Checkpoint(Options),
     Migrate(Box<migrate::MigrateArgs>),
@@ -51,6 +50,8 @@ enum Command {
     Tracking(tracking::TrackingArgs),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
+    Html(report::HtmlArgs),
+    Compare(report::CompareArgs),
 }
 
 #[derive(Args)]
@@ -68,11 +69,18 @@ struct Options {
     out_json: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+/// What carries the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Fabric {
     Local,
     Tcp,
     Verbs,
+}
+
+impl std::fmt::Display for Fabric {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        FabricKind::from(*self).fmt(f)
+    }
 }
 
 impl From<Fabric> for FabricKind {
@@ -98,42 +106,31 @@ impl Fabric {
 }
 
 fn main() -> ExitCode {
-    let outcome =
-        match Cli::parse().command {
-            Command::Fault(options) => match options.fabric.floor() {
-                Some(wire) => fault::run(wire, options.quick).and_then(|report| options.save(&report)),
-                None => options.through_device(wire::Test::Fault),
-            },
-            Command::Pull(options) => match options.fabric.floor() {
-                Some(wire) => pull::run(wire, options.quick).and_then(|report| options.save(&report)),
-                None => options.through_device(wire::Test::Pull),
-            },
-            Command::Checkpoint(options) => {
-                let (fabric, device) = (options.fabric.into(), options.device.clone());
-                checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
-            }
-            Command::Migrate(args) => migrate::run(&args)
-                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
-            Command::Sweep(args) => {
-                sweep::run(&args).and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report)))
-            }
-            Command::Suspicion(args) => suspicion::run(&args)
-                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
-            Command::Policy(args) => policies::run(&args)
-                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
-            Command::Tracking(args) => tracking::run(&args)
-                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
-            Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
-                (Some(report), Some(path)) => save(path, &report),
-                _ => Ok(()),
-            }),
-            Command::Envelope(envelope) => {
-                println!("{}", envelope.text());
-                envelope.out_json.as_deref().map_or(Ok(()), |path| save(path, &envelope.report()))
-            }
-        };
+    let outcome = match Cli::parse().command {
+        Command::Fault(args) => fault::run(&args),
+        Command::Pull(args) => pull::run(&args),
+        Command::Checkpoint(options) => {
+            let (fabric, device) = (options.fabric.into(), options.device.clone());
+            checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
+        }
+        Command::Migrate(args) => migrate::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Sweep(args) => sweep::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Suspicion(args) => suspicion::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Policy(args) => policies::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Tracking(args) => tracking::run(&args),
+        Command::Wire(args) => wire::run(&args).and_then(|report| match report {
+            Some(report) => save(args.out_json.as_deref(), &report),
+            None => Ok(ExitCode::SUCCESS),
+        }),
+        Command::Envelope(envelope) => {
+            println!("{}", envelope.text());
+            save(envelope.out_json.as_deref(), &envelope.report())
+        }
+        Command::Html(args) => args.run(),
+        Command::Compare(args) => args.run(),
+    };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("belay-bench: {}", error.with_causes());
             ExitCode::FAILURE
@@ -142,19 +139,14 @@ fn main() -> ExitCode {
 }
 
 impl Options {
-    fn through_device(&self, test: wire::Test) -> Result<(), BenchError> {
-        let carrier = carrier::Carrier::within_this_host(FabricKind::Verbs, self.device.clone());
-        wire::within_this_host(test, &carrier, self.quick).and_then(|report| self.save(&report))
-    }
-
-    fn save(&self, report: &impl serde::Serialize) -> Result<(), BenchError> {
-        self.out_json.as_deref().map_or(Ok(()), |path| save(path, report))
+    fn save(&self, report: &impl serde::Serialize) -> Result<ExitCode, BenchError> {
+        save(self.out_json.as_deref(), report)
     }
 }
 
-/// Into `path`, or onto stdout for `-`.
-fn save(path: &Path, report: &impl serde::Serialize) -> Result<(), BenchError> {
-    let write = || -> std::io::Result<()> {
+/// Into `path`, or onto stdout for `-`, if anywhere.
+fn save(path: Option<&Path>, report: &impl serde::Serialize) -> Result<ExitCode, BenchError> {
+    let write = |path: &Path| -> std::io::Result<()> {
         let mut json = serde_json::to_vec_pretty(report)?;
         json.push(b'\n');
         match path.as_os_str() == "-" {
@@ -162,5 +154,6 @@ fn save(path: &Path, report: &impl serde::Serialize) -> Result<(), BenchError> {
             false => std::fs::write(path, json),
         }
     };
-    write().map_err(BenchError::io("writing the JSON report"))
+    path.map_or(Ok(()), write).map_err(BenchError::io("writing the JSON report"))?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -71,12 +71,16 @@ impl Drop for SocketPath {
 
 impl Ends {
     pub fn new(carrier: &Carrier) -> Result<Self, BenchError> {
+        Self::secured(carrier, [Security::LoopbackOnly, Security::LoopbackOnly])
+    }
+
+    /// With the security of the source and of the destination.
+    pub fn secured(carrier: &Carrier, [source, destination]: [Security; 2]) -> Result<Self, BenchError> {
         let (address, path) = address(carrier);
-        let config = carrier.session(Security::LoopbackOnly, &address)?;
-        let config = || config.clone();
-        let listener = Listener::bind(&address, config())?;
+        let (source, destination) = (carrier.session(source, &address)?, carrier.session(destination, &address)?);
+        let listener = Listener::bind(&address, destination)?;
         let (dialled, destination) = std::thread::scope(|scope| {
-            let dialled = scope.spawn(|| connect(listener.address(), config(), &Offer::default(), soon()));
+            let dialled = scope.spawn(|| connect(listener.address(), source, &Offer::default(), soon()));
             let destination = listener.accept(soon()).and_then(|incoming| incoming.accept(b"", soon()));
             (dialled.join(), destination)
         });
@@ -159,6 +163,25 @@ pub fn engine(
     Ok(Engine::start(plan, vec![shard], states, Arc::new(NoObserver))?)
 }
 
+/// How the memory of a pull's destination is made, and how it is pulled.
+#[derive(Clone)]
+pub struct Shape {
+    pub page_size: PageSize,
+    /// Into bounce buffers and copied, as where a VMM's frames cannot be shared; else in place.
+    pub bounce: bool,
+    pub shards: u16,
+    pub tuning: Tuning,
+    /// Of the source and of the destination.
+    pub security: [Security; 2],
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        let security = [Security::LoopbackOnly, Security::LoopbackOnly];
+        Self { page_size: PageSize::Small, bounce: false, shards: 1, tuning: Tuning::default(), security }
+    }
+}
+
 /// One pull, from registration to stop, into memory that no vCPU uses.
 pub struct Rig {
     pub engine: Engine,
@@ -168,11 +191,76 @@ pub struct Rig {
 }
 
 impl Rig {
-    pub fn new(carrier: &Carrier, source: &Source) -> Result<Self, BenchError> {
-        let mut ends = Ends::new(carrier)?;
-        let (guest, landing) = Landing::new(ends.initiator.as_mut(), source.mapping.len())?;
-        let engine = pull(&mut ends, source, landing)?;
+    /// With its background paused. Every shard has a userfaultfd, a lane for demand and one for the background.
+    pub fn new(carrier: &Carrier, source: &Source, shape: &Shape) -> Result<Self, BenchError> {
+        let mut ends = Ends::secured(carrier, shape.security.clone())?;
+        let bytes = source.mapping.len();
+        let file = RamFile::memfd("bench-guest", bytes, shape.page_size)?;
+        let map = |file: &RamFile| file.map().map_err(BenchError::io("mapping the guest"));
+        let guest = map(&file)?;
+        let landing = match shape.bounce {
+            true => {
+                let slots = usize::from(shape.shards) * (shape.tuning.demand_reads + shape.tuning.bulk_chunks);
+                let slot = (shape.tuning.chunk_bytes as usize).max(shape.page_size.bytes());
+                let buffers = RamFile::memfd("bench-bounce", slots * slot, PageSize::Small)?;
+                buffers.preallocate(1, &|_| ())?;
+                let buffers = Arc::new(map(&buffers)?);
+                let key = ends.initiator.register_local(&buffers)?;
+                LandingPlan::Bounce { buffers, key }
+            }
+            false => {
+                let alias = Arc::new(map(&file)?);
+                file.preallocate_through(&alias, 2, &|_| ())?;
+                let key = ends.initiator.register_local(&alias)?;
+                LandingPlan::InPlace { alias, key, whole: false }
+            }
+        };
+        let frames = bytes as u64 >> shape.page_size.shift();
+        let region = RegionPlan {
+            id: RegionId(0),
+            page_size: shape.page_size,
+            vmm_address: guest.address(),
+            bytes: bytes as u64,
+            landing,
+            remote: ends.owner.export_read(
+                &source.file,
+                &source.mapping,
+                &[Extent { offset: 0, len: bytes as u64 }],
+            )?,
+            classes: vec![ClassRun { class: PageClass::Peer, frames }],
+        };
+        let shards = (0..shape.shards).map(|index| {
+            let of = |index: u16| frames * u64::from(index) / u64::from(shape.shards);
+            let range = ShardRange { region: RegionId(0), frames: of(index)..of(index + 1) };
+            let (fault, bulk) = (ends.lane(LaneKind::Fault, index)?, ends.lane(LaneKind::Bulk, index)?);
+            Ok(ShardParts { uffd: shape.uffd(&guest, &range)?, fault, bulk, ranges: vec![range], core: None })
+        });
+        let shards = shards.collect::<Result<Vec<_>, BenchError>>()?;
+        let (install, tuning) = (Install::Clean, shape.tuning.clone());
+        let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
+        let geometry = RegionGeometry { id: RegionId(0), page_size: shape.page_size, frames };
+        let states = Arc::new(PageStates::in_memory(&[geometry])?);
+        let engine = Engine::start(plan, shards, states, Arc::new(NoObserver))?;
         Ok(Self { engine, guest, _ends: ends })
+    }
+}
+
+impl Shape {
+    /// A userfaultfd that hears of the faults of these frames.
+    fn uffd(&self, guest: &Mapping, range: &ShardRange) -> Result<Uffd, BenchError> {
+        let (missing, minor) = match self.page_size {
+            PageSize::Small => (Features::MISSING_SHMEM, Features::MINOR_SHMEM),
+            PageSize::Huge => (Features::MISSING_HUGETLBFS, Features::MINOR_HUGETLBFS),
+        };
+        let (features, faults) = match self.bounce {
+            true => (missing.union(Features::EVENT_REMOVE), Faults::Missing),
+            false => (missing.union(minor), Faults::MissingAndMinor),
+        };
+        let uffd = Uffd::open(OpenMode::All, features)?;
+        let at = |frame: u64| frame << self.page_size.shift();
+        let modes = RegisterModes { faults, write_protect: false };
+        uffd.register(guest.address() + at(range.frames.start), at(range.frames.end - range.frames.start), modes)?;
+        Ok(uffd)
     }
 }
 

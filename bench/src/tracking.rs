@@ -6,6 +6,7 @@
 //! copied into an image, which must equal the guest's memory at the end.
 
 use crate::error::BenchError;
+use crate::report::{Better, Case, Goal, Measure, Output, Report};
 use crate::table::median;
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, RamBlock, TrackerKind};
@@ -18,8 +19,7 @@ use belay_transport::uffd::{Event, Faults, OpenMode, RegisterModes, Uffd};
 use belay_transport::{PAGE_SIZE, PageIndex, PageSize, RegionId};
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde::Serialize;
-use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -33,18 +33,13 @@ const GOALS: [f64; 2] = [0.5, 1.2];
 /// Measure what tracking by userfaultfd write protection costs a guest, and what is sent for it
 #[derive(Debug, Clone, Args)]
 pub struct TrackingArgs {
-    /// Fewer epochs
-    #[arg(long)]
-    quick: bool,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub out_json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// Which pages an epoch writes, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Writer {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writer {
     /// Half of memory from end to end, the same every time.
     Sequential,
     /// A tenth of memory anywhere, anew every time.
@@ -54,6 +49,14 @@ pub enum Writer {
 }
 
 impl Writer {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "sequential",
+            Self::Random => "random",
+            Self::Strided => "strided",
+        }
+    }
+
     fn pages(self, epoch: u64) -> Vec<u64> {
         match self {
             Self::Sequential => (0..MEMORY_PAGES / 2).collect(),
@@ -93,31 +96,6 @@ impl Way {
 
 fn of(pages: u64) -> Groups {
     Groups::Fixed(GroupSize::new(pages).expect("a power of two up to 64"))
-}
-
-#[derive(Debug, Serialize)]
-pub struct Report {
-    pub epochs: u64,
-    pub cases: Vec<Case>,
-    /// Adaptive groups against page by page: the sequential writer's slow-down, and the random writer's bytes.
-    pub sequential_cost_ratio: f64,
-    pub random_bytes_ratio: f64,
-}
-
-/// One way with one writer; medians of an epoch, but for what is said to be of all.
-#[derive(Debug, Serialize)]
-pub struct Case {
-    pub writer: Writer,
-    pub way: String,
-    pub guest_ns_a_page: f64,
-    /// Guest's time over all epochs that the same writer takes untracked.
-    pub slowdown_us_all: f64,
-    pub faults: f64,
-    pub opened_pages: f64,
-    pub sent_pages: f64,
-    pub sent_bytes_all: u64,
-    /// Harvest and sift, guest stopped.
-    pub harvest_us: f64,
 }
 
 /// Guest memory, who tracks it and who answers.
@@ -277,8 +255,9 @@ impl Tracked {
     }
 }
 
-pub fn run(args: &TrackingArgs) -> Result<Report, BenchError> {
-    let epochs = if args.quick { 8 } else { 24 };
+/// Runs the suite.
+pub fn run(args: &TrackingArgs) -> Result<ExitCode, BenchError> {
+    let epochs = if args.output.quick { 8 } else { 24 };
     let ways = [
         Way::Untracked,
         Way::Async,
@@ -287,8 +266,11 @@ pub fn run(args: &TrackingArgs) -> Result<Report, BenchError> {
         Way::Sync(of(64)),
         Way::Sync(Groups::Adaptive),
     ];
-    let mut cases = Vec::new();
-    for writer in [Writer::Sequential, Writer::Random, Writer::Strided] {
+    let mut report = Report::new("tracking", &args.output);
+    let writers = [Writer::Sequential, Writer::Random, Writer::Strided];
+    let bar = args.output.progress(writers.len() as u64 * epochs);
+    for writer in writers {
+        bar.set_message(format!("{writer:?} writer"));
         let mut tracked = ways.iter().map(|&way| Tracked::new(way)).collect::<Result<Vec<_>, _>>()?;
         for epoch in 1..=epochs {
             let pages = writer.pages(epoch);
@@ -297,64 +279,76 @@ pub fn run(args: &TrackingArgs) -> Result<Report, BenchError> {
                 // Cores that have gone to sleep would be this turn's cost and not the way's.
                 std::thread::sleep(Duration::from_micros(50));
             }
+            bar.inc(1);
         }
-        let untracked: f64 = tracked[0].samples.guest.iter().sum();
-        for one in &tracked {
-            one.check()?;
-            cases.push(one.case(writer, untracked));
+        tracked.iter().try_for_each(Tracked::check)?;
+        bar.suspend(|| print(writer, &tracked));
+        let [untracked, rest @ ..] = &tracked[..] else { unreachable!("there are six ways") };
+        report.cases.extend(rest.iter().map(|one| one.case(writer, &untracked.samples)));
+        let of_way = |way: Way| tracked.iter().find(|one| one.way == way).expect("every way has been measured");
+        let (adaptive, singly) = (of_way(Way::Sync(Groups::Adaptive)), of_way(Way::Sync(of(1))));
+        let case = Case::new(adaptive.way.name()).with("writer", writer.name());
+        let ratio = |of: &dyn Fn(&Tracked) -> f64| of(adaptive) / of(singly);
+        match writer {
+            Writer::Sequential => report.goals.push(Goal::at_most(
+                &case,
+                "the guest's slow-down over all epochs, over page by page",
+                "",
+                ratio(&|one| one.samples.guest.iter().sum::<f64>() - untracked.samples.guest.iter().sum::<f64>()),
+                GOALS[0],
+            )),
+            Writer::Random => report.goals.push(Goal::at_most(
+                &case,
+                "bytes sent over all epochs, over page by page",
+                "",
+                ratio(&|one| one.samples.sent.iter().sum()),
+                GOALS[1],
+            )),
+            Writer::Strided => {}
         }
-        print(writer, &cases[cases.len() - ways.len()..]);
     }
-    let find = |writer, way: Way| cases.iter().find(|case| case.writer == writer && case.way == way.name());
-    let ratio = |writer, of_case: fn(&Case) -> f64, by: Way, to: Way| match (find(writer, by), find(writer, to)) {
-        (Some(by), Some(to)) => of_case(by) / of_case(to),
-        _ => f64::NAN,
-    };
-    let (adaptive, singly) = (Way::Sync(Groups::Adaptive), Way::Sync(of(1)));
-    let cost = ratio(Writer::Sequential, |case| case.slowdown_us_all, adaptive, singly);
-    let bytes = ratio(Writer::Random, |case| case.sent_bytes_all as f64, adaptive, singly);
-    println!("\n adaptive groups / page by page, all epochs, the first among them:");
-    println!(
-        " sequential writer's slow-down {cost:.2} (goal {:.1}), random writer's bytes {bytes:.2} (goal {:.1})",
-        GOALS[0], GOALS[1]
-    );
-    Ok(Report { epochs, cases, sequential_cost_ratio: cost, random_bytes_ratio: bytes })
+    bar.finish_and_clear();
+    args.output.finish(&report)
 }
 
 impl Tracked {
-    fn case(&self, writer: Writer, untracked_ns: f64) -> Case {
+    /// A round is an epoch.
+    fn case(&self, writer: Writer, untracked: &Samples) -> Case {
         let samples = &self.samples;
-        Case {
-            writer,
-            way: self.way.name(),
-            guest_ns_a_page: median(&samples.guest) / writer.pages(1).len() as f64,
-            slowdown_us_all: (samples.guest.iter().sum::<f64>() - untracked_ns) / 1e3,
-            faults: median(&samples.faults),
-            opened_pages: median(&samples.opened),
-            sent_pages: median(&samples.sent),
-            sent_bytes_all: samples.sent.iter().sum::<f64>() as u64 * PAGE_SIZE as u64,
-            harvest_us: median(&samples.harvest),
-        }
+        let written = writer.pages(1).len() as f64;
+        let a_page = |guest: &[f64]| guest.iter().map(|ns| ns / written).collect::<Vec<_>>();
+        let measure = |name: &str, unit: &str, of: &[f64]| Measure::new(name, unit, Better::Lower, of.to_vec());
+        let sent: f64 = samples.sent.iter().sum();
+        let mut case = Case::new(self.way.name()).with("writer", writer.name());
+        case.measures = vec![
+            measure("guest's time a page", "ns", &a_page(&samples.guest)).beside("untracked", a_page(&untracked.guest)),
+            measure("write faults an epoch", "", &samples.faults),
+            measure("pages opened an epoch", "", &samples.opened),
+            measure("pages sent an epoch", "", &samples.sent),
+            measure("harvest and sift, guest stopped", "us", &samples.harvest),
+            measure("sent over all epochs", "MiB", &[sent * PAGE_SIZE as f64 / f64::from(1 << 20)]),
+        ];
+        case
     }
 }
 
-fn print(writer: Writer, cases: &[Case]) {
+fn print(writer: Writer, tracked: &[Tracked]) {
     let written = writer.pages(1).len();
     println!("\n {writer:?} writer, {written} writes an epoch in {} MiB; medians of an epoch", MEMORY_PAGES >> 8);
     println!(
         " {:<28} {:>13} {:>9} {:>8} {:>8} {:>15} {:>17}",
         "", "guest[ns/page]", "#faults", "#opened", "#sent", "harvest[usec]", "all sent[MiB]"
     );
-    for case in cases {
+    for Tracked { way, samples, .. } in tracked {
         println!(
             " {:<28} {:>13.0} {:>9.0} {:>8.0} {:>8.0} {:>15.0} {:>17.1}",
-            case.way,
-            case.guest_ns_a_page,
-            case.faults,
-            case.opened_pages,
-            case.sent_pages,
-            case.harvest_us,
-            case.sent_bytes_all as f64 / f64::from(1 << 20)
+            way.name(),
+            median(&samples.guest) / written as f64,
+            median(&samples.faults),
+            median(&samples.opened),
+            median(&samples.sent),
+            median(&samples.harvest),
+            samples.sent.iter().sum::<f64>() / 256.0
         );
     }
 }

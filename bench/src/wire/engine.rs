@@ -83,7 +83,7 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
         let waiting = waiting.map_err(BenchError::io("the floor that waits"))?;
         let before = round.met.usage()?;
         let (engine, guest, met) = round.engine(options)?;
-        let unloaded = touch(engine, &guest, &order, true)?;
+        let unloaded = touch(engine, &guest, &[&order], PAGE, true)?.0;
         used.add(met.usage()?.since(&before));
         met.done()?;
 
@@ -94,7 +94,7 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
 
         let round = Round::new(client, options.memory, PAGE)?;
         let (engine, guest, met) = round.engine(options)?;
-        loaded.add(touch(engine, &guest, &order, false)?);
+        loaded.add(touch(engine, &guest, &[&order], PAGE, false)?.0);
         met.done()?;
 
         let p50 = unloaded.server.value_at_quantile(0.5) as f64;

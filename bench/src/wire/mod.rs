@@ -21,11 +21,12 @@ mod protocol;
 mod raw;
 mod report;
 mod server;
-mod usage;
+pub mod usage;
 
 use crate::carrier::{Carrier, Device};
 use crate::error::BenchError;
 use crate::quantity;
+use crate::report::{Output, Report as SuiteReport};
 use crate::rig::BOUND;
 use belay_transport::fabric::FabricKind;
 use belay_transport::pull::Tuning;
@@ -281,8 +282,23 @@ fn measure(
     Ok(report)
 }
 
-/// Both sides in this process: what a device costs without a network behind it.
-pub fn within_this_host(test: Test, carrier: &Carrier, quick: bool) -> Result<Report, BenchError> {
+/// Both sides in this process: what a device costs without a network behind it. Adds it to a suite's report.
+pub fn through_device(
+    test: Test,
+    device: &Device,
+    output: &Output,
+    report: &mut SuiteReport,
+) -> Result<(), BenchError> {
+    let carrier = Carrier::within_this_host(FabricKind::Verbs, device.clone());
+    for outcome in within_this_host(test, &carrier, output.quick)?.tests {
+        let (case, goals) = outcome.case();
+        report.cases.push(case);
+        report.goals.extend(goals);
+    }
+    Ok(())
+}
+
+fn within_this_host(test: Test, carrier: &Carrier, quick: bool) -> Result<Report, BenchError> {
     let loopback = Address::Tcp("127.0.0.1:0".into());
     let config = || carrier.session(Security::LoopbackOnly, &loopback);
     let mut server = Server::bind("127.0.0.1:0", config()?)?;

@@ -3,6 +3,7 @@
 use super::client::Met;
 use super::usage::Usage;
 use crate::profile::Profile;
+use crate::report::{Better, Case, Goal, Latency, Measure, Rate, Role};
 use crate::table::{self, Bandwidth, Row};
 use belay_transport::fabric::{FabricDetails, FabricKind};
 use clap::ValueEnum;
@@ -73,6 +74,40 @@ impl Outcome {
     }
 }
 
+impl Outcome {
+    /// As a case of a suite whose floor a device cannot have: medians of all rounds, without their histograms.
+    pub fn case(&self) -> (Case, Vec<Goal>) {
+        let name = self.test.to_possible_value().expect("no variant is skipped").get_name().to_owned();
+        let mut case = Case::new(name).with("fabric", self.fabric);
+        let ours = |name: &str| if name.trim().starts_with("engine") { Role::Ours } else { Role::Peer };
+        case.latencies = self.latency.iter().map(|row| Latency::of_row(row.clone(), ours(&row.name))).collect();
+        case.rates = self
+            .bandwidth
+            .iter()
+            .map(|row| Rate {
+                name: row.name.clone(),
+                role: ours(&row.name),
+                bytes: row.bytes,
+                iterations: row.iterations,
+                rounds: vec![row.average_bytes_per_s],
+                source_processors: None,
+                destination_processors: None,
+            })
+            .collect();
+        let measure = |ratio: &Ratio| Measure::new(ratio.what, "", ratio.better, vec![ratio.value]);
+        case.measures = self.ratios.iter().map(measure).collect();
+        let goals = self.ratios.iter().filter_map(|ratio| {
+            let goal = ratio.goal?;
+            Some(match ratio.better {
+                Better::Lower => Goal::at_most(&case, ratio.what, "", ratio.value, goal),
+                Better::Higher => Goal::at_least(&case, ratio.what, "", ratio.value, goal),
+            })
+        });
+        let goals = goals.collect();
+        (case, goals)
+    }
+}
+
 /// A ratio (or another number without a unit of its own in a table), the median of the rounds'.
 #[derive(Debug, Serialize)]
 pub struct Ratio {
@@ -82,11 +117,13 @@ pub struct Ratio {
     pub goal: Option<f64>,
     /// Whether the goal is kept, where there is one.
     pub kept: Option<bool>,
+    #[serde(skip)]
+    better: Better,
 }
 
 impl Ratio {
     pub fn plain(name: &'static str, what: &'static str, rounds: &[f64]) -> Self {
-        Self { name, what, value: table::median(rounds), goal: None, kept: None }
+        Self { name, what, value: table::median(rounds), goal: None, kept: None, better: Better::Lower }
     }
 
     pub fn at_most(name: &'static str, what: &'static str, rounds: &[f64], goal: f64) -> Self {
@@ -96,7 +133,7 @@ impl Ratio {
 
     pub fn at_least(name: &'static str, what: &'static str, rounds: &[f64], goal: f64) -> Self {
         let plain = Self::plain(name, what, rounds);
-        Self { goal: Some(goal), kept: Some(plain.value >= goal), ..plain }
+        Self { goal: Some(goal), kept: Some(plain.value >= goal), better: Better::Higher, ..plain }
     }
 }
 
