@@ -51,6 +51,7 @@ enum Command {
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
     Html(report::HtmlArgs),
+    Results(report::ResultsArgs),
     Compare(report::CompareArgs),
 }
 
@@ -127,6 +128,7 @@ fn main() -> ExitCode {
             save(envelope.out_json.as_deref(), &envelope.report())
         }
         Command::Html(args) => args.run(),
+        Command::Results(args) => args.run(),
         Command::Compare(args) => args.run(),
     };
     match outcome {

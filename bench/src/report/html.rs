@@ -1,10 +1,9 @@
 //! Reports as one page: no script, nothing fetched, every figure SVG.
 
+use super::columns::Columns;
 use super::figure;
 use super::svg::escape;
-use super::text::figure as digits;
-use super::{Case, Goal, Measure, Rate, Report};
-use crate::table::Row;
+use super::{Case, Goal, Report};
 use std::fmt::Write;
 
 /// Colours of lines are of M. Okabe and K. Ito's palette, which every kind of colour vision tells apart.
@@ -60,37 +59,8 @@ fn one(text: &mut String, at: usize, report: &Report) {
 }
 
 fn tables(text: &mut String, case: &Case) {
-    if !case.latencies.is_empty() {
-        let head = [
-            "",
-            "#bytes",
-            "#iterations",
-            "t_min [us]",
-            "t_max [us]",
-            "t_typical [us]",
-            "t_avg [us]",
-            "t_stdev [us]",
-            "99% [us]",
-            "99.9% [us]",
-        ];
-        table(text, &head, case.latencies.iter().map(|latency| latency_cells(&latency.row)));
-    }
-    if !case.rates.is_empty() {
-        let head = [
-            "",
-            "#bytes",
-            "#iterations",
-            "BW peak [MB/s]",
-            "BW average [MB/s]",
-            "page [ns/4 KiB]",
-            "source [CPUs]",
-            "destination [CPUs]",
-        ];
-        table(text, &head, case.rates.iter().map(rate_cells));
-    }
-    if !case.measures.is_empty() {
-        let head = ["", "median", "unit", "rounds", "ratio", "over, in the same round"];
-        table(text, &head, case.measures.iter().map(measure_cells));
+    for Columns { head, rows } in Columns::of_case(case) {
+        table(text, &head, rows.into_iter());
     }
 }
 
@@ -107,33 +77,6 @@ fn table(text: &mut String, head: &[&str], rows: impl Iterator<Item = Vec<String
         let _ = write!(text, "<tr><th{class}>{}</th>{}</tr>", escape(row[0].trim()), cells("td", &row[1..]));
     }
     text.push_str("</tbody></table></div>\n");
-}
-
-fn latency_cells(row: &Row) -> Vec<String> {
-    let times = [row.t_min_us, row.t_max_us, row.t_typical_us, row.t_avg_us, row.t_stdev_us, row.p99_us, row.p999_us];
-    let counts = [row.name.clone(), row.bytes.to_string(), row.iterations.to_string()];
-    counts.into_iter().chain(times.map(|us| format!("{us:.2}"))).collect()
-}
-
-fn rate_cells(rate: &Rate) -> Vec<String> {
-    let processors = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.2}"));
-    vec![
-        rate.name.clone(),
-        rate.bytes.to_string(),
-        rate.iterations.to_string(),
-        format!("{:.0}", rate.rounds.iter().copied().fold(0.0, f64::max) / 1e6),
-        format!("{:.0}", rate.bytes_per_s() / 1e6),
-        format!("{:.0}", 4096.0 * 1e9 / rate.bytes_per_s()),
-        processors(rate.source_processors),
-        processors(rate.destination_processors),
-    ]
-}
-
-fn measure_cells(measure: &Measure) -> Vec<String> {
-    let beside = measure.beside.as_ref().map_or(String::new(), |beside| beside.name.clone());
-    let ratio = measure.ratio().map_or("–".to_owned(), |ratio| format!("{ratio:.3}"));
-    let rounds = measure.rounds.len().to_string();
-    vec![measure.name.clone(), digits(measure.value()), measure.unit.clone(), rounds, ratio, beside]
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! A [`Report`] has cases, a [`Case`] has what was measured under one set of parameters. Each [`Measure`] keeps the value of every round,
 //! and beside it what a floor or a peer did in the same round, so that a ratio is always one of two neighbours in time.
 
+mod columns;
 mod compare;
 mod distribution;
 mod figure;
@@ -10,6 +11,7 @@ mod hgrm;
 mod html;
 mod json;
 mod machine;
+mod markdown;
 mod output;
 mod plot;
 mod svg;
@@ -20,7 +22,7 @@ pub use distribution::Latency;
 pub use machine::Machine;
 pub use output::Output;
 pub use plot::{Axis, Curve, Line, Mark, Plot, Point, Reference, Series};
-pub use tools::{CompareArgs, HtmlArgs};
+pub use tools::{CompareArgs, HtmlArgs, ResultsArgs};
 
 use crate::table::median;
 use serde::{Deserialize, Serialize};

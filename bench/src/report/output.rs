@@ -92,7 +92,7 @@ pub fn write_page(path: &Path, reports: &[Report]) -> Result<(), BenchError> {
 }
 
 /// Into `path`, or onto stdout for `-`.
-fn put(path: &Path, text: &[u8]) -> std::io::Result<()> {
+pub fn put(path: &Path, text: &[u8]) -> std::io::Result<()> {
     match path.as_os_str() == "-" {
         true => std::io::stdout().write_all(text),
         false => std::fs::write(path, text),
