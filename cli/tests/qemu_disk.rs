@@ -4,7 +4,7 @@ mod qemu_guest;
 mod running;
 
 use qemu_guest::moving::is_frozen;
-use qemu_guest::{Console, Linux, Machine, Qemu, SharedMemory, no_qemu, qemu};
+use qemu_guest::{Console, Linux, Machine, Qemu, SharedMemory, newer_qemu, no_qemu};
 use running::{Place, Process, kill};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,12 +47,12 @@ fn machine(linux: Linux) -> Machine {
 
 /// A destination that waits for the guest, and where.
 fn receive(place: &Place, folder: &Path, machine: &Machine, listen: &str) -> (Process, String) {
-    let (state_dir, hand, program) = (place.text("there"), folder.join("there.hand").display().to_string(), qemu());
+    let (state_dir, hand) = (place.text("there"), folder.join("there.hand").display().to_string());
     let arguments = machine.arguments(folder, "there");
     let run_dir = place.text("run");
     let mut words = vec!["receive", "--json", "--listen", listen, "--state-dir", &state_dir];
     words.extend(["--run-dir", &run_dir, "--name", "there"]);
-    words.extend(["qemu", "--disk", &hand, "--", &program]);
+    words.extend(["qemu", "--disk", &hand, "--", &machine.program]);
     words.extend(arguments.iter().map(String::as_str));
     let mut destination = place.belay(&words);
     let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
@@ -84,9 +84,11 @@ impl Tethered {
         if no_qemu() {
             return None;
         }
-        let linux = Linux::here()?;
+        Some(Self::of(machine(Linux::here()?), local, sending))
+    }
+
+    fn of(machine: Machine, local: bool, sending: &[&str]) -> Self {
         let (place, folder) = (Place::new(), qemu_guest::shared_memory());
-        let machine = machine(linux);
         let listen = if local { format!("unix:{}", place.text("door")) } else { LOOPBACK.to_owned() };
         let shared = Shared::new(&place, folder.path());
         let source = Qemu::start(&place, folder.path(), &machine, "here");
@@ -99,7 +101,7 @@ impl Tethered {
         destination.wait_for_event("all-landed");
         let there = Self { place, folder, shared, source, destination, sender };
         there.console().wait_for_disk(2);
-        Some(there)
+        there
     }
 
     fn console(&self) -> Console {
@@ -126,7 +128,11 @@ impl Tethered {
 
 /// Moves a guest, lets `strike` hit its destination, and sees the guest check its disk at home.
 fn survives(strike: impl Fn(&mut Process, &mut Process)) {
-    let Some(mut tethered) = Tethered::new(false, &[]) else { return };
+    let Some(tethered) = Tethered::new(false, &[]) else { return };
+    comes_back(tethered, strike);
+}
+
+fn comes_back(mut tethered: Tethered, strike: impl Fn(&mut Process, &mut Process)) {
     // Nobody else gets to write the image, wherever the guest is.
     let image = tethered.shared.image.clone();
     let mut second = relay(&tethered.place, tethered.folder.path(), &image, "second", &[]);
@@ -206,6 +212,16 @@ fn qemu_of(destination: &Process) -> i32 {
 #[test]
 fn p3_every_sector_is_of_its_generation_after_the_destinations_qemu_was_killed() {
     survives(|destination, _| kill(qemu_of(destination), libc::SIGKILL));
+}
+
+#[test]
+fn p3_every_sector_is_of_its_generation_after_a_newer_qemu_was_killed_at_the_destination() {
+    if no_qemu() {
+        return;
+    }
+    let (Some(program), Some(linux)) = (newer_qemu(), Linux::here()) else { return };
+    let tethered = Tethered::of(Machine { program, ..machine(linux) }, false, &[]);
+    comes_back(tethered, |destination, _| kill(qemu_of(destination), libc::SIGKILL));
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod running;
 
 use belay_transport::Deadline;
 use qemu_guest::moving::{end_left, is_frozen, receive, send, starts_receiving, wait_until_ended};
-use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, shared_memory, status};
+use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, newer_qemu, no_qemu, shared_memory, status};
 use running::{BOUND, Place, Process, is_running, kill};
 use serde_json::json;
 use std::os::unix::fs::MetadataExt;
@@ -97,6 +97,19 @@ fn a_tethered_guest_whose_qemu_is_killed_comes_back_in_the_standby_at_its_last_c
     comes_back(&machine, |destination, qemu| {
         kill(qemu, libc::SIGKILL);
         assert_eq!(destination.end(), 13, "{}", destination.story());
+    });
+}
+
+#[test]
+fn a_tethered_guest_of_a_newer_qemu_comes_back_in_the_standby_when_all_of_its_destination_is_killed() {
+    if no_qemu() {
+        return;
+    }
+    let (Some(program), Some(linux)) = (newer_qemu(), Linux::here()) else { return };
+    let machine = Machine { program, vcpus: 2, blocks: vec![64, 64], ..Machine::of("q35", Some(linux)) };
+    comes_back(&machine, |destination, qemu| {
+        kill(qemu, libc::SIGKILL);
+        destination.crash();
     });
 }
 

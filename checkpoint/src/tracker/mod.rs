@@ -1,5 +1,6 @@
 //! Dirty trackers that work for every VMM. Those of one VMM live beside it.
 
+mod hashes;
 mod pagemap;
 mod scanners;
 mod uffd_sync;

@@ -7,15 +7,20 @@
 //! protected, a hole that was punched). The epoch takes only what has landed, and a page too many costs bandwidth and no truth. What it
 //! must not do is miss one; `pagemap.rs` says why it asks for "written" alone.
 //!
+//! A huge page is protected, and reported, as a whole. Which of its 4 KiB pages were written is told by a hash of what each held when it was last
+//! put into a record ([`super::hashes`]): 16 bytes a page of huge blocks, and all of a huge page the first time.
+//!
 //! Cost: [`DirtyTracker::start`] puts a marker in place of every page that is in no page table (a page table entry each), after
 //! which such pages are clean to every scan and cost what present ones do.
 
+use super::hashes::{Content, Hashes};
 use super::pagemap;
 use super::scanners::Scanners;
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
+use belay_transport::region::Mapping;
 use belay_transport::uffd::Features;
-use belay_transport::{PAGE_SHIFT, PageIndex, RegionId};
+use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageIndex, PageSize, RegionId};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -41,6 +46,8 @@ pub struct UffdWpTracker {
     pagemap: Arc<OwnedFd>,
     blocks: Vec<Block>,
     scanners: Scanners,
+    /// Of the blocks of huge pages: the alias of each, and what its pages held last.
+    huge: Vec<(RegionId, Arc<Mapping>, Hashes)>,
     /// A scan failed half way, so that some written pages are protected again and were never reported.
     lost_track: bool,
 }
@@ -75,12 +82,18 @@ impl UffdWpTracker {
                     _ => GuestError::Io { doing: format!("open {path}"), source: errno.into() },
                 }
             })?;
+        let huge = blocks.iter().filter(|block| block.page_size == PageSize::Huge).map(|block| {
+            let hashes = Hashes::new((block.alias.len() / PAGE_SIZE) as u64);
+            let hashes = hashes.map_err(|source| GuestError::Io { doing: "draw a seed".into(), source })?;
+            Ok((block.id, Arc::clone(&block.alias), hashes))
+        });
+        let huge = huge.collect::<Result<_, GuestError>>()?;
         let blocks: Vec<Block> = blocks.iter().map(Block::of).collect();
         let pagemap = Arc::new(pagemap);
         let bytes = blocks.iter().map(|block| block.end - block.start).sum();
         let scanners = Scanners::new(Arc::clone(&pagemap), bytes)
             .map_err(|source| GuestError::Io { doing: "start scanning threads".into(), source })?;
-        let tracker = Self { whose, pagemap, blocks, scanners, lost_track: false };
+        let tracker = Self { whose, pagemap, blocks, scanners, huge, lost_track: false };
         tracker.check_mapped()?;
         Ok(tracker)
     }
@@ -115,6 +128,7 @@ impl DirtyTracker for UffdWpTracker {
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
+        self.huge.iter_mut().for_each(|(.., hashes)| hashes.forget_all());
         for block in &self.blocks {
             pagemap::protect(&self.pagemap, block.start, block.end)
                 .map_err(|errno| refusal(self.whose, errno, block.id))?;
@@ -141,6 +155,23 @@ impl DirtyTracker for UffdWpTracker {
         let outcome = scanned.map_err(|errno| refusal(self.whose, errno, id)).and_then(|()| self.check_mapped());
         self.lost_track = outcome.is_err();
         outcome
+    }
+
+    fn sift(&mut self, dirty: &mut DirtySet, discards: &DirtySet) -> Result<(), GuestError> {
+        let huge = &mut self.huge;
+        if huge.is_empty() {
+            return Ok(());
+        }
+        dirty.retain(|id, page| {
+            let block = huge.iter_mut().find(|(huge, ..)| *huge == id);
+            block.is_none_or(|(_, alias, hashes)| hashes.renew(alias, page) != Content::Same)
+        });
+        for (id, page) in discards.iter() {
+            if let Some((.., hashes)) = huge.iter_mut().find(|(huge, ..)| *huge == id) {
+                hashes.forget(page);
+            }
+        }
+        Ok(())
     }
 
     /// A scan that only looks costs as much as a harvest: not cheap.

@@ -253,6 +253,40 @@ fn keep_disk(sectors: usize) -> ! {
     unreachable!("rounds do not end")
 }
 
+/// Takes memory, finds it all zeros, fills it, finds that again, and gives it back, and says so. Started with `init_on_free=1`, the kernel hands out
+/// pages as they came back to it, from a balloon or from the host that they were reported to: what they hold is then what the host gives.
+fn churn(mib: usize) -> ! {
+    let pages = (mib << 20) / 4096;
+    for round in 1_u64.. {
+        // Longer than the kernel waits until it reports what is free (page_reporting.c).
+        std::thread::sleep(Duration::from_millis(2500));
+        let mut memory = vec![0_u64; pages * WORDS];
+        // Not what an allocation of zeros is known to hold.
+        let memory = std::hint::black_box(&mut memory[..]);
+        let wrong = |page: usize, word: usize, is: u64, must: u64| loop {
+            say(&format!("WRONG taken page {page} word {word} in round {round}: {is:#x}, must be {must:#x}"));
+            std::thread::sleep(Duration::from_millis(100));
+        };
+        for (page, words) in memory.chunks_mut(WORDS).enumerate() {
+            // Read first, it would be a page that all of them share.
+            words[0] = mixed(round, page as u64, 0);
+            if let Some(word) = (1..WORDS).find(|&word| words[word] != 0) {
+                wrong(page, word, words[word], 0);
+            }
+            words.iter_mut().enumerate().for_each(|(word, is)| *is = mixed(round, page as u64, word as u64));
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        for (page, words) in memory.chunks(WORDS).enumerate() {
+            let must = |word: usize| mixed(round, page as u64, word as u64);
+            if let Some(word) = (0..WORDS).find(|&word| words[word] != must(word)) {
+                wrong(page, word, words[word], must(word));
+            }
+        }
+        say(&format!("churn {round}"));
+    }
+    unreachable!("rounds do not end")
+}
+
 /// Hears what the test says on the second serial port: `halt`, `off`, `again`.
 fn obey() {
     const MKNOD: i64 = 133;
@@ -305,6 +339,11 @@ fn main() {
     let sectors = wanted("sectors", 0);
     if sectors > 0 {
         std::thread::spawn(move || keep_disk(sectors));
+    }
+    let taken = wanted("churn", 0);
+    if taken > 0 {
+        load_modules();
+        std::thread::spawn(move || churn(taken));
     }
     if wanted("obeys", 0) == 1 {
         std::thread::spawn(obey);

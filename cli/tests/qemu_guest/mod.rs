@@ -1,7 +1,8 @@
 //! A QEMU with a Linux in it that checks its own memory (`guest.rs`), for tests that move it.
 //!
 //! The kernel is the SoftRoCE lab's, from its cache (`cluster-configs/softroce/lab --image` puts it there), or this machine's own. The initramfs
-//! holds one program. `BELAY_TEST_QEMU` names another QEMU.
+//! holds one program. `BELAY_TEST_QEMU` names another QEMU than the installed one, `BELAY_TEST_NEWER_QEMU` than the newer one that `.ci/run`
+//! unpacks.
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod moving;
@@ -22,6 +23,18 @@ pub fn qemu() -> String {
     std::env::var("BELAY_TEST_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
 }
 
+/// A QEMU that is newer than the installed one: `cluster-configs/softroce/lab --kernel 6.12 --qemu target/qemu-newer` unpacks it. `None`, said,
+/// where there is none.
+pub fn newer_qemu() -> Option<String> {
+    let unpacked = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/qemu-newer/usr/bin/qemu-system-x86_64");
+    let program = std::env::var("BELAY_TEST_NEWER_QEMU").unwrap_or_else(|_| unpacked.to_owned());
+    let found = Command::new(&program).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !found {
+        eprintln!("skipped: {program} does not run; cluster-configs/softroce/lab --kernel 6.12 --qemu unpacks one");
+    }
+    found.then_some(program)
+}
+
 /// Says why and is true where no QEMU can be moved.
 pub fn no_qemu() -> bool {
     if !Command::new(qemu()).arg("--version").output().is_ok_and(|output| output.status.success()) {
@@ -39,7 +52,7 @@ pub fn no_qemu() -> bool {
 const BOOT: &str =
     "console=ttyS0 quiet loglevel=0 panic=-1 nokaslr mitigations=off no_timer_check tsc_early_khz=2500000 lpj=5000000";
 /// Longest that a guest may take to boot: some seconds of processor time, of which a busy machine gives little.
-const BOOTED: Duration = Duration::from_secs(240);
+pub const BOOTED: Duration = Duration::from_secs(240);
 
 /// Kernel and initramfs.
 #[derive(Debug, Clone)]
@@ -134,6 +147,8 @@ fn archive(program: &[u8]) -> Vec<u8> {
 /// A machine that two QEMUs are started as.
 #[derive(Debug, Clone)]
 pub struct Machine {
+    /// The QEMU that it is started in.
+    pub program: String,
     /// `q35`, with what else `-machine` is to say.
     pub kind: &'static str,
     pub vcpus: usize,
@@ -145,8 +160,12 @@ pub struct Machine {
     pub set: usize,
     /// Address of its network card, which is connected to NAME.net in the folder. Needs the lab's initramfs.
     pub address: Option<&'static str>,
+    /// Its network card connects again by itself: of QEMU 9.2 or newer.
+    pub reconnects: bool,
     /// Sectors of its disk, which NAME.nbd in the folder serves; 0 for none. Of the machine `pc` alone.
     pub sectors: usize,
+    /// MiB that it takes and gives back all the time; 0 for none. Needs the lab's initramfs.
+    pub churn: usize,
     /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again.
     pub obeys: bool,
 }
@@ -154,6 +173,7 @@ pub struct Machine {
 impl Machine {
     pub fn of(kind: &'static str, linux: Option<Linux>) -> Self {
         Self {
+            program: qemu(),
             kind,
             vcpus: 1,
             blocks: vec![128],
@@ -161,7 +181,9 @@ impl Machine {
             linux,
             set: 16,
             address: None,
+            reconnects: false,
             sectors: 0,
+            churn: 0,
             obeys: false,
         }
     }
@@ -192,11 +214,16 @@ impl Machine {
         if let Some(linux) = &self.linux {
             add("-kernel", linux.kernel.display().to_string());
             let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
-            let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some());
+            let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some() || self.churn > 0);
             add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
             let (obeys, sectors) = (u8::from(self.obeys), self.sectors);
             let own = format!("parts={} mib={} obeys={obeys} sectors={sectors}", self.vcpus, self.set);
-            add("-append", format!("{BOOT} {own}{address}"));
+            // Pages are zeroed when they are given back, and not when they are taken.
+            let churn = match self.churn {
+                0 => String::new(),
+                mib => format!(" churn={mib} init_on_free=1 transparent_hugepage=never"),
+            };
+            add("-append", format!("{BOOT} {own}{address}{churn}"));
         }
         if self.obeys {
             words.retain(|word| word != "-no-reboot");
@@ -205,7 +232,8 @@ impl Machine {
         }
         if self.address.is_some() {
             let socket = folder.join(format!("{name}.net"));
-            let netdev = format!("stream,id=n0,server=off,addr.type=unix,addr.path={}", socket.display());
+            let again = if self.reconnects { ",reconnect-ms=50" } else { "" };
+            let netdev = format!("stream,id=n0,server=off,addr.type=unix,addr.path={}{again}", socket.display());
             words.extend(
                 ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:be:1a:77,romfile="]
                     .map(str::to_owned),
@@ -231,7 +259,7 @@ pub struct Qemu {
 impl Qemu {
     pub fn start(place: &Place, folder: &Path, machine: &Machine, name: &str) -> Self {
         let socket = place.path(&format!("{name}.qmp"));
-        let mut command = Command::new(qemu());
+        let mut command = Command::new(&machine.program);
         command.args(machine.arguments(folder, name));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
@@ -334,16 +362,34 @@ impl Console {
 
     /// How often it has found all its disk as it must be. Fails if it once was not.
     pub fn disk_rounds(&self) -> usize {
+        self.rounds("disk ")
+    }
+
+    fn rounds(&self, of: &str) -> usize {
         self.ticks();
         let text = String::from_utf8_lossy(&fs::read(&self.0).unwrap_or_default()).into_owned();
-        text.lines().filter(|line| line.starts_with("disk ")).count()
+        text.lines().filter(|line| line.starts_with(of)).count()
+    }
+
+    /// How often it has taken memory and given it back.
+    pub fn churned(&self) -> usize {
+        self.rounds("churn ")
+    }
+
+    /// Waits until it has taken memory and given it back, so often. Fails if it was not as it must be.
+    pub fn wait_for_churn(&self, rounds: usize) {
+        self.wait_for_rounds("churn ", rounds);
     }
 
     /// Waits until it has found all its disk as it must be, so often. Fails if it is not.
     pub fn wait_for_disk(&self, rounds: usize) {
+        self.wait_for_rounds("disk ", rounds);
+    }
+
+    fn wait_for_rounds(&self, of: &str, rounds: usize) {
         let end = Instant::now() + BOOTED;
         loop {
-            let seen = self.disk_rounds();
+            let seen = self.rounds(of);
             if seen >= rounds {
                 return;
             }

@@ -1,7 +1,7 @@
 //! Moving such a guest with the command, on one host.
 
 use super::super::running::{BOUND, Place, Process, is_running, kill};
-use super::{Machine, qemu};
+use super::Machine;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -20,9 +20,8 @@ pub fn starts_receiving(place: &Place, folder: &Path, machine: &Machine, more: &
         words.extend(["--listen", "127.0.0.1:0"]);
     }
     words.extend(more);
-    let qemu = qemu();
     let arguments = machine.arguments(folder, "there");
-    words.extend(["qemu", "--", &qemu]);
+    words.extend(["qemu", "--", &machine.program]);
     words.extend(arguments.iter().map(String::as_str));
     place.belay(&words)
 }

@@ -35,6 +35,27 @@ share_qemu() {
   make_guest "$OUT/bin/guest/initramfs"
 }
 
+# The same QEMU for this machine itself: program and firmware as they are packaged, which it finds beside itself. The libraries are this machine's
+# own, those of its QEMU: they have the same names in both.
+unpack_qemu() { # kernel, into
+  local wanted program=$2/usr/bin/qemu-system-x86_64 missing
+  CACHE=$(cache_dir)
+  mkdir -p "$CACHE" || die "the cache $CACHE cannot be made" "BELAY_LAB_CACHE names another place."
+  wanted=$(awk -v k="qemu:$1" '$1 == k' "$LOCK")
+  if [ "$(cat "$2/packages" 2>/dev/null)" != "$wanted" ]; then
+    note "fetching and unpacking QEMU ($(wc -l <<<"$wanted") packages)"
+    (
+      flock -w 600 9 || die "another lab has been making an image for ten minutes" "If none is running, remove $CACHE/lock."
+      rm -rf "$2"
+      unpack_packages "$2" <<<"$wanted"
+    ) 9>"$CACHE/lock"
+    printf '%s\n' "$wanted" >"$2/packages"
+  fi
+  missing=$(ldd "$program" | awk '/not found/ {print $1}')
+  [ -z "$missing" ] || die "this machine lacks ${missing//$'\n'/ }, which $program needs" "Run: apt-get install qemu-system-x86"
+  printf '%s\n' "$program"
+}
+
 make_qemu() { # kernel, into
   local tree file
   tree=$(mktemp -d "$CACHE/.tree.XXXXXX")

@@ -5,6 +5,7 @@ use super::qmp::{Qmp, QmpError, Version};
 use belay_transport::Deadline;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// Why a guest could not be looked at.
@@ -236,8 +237,13 @@ fn server_of(file: &str) -> Option<PathBuf> {
     Some(socket.into())
 }
 
-/// The mapping of a backend's file: of that path, or in that directory with QEMU's name for the backend; all of it.
+/// The mapping of a backend's file: of that path, or of the file that it leads to, or in that directory with QEMU's name for the backend; all of it.
 fn mapping_of(mappings: &[Mapping], path: &str, id: &str, bytes: u64) -> Option<Mapping> {
+    // A path of another mount namespace leads nowhere here, or to another file: then its name has to do.
+    let leads_to = std::fs::metadata(path)
+        .ok()
+        .filter(std::fs::Metadata::is_file)
+        .map(|file| (libc::major(file.dev()), libc::minor(file.dev()), file.ino()));
     let called = |mapping: &&Mapping| {
         let name = mapping.path.strip_suffix(" (deleted)").unwrap_or(&mapping.path);
         let made = |rest: &str| {
@@ -245,6 +251,7 @@ fn mapping_of(mappings: &[Mapping], path: &str, id: &str, bytes: u64) -> Option<
                 || rest.starts_with(&format!("qemu_back_mem._objects_{id}."))
         };
         name == path
+            || leads_to == Some(mapping.file)
             || name.strip_prefix(path.trim_end_matches('/')).and_then(|rest| rest.strip_prefix('/')).is_some_and(made)
     };
     // A file larger than the block is mapped as far as the block goes; huge pages are mapped whole.
@@ -313,6 +320,15 @@ mod tests {
         assert_eq!(found("/dev/shm/a", "m", 8192), None, "it must hold the whole block");
         assert_eq!(found("/hp/", "one", 8192).as_deref(), Some("/hp/qemu_back_mem._objects_one.X (deleted)"));
         assert_eq!(found("/hp", "two", 8192), None);
+        // By a link.
+        let folder = tempfile::tempdir().expect("a folder");
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        std::fs::write(&file, [0; 8192]).expect("a file");
+        std::os::unix::fs::symlink(&file, &link).expect("a link");
+        let known = std::fs::metadata(&file).expect("its numbers");
+        let mut real = mapping("/elsewhere", 8192);
+        real.file = (libc::major(known.dev()), libc::minor(known.dev()), known.ino());
+        assert_eq!(mapping_of(&[real.clone()], link.to_str().expect("text"), "m", 8192), Some(real));
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!                                                      └──────── caught: ended ──► ∅
 //! the standby        waiting for a guest ──────────────── stream in, go on ──────► running
 //! ```
-//! Both map the same files of RAM. Only one of them ever runs: the first is ended before the second is let go.
+//! Both map the same files of RAM. Only one of them ever runs: the first is ended before the second is let go, and its process stands from when
+//! its guest has left: whoever else has a monitor of it (libvirt) could have it run on.
 
 use super::disks::Disks;
 use super::inspect::{InspectError, Inspection};
@@ -292,6 +293,7 @@ impl Guest for LeavingGuest {
                 standby.machine.go_on()?;
             }
             _ => {
+                self.machine.stand_still(false)?;
                 // Also where it never stood: it was told of a switch before it was to stop.
                 self.machine.forget_the_switch()?;
                 if self.paused {
@@ -318,7 +320,7 @@ impl Guest for LeavingGuest {
         // Now is the time to find that a catch would fail.
         let prefix = self.standby.as_ref().map_or(Ok(0), |standby| prefix_bytes(stream, &standby.header))?;
         self.prefix = Some(stream[..prefix].to_vec());
-        Ok(())
+        self.machine.stand_still(true)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {

@@ -269,6 +269,16 @@ impl Machine {
         self.order("migrate-set-capabilities", capabilities(false)).map(drop)
     }
 
+    /// Stops its process, or lets it go on. One that stands does not let its guest run whoever orders that, by another monitor too. Another user's,
+    /// which this process may not signal, stays as it is.
+    pub fn stand_still(&mut self, still: bool) -> Result<(), GuestError> {
+        let signal = if still { Signal::STOP } else { Signal::CONT };
+        match pidfd_send_signal(self.process.pidfd(), signal) {
+            Ok(()) | Err(Errno::SRCH | Errno::PERM) => Ok(()),
+            Err(errno) => Err(failed("stop QEMU's process, or let it go on")(errno.into())),
+        }
+    }
+
     /// Ends it as nothing else can: a QEMU that waits for a page answers no order. One of another user's, which this process may not kill, is
     /// asked to end.
     pub fn kill(&mut self) -> Result<(), GuestError> {

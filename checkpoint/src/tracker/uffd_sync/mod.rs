@@ -9,18 +9,18 @@
 //!
 //! Like that one it sees every write through the VMM's own mapping, whoever made it.
 //!
-//! Pages of a group that were not written are told from those that were by a hash of what they held last ([`hashes`]). A page that was
+//! Pages of a group that were not written are told from those that were by a hash of what they held last ([`super::hashes`]). A page that was
 //! opened by itself was written for certain, and is not hashed.
 //!
 //! Memory: less than a byte a page of state (`faults`), and 16 bytes for each page that has ever been hashed.
 
 mod faults;
 mod groups;
-mod hashes;
 
 pub use faults::WriteFaults;
 pub use groups::{GroupSize, Groups};
 
+use super::hashes::{Content, Hashes};
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
 use belay_transport::PageIndex;
@@ -28,7 +28,6 @@ use belay_transport::region::Mapping;
 use belay_transport::uffd::Features;
 use faults::Found;
 use groups::{CHUNK, order_for};
-use hashes::{Content, Hashes};
 use std::sync::Arc;
 
 /// What the VMM's userfaultfd must have been opened with, beside registering guest RAM for write-protect faults. WP_UNPOPULATED is of

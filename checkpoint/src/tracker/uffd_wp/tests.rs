@@ -161,6 +161,46 @@ fn a_write_to_a_huge_page_reports_all_of_it() {
     assert_eq!(harvest(&mut tracker, pages), BTreeSet::new());
 }
 
+/// What goes into a record after a harvest.
+fn sifted(tracker: &mut UffdWpTracker, pages: u64, discards: &[u64]) -> BTreeSet<u64> {
+    let (mut dirty, mut given_up) = (DirtySet::new([(ID, pages)]), DirtySet::new([(ID, pages)]));
+    for &page in discards {
+        given_up.insert(ID, PageIndex(page));
+    }
+    tracker.harvest(&mut dirty).expect("harvest");
+    tracker.sift(&mut dirty, &given_up).expect("sift");
+    dirty.iter().map(|(_, page)| page.0).collect()
+}
+
+#[test]
+fn p3_of_a_huge_page_that_was_written_only_what_changed_is_sent_and_none_of_it_is_missed() {
+    let huge = PageSize::Huge.bytes();
+    let Some(_reserved) = HugePages::reserve(4) else { return };
+    let Some(memory) = Memory::of(4 * huge, PageSize::Huge, Faults::None) else { return };
+    if let Err(error) = memory.block.file.preallocate(1, &|_| {}) {
+        eprintln!("skipped: {error}");
+        return;
+    }
+    let pages = (4 * huge / PAGE) as u64;
+    (0..4).for_each(|frame| memory.write(frame * 512, 1));
+    let mut tracker = started(&memory);
+    memory.write(1024 + 77, 2);
+    assert_eq!(sifted(&mut tracker, pages, &[]), (1024..1536).collect(), "nothing was known of it");
+    memory.write(1024 + 77, 3);
+    memory.write(1024 + 300, 1);
+    assert_eq!(sifted(&mut tracker, pages, &[]), BTreeSet::from([1024 + 77, 1024 + 300]));
+    // Written, and the same as before.
+    memory.write(1024 + 77, 3);
+    assert_eq!(sifted(&mut tracker, pages, &[]), BTreeSet::new());
+    // The record said that it reads as zero: what it held before is not what the other side has.
+    assert_eq!(sifted(&mut tracker, pages, &[1024 + 77]), BTreeSet::new());
+    memory.write(1024 + 77, 3);
+    assert_eq!(sifted(&mut tracker, pages, &[]), BTreeSet::from([1024 + 77]));
+    tracker.start().expect("start");
+    memory.write(1024 + 77, 3);
+    assert_eq!(sifted(&mut tracker, pages, &[]), (1024..1536).collect(), "a tracker that starts anew knows nothing");
+}
+
 #[test]
 fn p3_writes_of_all_threads_are_seen() {
     let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
