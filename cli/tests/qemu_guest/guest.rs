@@ -7,7 +7,9 @@
 
 use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -72,9 +74,14 @@ unsafe extern "C" {
     fn syscall(number: i64, ...) -> i64;
 }
 
-/// The modules of a virtio network card, in the order in which they load.
+/// The modules of virtio devices, in the order in which they load; once.
 fn load_modules() {
     const FINIT_MODULE: i64 = 313;
+    static LOADED: Mutex<bool> = Mutex::new(false);
+    let mut loaded = LOADED.lock().unwrap();
+    if std::mem::replace(&mut loaded, true) {
+        return;
+    }
     let order = std::fs::read_to_string("/modules/order").unwrap_or_default();
     for name in order.lines().filter(|name| name.starts_with("virtio") || name.contains("failover")) {
         let Ok(module) = std::fs::File::open(format!("/modules/{name}")) else { continue };
@@ -137,10 +144,69 @@ fn serve(address: [u8; 4]) {
     }
 }
 
-/// The first IDE disk, by its ports (ATA/ATAPI-6, PIO data-out and data-in): every access is to the disk itself, and needs no driver.
-struct Disk;
+/// 512 bytes as they lie on a disk.
+type Sector = [u64; 64];
 
-impl Disk {
+/// A disk whose every access is to the disk itself.
+trait Disk {
+    fn read(&self, sector: usize) -> Sector;
+    fn write(&self, sector: usize, bytes: &Sector);
+    fn flush(&self);
+}
+
+/// The first virtio disk, past the page cache.
+struct VirtioDisk(std::fs::File);
+
+/// Where O_DIRECT reads to and writes from.
+#[repr(align(4096))]
+struct Aligned([u8; 512]);
+
+impl VirtioDisk {
+    fn open() -> Self {
+        const O_DIRECT: i32 = 0o40000;
+        const MOUNT: i64 = 165;
+        let _ = std::fs::create_dir("/dev");
+        // SAFETY: mount(2) takes strings that end, and flags; what is mounted already (EBUSY) is there.
+        unsafe { syscall(MOUNT, c"devtmpfs".as_ptr(), c"/dev".as_ptr(), c"devtmpfs".as_ptr(), 0, 0) };
+        loop {
+            match std::fs::OpenOptions::new().read(true).write(true).custom_flags(O_DIRECT).open("/dev/vda") {
+                Ok(file) => return Self(file),
+                Err(error) => say(&format!("no /dev/vda yet: {error}")),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// An error of the disk is one of the tether's.
+    fn done(what: &str, result: std::io::Result<()>) {
+        if let Err(error) = result {
+            say(&format!("WRONG disk: {what}: {error}"));
+        }
+    }
+}
+
+impl Disk for VirtioDisk {
+    fn read(&self, sector: usize) -> Sector {
+        let mut bytes = Aligned([0; 512]);
+        Self::done("a read", self.0.read_exact_at(&mut bytes.0, sector as u64 * 512));
+        std::array::from_fn(|word| u64::from_le_bytes(bytes.0[word * 8..][..8].try_into().expect("8 bytes")))
+    }
+
+    fn write(&self, sector: usize, words: &Sector) {
+        let mut bytes = Aligned([0; 512]);
+        bytes.0.chunks_mut(8).zip(words).for_each(|(at, word)| at.copy_from_slice(&word.to_le_bytes()));
+        Self::done("a write", self.0.write_all_at(&bytes.0, sector as u64 * 512));
+    }
+
+    fn flush(&self) {
+        Self::done("a flush", self.0.sync_data());
+    }
+}
+
+/// The first IDE disk, by its ports (ATA/ATAPI-6, PIO data-out and data-in), which needs no driver.
+struct IdeDisk;
+
+impl IdeDisk {
     const DATA: u16 = 0x1f0;
     const STATUS: u16 = 0x1f7;
 
@@ -192,7 +258,10 @@ impl Disk {
         Self::put(Self::STATUS, command);
     }
 
-    fn read(&self, sector: usize) -> [u64; 64] {
+}
+
+impl Disk for IdeDisk {
+    fn read(&self, sector: usize) -> Sector {
         self.command(0x20, sector);
         Self::wait("a read", true);
         let mut bytes = [0_u64; 64];
@@ -203,7 +272,7 @@ impl Disk {
         bytes
     }
 
-    fn write(&self, sector: usize, bytes: &[u64; 64]) {
+    fn write(&self, sector: usize, bytes: &Sector) {
         self.command(0x30, sector);
         Self::wait("a write", true);
         // SAFETY: 256 words go to the disk's port out of 512 bytes.
@@ -220,35 +289,35 @@ impl Disk {
 }
 
 /// Writes sectors, each in generation after generation, and keeps in memory which generation each is of: a sector that is older than the table
-/// says, or newer, is found when it is next read, and all of them are read in turns. `disk N` says that all were, N times.
-fn keep_disk(sectors: usize) -> ! {
-    let disk = Disk::open();
-    let content = |generation: u64, sector: usize| -> [u64; 64] {
+/// says, or newer, is found when it is next read, and all of them are read in turns. `all_seen` hears of every time that all were.
+fn keep_disk(disk: &dyn Disk, sectors: Range<usize>, all_seen: impl Fn(u64)) -> ! {
+    let content = |generation: u64, sector: usize| -> Sector {
         std::array::from_fn(|word| if generation == 0 { 0 } else { mixed(generation, sector as u64, word as u64) })
     };
-    let mut generations = vec![0_u64; sectors];
-    let check = |generations: &[u64], sector: usize| {
-        let (is, must) = (disk.read(sector), content(generations[sector], sector));
+    let mut generations = vec![0_u64; sectors.len()];
+    let check = |generations: &[u64], at: usize| {
+        let (sector, memory) = (sectors.start + at, generations[at]);
+        let (is, must) = (disk.read(sector), content(memory, sector));
         while is != must {
-            let known = (0..generations[sector] + 1000).find(|&generation| content(generation, sector) == is);
-            say(&format!("WRONG sector {sector} is of generation {known:?}, and memory says {}", generations[sector]));
+            let known = (0..memory + 1000).find(|&generation| content(generation, sector) == is);
+            say(&format!("WRONG sector {sector} is of generation {known:?}, and memory says {memory}"));
             std::thread::sleep(Duration::from_millis(100));
         }
     };
-    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64 ^ sectors.start as u64;
     for round in 1_u64.. {
-        for sector in 0..sectors {
-            check(&generations, sector);
+        for at in 0..sectors.len() {
+            check(&generations, at);
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let other = (seed >> 33) as usize % sectors;
+            let other = (seed >> 33) as usize % sectors.len();
             check(&generations, other);
-            disk.write(other, &content(generations[other] + 1, other));
+            disk.write(sectors.start + other, &content(generations[other] + 1, sectors.start + other));
             generations[other] += 1;
-            if sector % 32 == 0 {
+            if at % 32 == 0 {
                 disk.flush();
             }
         }
-        say(&format!("disk {round}"));
+        all_seen(round);
     }
     unreachable!("rounds do not end")
 }
@@ -285,6 +354,41 @@ fn churn(mib: usize) -> ! {
         say(&format!("churn {round}"));
     }
     unreachable!("rounds do not end")
+}
+
+/// Has `disk` of so many sectors kept by so many threads, each its own part of it, so that as many requests are on their way at a time. `disk N`
+/// says that all of them have seen all of theirs, N times.
+fn keep_all(disk: &'static (dyn Disk + Sync), sectors: usize, threads: usize) {
+    static SEEN: Mutex<(Vec<u64>, u64)> = Mutex::new((Vec::new(), 0));
+    SEEN.lock().unwrap().0 = vec![0; threads];
+    let part = sectors / threads;
+    for thread in 0..threads {
+        let seen = move |round| {
+            let mut seen = SEEN.lock().unwrap();
+            seen.0[thread] = round;
+            let all = *seen.0.iter().min().expect("one thread or more");
+            if all > seen.1 {
+                seen.1 = all;
+                say(&format!("disk {all}"));
+            }
+        };
+        std::thread::spawn(move || keep_disk(disk, thread * part..(thread + 1) * part, seen));
+    }
+}
+
+/// The disk that there is.
+fn keep_sectors(sectors: usize) {
+    if wanted("virtio_disk", 0) == 1 {
+        load_modules();
+        let disk: &'static VirtioDisk = Box::leak(Box::new(VirtioDisk::open()));
+        keep_all(disk, sectors, 4);
+    } else {
+        // One thread alone: the ports are its own.
+        std::thread::spawn(move || {
+            let disk = IdeDisk::open();
+            keep_disk(&disk, 0..sectors, |round| say(&format!("disk {round}")))
+        });
+    }
 }
 
 /// Hears what the test says on the second serial port: `halt`, `off`, `again`.
@@ -338,7 +442,7 @@ fn main() {
     }
     let sectors = wanted("sectors", 0);
     if sectors > 0 {
-        std::thread::spawn(move || keep_disk(sectors));
+        keep_sectors(sectors);
     }
     let taken = wanted("churn", 0);
     if taken > 0 {

@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod moving;
+pub mod network;
 
 use super::running::{BOUND, Place, kill};
 use belay_transport::Deadline;
@@ -162,8 +163,10 @@ pub struct Machine {
     pub address: Option<&'static str>,
     /// Its network card connects again by itself: of QEMU 9.2 or newer.
     pub reconnects: bool,
-    /// Sectors of its disk, which NAME.nbd in the folder serves; 0 for none. Of the machine `pc` alone.
+    /// Sectors of its disk, which NAME.nbd in the folder serves; 0 for none. Of the machine `pc` alone, unless it is a virtio disk.
     pub sectors: usize,
+    /// Its disk is virtio-blk, and several requests are on their way at a time. Needs the lab's initramfs.
+    pub virtio_disk: bool,
     /// MiB that it takes and gives back all the time; 0 for none. Needs the lab's initramfs.
     pub churn: usize,
     /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again.
@@ -184,6 +187,7 @@ impl Machine {
             reconnects: false,
             sectors: 0,
             churn: 0,
+            virtio_disk: false,
             obeys: false,
         }
     }
@@ -214,10 +218,14 @@ impl Machine {
         if let Some(linux) = &self.linux {
             add("-kernel", linux.kernel.display().to_string());
             let address = self.address.map_or_else(String::new, |address| format!(" address={address}"));
-            let wanted = linux.with_modules.as_ref().filter(|_| self.address.is_some() || self.churn > 0);
+            let wanted =
+                linux.with_modules.as_ref().filter(|_| self.address.is_some() || self.virtio_disk || self.churn > 0);
             add("-initrd", wanted.unwrap_or(&linux.initramfs).display().to_string());
-            let (obeys, sectors) = (u8::from(self.obeys), self.sectors);
-            let own = format!("parts={} mib={} obeys={obeys} sectors={sectors}", self.vcpus, self.set);
+            let (obeys, sectors, virtio_disk) = (u8::from(self.obeys), self.sectors, u8::from(self.virtio_disk));
+            let own = format!(
+                "parts={} mib={} obeys={obeys} sectors={sectors} virtio_disk={virtio_disk}",
+                self.vcpus, self.set
+            );
             // Pages are zeroed when they are given back, and not when they are taken.
             let churn = match self.churn {
                 0 => String::new(),
@@ -242,7 +250,8 @@ impl Machine {
         if self.sectors > 0 {
             let socket = folder.join(format!("{name}.nbd"));
             let server = format!("nbd,node-name=d0,server.type=unix,server.path={},export=disk", socket.display());
-            words.extend(["-blockdev", &server, "-device", "ide-hd,drive=d0,bus=ide.0"].map(str::to_owned));
+            let device = if self.virtio_disk { "virtio-blk-pci,drive=d0" } else { "ide-hd,drive=d0,bus=ide.0" };
+            words.extend(["-blockdev", &server, "-device", device].map(str::to_owned));
         }
         words.extend(self.more.iter().cloned());
         words

@@ -8,7 +8,7 @@ readonly IMAGE_PROGRAMS='bin/ip sbin/tc bin/rdma sbin/rdma usr/bin/rdma bin/ss
 # The provider that libibverbs opens for rxe devices.
 readonly IMAGE_PROVIDER=usr/lib/x86_64-linux-gnu/libibverbs/librxe-rdmav34.so
 # Modules asked for; what they need comes with them. virtio's own parts and crc32_generic are needed and nobody's dependency.
-readonly IMAGE_MODULES='virtio_ring virtio virtio_pci virtio_net virtio_balloon 9pnet_virtio 9p virtio_rng crc32_generic rdma_rxe rdma_ucm kvm_amd sch_netem tun ifb sch_plug sch_ingress act_mirred cls_matchall'
+readonly IMAGE_MODULES='virtio_ring virtio virtio_pci virtio_net virtio_blk virtio_balloon 9pnet_virtio 9p virtio_rng crc32_generic rdma_rxe rdma_ucm kvm_amd sch_netem tun ifb sch_plug sch_ingress act_mirred cls_matchall'
 
 # What the image is made of, as one word. The C library is this machine's, because belay is built here.
 image_key() { # kernel
