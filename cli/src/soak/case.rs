@@ -3,7 +3,7 @@
 use super::points::{self, At, Point};
 use super::takeover::Takeover;
 use crate::options::FabricChoice;
-use belay_checkpoint::tracker::REQUIRED_FEATURES;
+use belay_checkpoint::tracker::{REQUIRED_FEATURES, SYNC_FEATURES};
 use belay_transport::uffd::{OpenMode, Uffd};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -193,8 +193,12 @@ fn mix(value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Whether this kernel has what the tracker `uffd-wp` needs (6.7 and newer do).
-static HAS_UFFD_WP: LazyLock<bool> = LazyLock::new(|| Uffd::open(OpenMode::UserModeOnly, REQUIRED_FEATURES).is_ok());
+/// The trackers that are drawn from: where this kernel lacks what one needs (`uffd-wp`: 6.7), another stands in its place.
+static TRACKERS: LazyLock<[&str; 4]> = LazyLock::new(|| {
+    let has = |features| Uffd::open(OpenMode::UserModeOnly, features).is_ok();
+    let or_log = |name, features| if has(features) { name } else { "kvm-log" };
+    ["kvm-ring", "kvm-log", or_log("uffd-wp", REQUIRED_FEATURES), or_log("uffd-sync", SYNC_FEATURES)]
+});
 
 /// Percent of RAM by which a moment comes before the pull is held: the last page of a share need not come by itself.
 pub const SHORT_OF_HOLD: u64 = 2;
@@ -253,9 +257,8 @@ impl Case {
         };
         let in_the_middle =
             !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
-        let trackers = ["kvm-ring", "kvm-log", if *HAS_UFFD_WP { "uffd-wp" } else { "kvm-log" }];
         let apart = draw(3) == 0 || matches!(self.strike, Strike::ServerKill | Strike::ServerTakeover);
-        let (tracker, guest_seed) = (trackers[draw(3) as usize], 1 + draw(1 << 40));
+        let (tracker, guest_seed) = (TRACKERS[draw(TRACKERS.len() as u64) as usize], 1 + draw(1 << 40));
         Script {
             moment,
             delay_ms,
