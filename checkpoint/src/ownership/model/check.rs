@@ -172,6 +172,11 @@ fn every_history_with_an_arbiter_under_output_commit_keeps_the_promises() {
     check(OutputMode::Commit, true);
 }
 
+#[test]
+fn every_history_with_an_arbiter_under_output_lease_keeps_the_promises() {
+    check(OutputMode::Lease, true);
+}
+
 /// Goes through histories with `mutation` until one breaks `promise`.
 fn breaks(mutation: Mutation, mode: OutputMode, promise: &'static str) {
     let arbiter = matches!(mutation, Mutation::ContinuesUnasked | Mutation::RefusalIgnored);
