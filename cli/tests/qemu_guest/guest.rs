@@ -9,7 +9,7 @@ use std::io::{BufRead, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const WORDS: usize = 512;
@@ -219,6 +219,9 @@ impl Disk {
     }
 }
 
+/// The test has said that all of the disk is to be written, and not its first half alone.
+static GROWN: AtomicBool = AtomicBool::new(false);
+
 /// Writes sectors, each in generation after generation, and keeps in memory which generation each is of: a sector that is older than the table
 /// says, or newer, is found when it is next read, and all of them are read in turns. `disk N` says that all were, N times.
 fn keep_disk(sectors: usize) -> ! {
@@ -235,12 +238,14 @@ fn keep_disk(sectors: usize) -> ! {
             std::thread::sleep(Duration::from_millis(100));
         }
     };
+    let waits = wanted("obeys", 0) == 1;
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     for round in 1_u64.. {
         for sector in 0..sectors {
             check(&generations, sector);
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let other = (seed >> 33) as usize % sectors;
+            let reach = if waits && !GROWN.load(Ordering::SeqCst) { sectors / 2 } else { sectors };
+            let other = (seed >> 33) as usize % reach;
             check(&generations, other);
             disk.write(other, &content(generations[other] + 1, other));
             generations[other] += 1;
@@ -287,7 +292,7 @@ fn churn(mib: usize) -> ! {
     unreachable!("rounds do not end")
 }
 
-/// Hears what the test says on the second serial port: `halt`, `off`, `again`.
+/// Hears what the test says on the second serial port: `halt`, `off`, `again`, `grow`.
 fn obey() {
     const MKNOD: i64 = 133;
     const REBOOT: i64 = 169;
@@ -304,6 +309,10 @@ fn obey() {
             "halt" => 0xcdef_0123,
             "off" => 0x4321_fedc,
             "again" => 0x0123_4567,
+            "grow" => {
+                GROWN.store(true, Ordering::SeqCst);
+                continue;
+            }
             _ => continue,
         };
         // SAFETY: reboot(2) takes numbers alone here.
