@@ -262,7 +262,7 @@ fn config(
 ) -> SourceConfig {
     let memory_bytes = match &proposal.vmm {
         VmmSpec::Kvm(spec) => spec.memory_bytes,
-        VmmSpec::Qemu(spec) => spec.memory_bytes(),
+        VmmSpec::Qemu(guest) | VmmSpec::QemuWithDisks { guest, .. } => guest.memory_bytes(),
     };
     let (ring_bytes, overflow_bytes) = sizes(&args.tether, memory_bytes);
     SourceConfig {

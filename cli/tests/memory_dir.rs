@@ -1,16 +1,17 @@
 //! The directory that a source's memory lies in (`--memory-dir`): too small, filled by somebody else at any moment, or of huge pages. Each ends
 //! in a named state, with an error that says how much room is missing, and nothing that was promised is lost.
 
+#[path = "running/mounted.rs"]
+mod mounted;
 mod running;
 #[path = "../../transport/src/testing.rs"]
 mod testing;
 
-use running::{BELAY, BOUND, Place, Process, has_kvm};
+use mounted::Mounted;
+use running::{BOUND, Place, Process, has_kvm};
 use serde_json::Value;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,70 +22,6 @@ const NEEDED: u64 = (32 + 4 + 65 + 81) * MIB;
 const GUEST: [&str; 10] =
     ["--memory", "32M", "--drive", "kvm", "--run-before", "10ms", "--ring", "4M", "--lease", "20s"];
 const SHORT: [&str; 3] = ["--check", "--run-on", "50ms"];
-
-/// A file system of this test's own over a directory: seen by nobody else, and gone with the test however that ends.
-struct Mounted {
-    /// Lives until the test closes its stdin, or is gone.
-    holder: Child,
-    directory: String,
-}
-
-impl Mounted {
-    /// Mounts `kind` with `options`; `None` (said on stderr) where that cannot be.
-    fn new(place: &Place, kind: &str, options: &str) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: mounting {kind} needs root");
-            return None;
-        }
-        let directory = place.text(&format!("memory-{kind}-{}", options.replace(['=', ','], "-")));
-        std::fs::create_dir(&directory).unwrap();
-        let script = format!("mount -t {kind} -o {options} none {directory} && echo mounted && exec cat");
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", &script]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut holder = command.spawn().expect("unshare(1) runs");
-        let mut said = String::new();
-        BufReader::new(holder.stdout.take().expect("a pipe")).read_line(&mut said).expect("a line or its end");
-        let mounted = Self { holder, directory };
-        if said.trim() != "mounted" {
-            eprintln!("skipped: no {kind} with {options} can be mounted here");
-            return None;
-        }
-        Some(mounted)
-    }
-
-    /// Starts belay where this is mounted.
-    fn belay(&self, place: &Place, arguments: &[&str]) -> Process {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.holder.id().to_string(), "--mount", BELAY]).args(arguments);
-        place.start(command)
-    }
-
-    /// A name in it, as this process can open it.
-    fn path(&self, name: &str) -> PathBuf {
-        format!("/proc/{}/root{}/{name}", self.holder.id(), self.directory).into()
-    }
-
-    /// Takes all the room that is left.
-    fn fill(&self) {
-        let mut filler = File::create(self.path("filler")).expect("room for a name");
-        for step in [256 << 10, 4096] {
-            while filler.write_all(&vec![1; step]).is_ok() {}
-        }
-    }
-
-    /// What there is of migrations' memory.
-    fn left(&self) -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(self.path("")).unwrap().flatten().map(|entry| entry.path());
-        entries.filter(|path| path.is_dir()).collect()
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
-    }
-}
 
 /// Each of these runs takes 200 MiB and more threads than most hosts have cores: one at a time.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

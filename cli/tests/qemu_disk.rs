@@ -1,13 +1,18 @@
 //! A tethered QEMU guest with a writable disk: whatever dies, every sector is of the very generation that the guest's memory says.
 
+#[path = "running/mounted.rs"]
+mod mounted;
 mod qemu_guest;
 mod running;
 
+use mounted::Mounted;
 use qemu_guest::moving::is_frozen;
-use qemu_guest::{Console, Linux, Machine, Qemu, SharedMemory, newer_qemu, no_qemu};
+use qemu_guest::{Console, Linux, Machine, Qemu, SharedMemory, newer_qemu, no_qemu, status, tell};
 use running::{Place, Process, kill};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
 
 use std::time::{Duration, Instant};
 
@@ -33,8 +38,13 @@ impl Shared {
         // On a disk, as images are.
         let image = place.path("image");
         fs::write(&image, vec![0; 1 << 20]).expect("an image");
+        Self::of(place, folder, [image.clone(), image])
+    }
+
+    /// `images`: as each host knows it.
+    fn of(place: &Place, folder: &Path, [image, there]: [PathBuf; 2]) -> Self {
         let mut here = relay(place, folder, &image, "here", &[]);
-        let mut there = relay(place, folder, &image, "there", &["--incoming"]);
+        let mut there = relay(place, folder, &there, "there", &["--incoming"]);
         here.wait_for_event("listening");
         there.wait_for_event("listening");
         Self { image, here, there }
@@ -47,12 +57,16 @@ fn machine(linux: Linux) -> Machine {
 
 /// A destination that waits for the guest, and where.
 fn receive(place: &Place, folder: &Path, machine: &Machine, listen: &str) -> (Process, String) {
+    receive_as(place, folder, &machine.program, &machine.arguments(folder, "there"), listen)
+}
+
+/// As [`receive`], by a command line.
+fn receive_as(place: &Place, folder: &Path, program: &str, arguments: &[String], listen: &str) -> (Process, String) {
     let (state_dir, hand) = (place.text("there"), folder.join("there.hand").display().to_string());
-    let arguments = machine.arguments(folder, "there");
     let run_dir = place.text("run");
     let mut words = vec!["receive", "--json", "--listen", listen, "--state-dir", &state_dir];
     words.extend(["--run-dir", &run_dir, "--name", "there"]);
-    words.extend(["qemu", "--disk", &hand, "--", &machine.program]);
+    words.extend(["qemu", "--disk", &hand, "--", program]);
     words.extend(arguments.iter().map(String::as_str));
     let mut destination = place.belay(&words);
     let to = destination.wait_for_event("listening")["address"].as_str().expect("an address").to_owned();
@@ -84,13 +98,13 @@ impl Tethered {
         if no_qemu() {
             return None;
         }
-        Some(Self::of(machine(Linux::here()?), local, sending))
+        let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+        let shared = Shared::new(&place, folder.path());
+        Some(Self::of(place, folder, shared, machine(Linux::here()?), local, sending))
     }
 
-    fn of(machine: Machine, local: bool, sending: &[&str]) -> Self {
-        let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    fn of(place: Place, folder: SharedMemory, shared: Shared, machine: Machine, local: bool, sending: &[&str]) -> Self {
         let listen = if local { format!("unix:{}", place.text("door")) } else { LOOPBACK.to_owned() };
-        let shared = Shared::new(&place, folder.path());
         let source = Qemu::start(&place, folder.path(), &machine, "here");
         source.console.wait_until_booted();
         source.console.wait_for_disk(1);
@@ -204,6 +218,70 @@ fn p3_an_image_that_fills_up_when_the_old_destination_is_shut_out_already_is_wai
     tethered.expect_caught();
 }
 
+/// An image whose second half has no room in its file system, of a guest that has not written there yet: what it writes there at its destination
+/// commits, and cannot be done to the image until there is room. `images` are made of a file, for each host one; `said` is why it cannot.
+fn waits_for_room(images: impl Fn(&Path) -> Option<[PathBuf; 2]>, said: &str) {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here() else { return };
+    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    let Some(small) = Mounted::new(&place, "tmpfs", "size=256k") else { return };
+    let file = small.path("image");
+    fs::File::create(&file).and_then(|file| file.set_len((SECTORS * 512) as u64)).expect("a file without room");
+    let Some(images) = images(&file) else { return };
+    let shared = Shared::of(&place, folder.path(), images);
+    let machine = Machine { obeys: true, ..machine(linux) };
+    let mut tethered = Tethered::of(place, folder, shared, machine, false, &[]);
+    small.fill();
+    tell(tethered.folder.path(), "there", "grow");
+    let told = tethered.sender.wait_for("the image has no room", says_unwritable);
+    assert!(told["what"].as_str().is_some_and(|what| what.contains(said)), "{told}");
+    // The guest goes on meanwhile, and none of it is lost.
+    let console = tethered.console();
+    console.wait_for_disk(console.disk_rounds() + 1);
+    tethered.destination.signal(libc::SIGKILL);
+    let waits = ["cannot-revoke", "catch-stuck"];
+    tethered.sender.wait_for("a catch that waits", |event| {
+        event["event"] == "state" && event["state"].as_str().is_some_and(|state| waits.contains(&state))
+    });
+    assert!(tethered.at_home().ticks().is_empty(), "it must not run ahead of its disk");
+    small.make_room();
+    tethered.expect_caught();
+}
+
+#[test]
+fn p3_a_catch_waits_for_a_file_system_that_is_full_and_goes_on_by_itself_once_it_has_room() {
+    waits_for_room(|file| Some([file.to_owned(), file.to_owned()]), "No space left on device");
+}
+
+#[test]
+fn p3_a_catch_waits_for_a_block_device_that_fails_and_what_it_lost_is_written_again() {
+    // Its page cache takes every write, and what the device did not take is told once, by the next flush. Two hosts have two page caches.
+    let devices = Mutex::new(Vec::new());
+    let one = |file: &Path| {
+        let (path, open) = block_device(file)?;
+        devices.lock().unwrap().push(open);
+        Some(path)
+    };
+    waits_for_room(|file| Some([one(file)?, one(file)?]), "Input/output error");
+}
+
+/// A block device over a file, and what keeps it: it goes with the last who has it open.
+fn block_device(file: &Path) -> Option<(PathBuf, fs::File)> {
+    let run =
+        |words: &[&str]| Command::new("losetup").args(words).output().ok().filter(|output| output.status.success());
+    let text = file.to_str().expect("a path of text");
+    let Some(made) = run(&["--find", "--show", "--sector-size", "512", text]) else {
+        eprintln!("skipped: no block device can be made of a file (losetup)");
+        return None;
+    };
+    let path = String::from_utf8_lossy(&made.stdout).trim().to_owned();
+    let open = fs::File::open(&path);
+    run(&["--detach", &path]).expect("a device of this test's");
+    Some((path.into(), open.expect("the device")))
+}
+
 fn qemu_of(destination: &Process) -> i32 {
     let started = destination.seen.iter().find(|event| event["event"] == "vmm-started").expect("told");
     started["pid"].as_i64().expect("a pid") as i32
@@ -220,7 +298,9 @@ fn p3_every_sector_is_of_its_generation_after_a_newer_qemu_was_killed_at_the_des
         return;
     }
     let (Some(program), Some(linux)) = (newer_qemu(), Linux::here()) else { return };
-    let tethered = Tethered::of(Machine { program, ..machine(linux) }, false, &[]);
+    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    let shared = Shared::new(&place, folder.path());
+    let tethered = Tethered::of(place, folder, shared, Machine { program, ..machine(linux) }, false, &[]);
     comes_back(tethered, |destination, _| kill(qemu_of(destination), libc::SIGKILL));
 }
 
@@ -312,6 +392,31 @@ fn p9_a_source_whose_disk_relay_is_killed_says_so_and_leaves_the_guest_where_it_
 #[test]
 fn p3_a_destination_whose_disk_relay_is_killed_gives_the_guest_back_at_its_last_commit() {
     survives(|_, there| there.crash());
+}
+
+#[test]
+fn a_destination_whose_disks_are_others_is_refused_by_their_names_before_the_guest_is_touched() {
+    if no_qemu() {
+        return;
+    }
+    let (place, folder) = (Place::new(), qemu_guest::shared_memory());
+    let machine = Machine { sectors: SECTORS, blocks: vec![32], ..Machine::of("pc", None) };
+    let image = place.path("image");
+    fs::write(&image, vec![0; 1 << 20]).expect("an image");
+    let mut here = relay(&place, folder.path(), &image, "here", &[]);
+    let mut there = relay(&place, folder.path(), &image, "there", &["--incoming", "--name", "other"]);
+    here.wait_for_event("listening");
+    there.wait_for_event("listening");
+    let source = Qemu::start(&place, folder.path(), &machine, "here");
+    let arguments = machine.arguments(folder.path(), "there");
+    let arguments: Vec<_> = arguments.iter().map(|word| word.replace("export=disk", "export=other")).collect();
+    let (mut destination, to) = receive_as(&place, folder.path(), &machine.program, &arguments, LOOPBACK);
+    let mut sender = send(&place, folder.path(), &to, &source.socket, &[]);
+    assert_eq!(sender.end(), 5, "{}", sender.story());
+    let said = "disk of 1048576 bytes at the source and other of 1048576 bytes here";
+    assert!(sender.story().contains(said), "{}", sender.story());
+    assert_eq!(destination.end(), 3, "{}", destination.story());
+    assert_eq!(status(&mut source.qmp()), "running");
 }
 
 #[test]

@@ -6,11 +6,9 @@ mod running;
 
 use belay_transport::Deadline;
 use qemu_guest::moving::{end_left, is_frozen, receive, send, started, wait_until_ended};
-use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status};
+use qemu_guest::{Console, Linux, Machine, Qemu, expect_no_gap, monitor, no_qemu, qemu, shared_memory, status, tell};
 use running::{BOUND, Place, Process, kill};
 use serde_json::json;
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -42,18 +40,6 @@ impl Away {
 
     fn console(&self, name: &str) -> Console {
         Console(self.folder.path().join(format!("{name}-console")))
-    }
-}
-
-fn tell(folder: &Path, name: &str, word: &str) {
-    let mut port = UnixStream::connect(folder.join(format!("{name}.words"))).expect("its second port");
-    let console = folder.join(format!("{name}-console"));
-    let heard = || std::fs::read_to_string(&console).unwrap_or_default().contains(&format!("told {word}"));
-    let end = Instant::now() + BOUND;
-    writeln!(port, "{word}").expect("it listens");
-    while !heard() {
-        assert!(Instant::now() < end, "the guest does not hear");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -201,7 +201,7 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes().saturating_add(disk_bytes));
     let proposal = Proposal {
         protocol: PROTOCOL_VERSION,
-        vmm: VmmSpec::Qemu(spec),
+        vmm: VmmSpec::of_qemu(spec, disks.0.known()),
         tether,
         output_to: None,
         release: release_policy(args.tether.release),

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const WORDS: usize = 512;
@@ -288,6 +288,9 @@ impl Disk for IdeDisk {
     }
 }
 
+/// The test has said that all of the disk is to be written, and not its first half alone.
+static GROWN: AtomicBool = AtomicBool::new(false);
+
 /// Writes sectors, each in generation after generation, and keeps in memory which generation each is of: a sector that is older than the table
 /// says, or newer, is found when it is next read, and all of them are read in turns. `all_seen` hears of every time that all were.
 fn keep_disk(disk: &dyn Disk, sectors: Range<usize>, all_seen: impl Fn(u64)) -> ! {
@@ -304,12 +307,14 @@ fn keep_disk(disk: &dyn Disk, sectors: Range<usize>, all_seen: impl Fn(u64)) -> 
             std::thread::sleep(Duration::from_millis(100));
         }
     };
+    let waits = wanted("obeys", 0) == 1;
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64 ^ sectors.start as u64;
     for round in 1_u64.. {
         for at in 0..sectors.len() {
             check(&generations, at);
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let other = (seed >> 33) as usize % sectors.len();
+            let reach = if waits && !GROWN.load(Ordering::SeqCst) { sectors.len() / 2 } else { sectors.len() };
+            let other = (seed >> 33) as usize % reach;
             check(&generations, other);
             disk.write(sectors.start + other, &content(generations[other] + 1, sectors.start + other));
             generations[other] += 1;
@@ -391,7 +396,7 @@ fn keep_sectors(sectors: usize) {
     }
 }
 
-/// Hears what the test says on the second serial port: `halt`, `off`, `again`.
+/// Hears what the test says on the second serial port: `halt`, `off`, `again`, `grow`.
 fn obey() {
     const MKNOD: i64 = 133;
     const REBOOT: i64 = 169;
@@ -408,6 +413,10 @@ fn obey() {
             "halt" => 0xcdef_0123,
             "off" => 0x4321_fedc,
             "again" => 0x0123_4567,
+            "grow" => {
+                GROWN.store(true, Ordering::SeqCst);
+                continue;
+            }
             _ => continue,
         };
         // SAFETY: reboot(2) takes numbers alone here.

@@ -13,6 +13,8 @@ use belay_transport::Deadline;
 use belay_vmm_glue::qemu::qmp::Qmp;
 use serde_json::json;
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -169,7 +171,7 @@ pub struct Machine {
     pub virtio_disk: bool,
     /// MiB that it takes and gives back all the time; 0 for none. Needs the lab's initramfs.
     pub churn: usize,
-    /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again.
+    /// It hears words at NAME.words in the folder (`guest.rs` has which), and may start again. Of its disk it writes half until it is told to grow.
     pub obeys: bool,
 }
 
@@ -434,5 +436,18 @@ impl Console {
 pub fn expect_no_gap(ticks: &[u64]) {
     for pair in ticks.windows(2) {
         assert_eq!(pair[0] + 1, pair[1], "a gap in {ticks:?}");
+    }
+}
+
+/// Says a word to the guest that is called `name`, once it listens, and waits until it has heard.
+pub fn tell(folder: &Path, name: &str, word: &str) {
+    let mut port = UnixStream::connect(folder.join(format!("{name}.words"))).expect("its second port");
+    let console = folder.join(format!("{name}-console"));
+    let heard = || fs::read_to_string(&console).unwrap_or_default().contains(&format!("told {word}"));
+    let end = Instant::now() + BOUND;
+    writeln!(port, "{word}").expect("it listens");
+    while !heard() {
+        assert!(Instant::now() < end, "the guest does not hear");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }

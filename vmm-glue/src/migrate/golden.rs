@@ -11,7 +11,7 @@ use super::settings::{LeaseSettings, Proposal, ReleasePolicy, TetherSettings, Vm
 use super::switch_map::RegionClasses;
 use crate::guard::Secrets;
 use crate::kvm::guests::{Filler, GuestSpec, Program};
-use crate::qemu::spec::QemuSpec;
+use crate::qemu::spec::{QemuDisk, QemuSpec};
 use belay_checkpoint::guest::{Epoch, TrackerKind};
 use belay_checkpoint::journal::MigrationId;
 use belay_checkpoint::outbox::OutputMode;
@@ -213,6 +213,21 @@ fn a_qemu_guests_proposal_is_on_the_wire_as_it_was_when_it_came_in() {
     let tether = proposal().tether.map(|tether| TetherSettings { tracker: TrackerKind::UffdWp, ..tether });
     let tethered = Proposal { vmm: VmmSpec::Qemu(guest), tether, ..proposal() };
     for (_, bytes) in compare(FOLDER, PROTOCOL_VERSION, "proposal-qemu", &[("tethered", encode(&tethered))]) {
+        let read = decode_proposal(&bytes).expect("read");
+        assert_eq!(read, tethered);
+        assert_eq!(read.check(), Ok(()));
+    }
+}
+
+#[test]
+fn a_proposal_of_a_qemu_guest_with_disks_is_on_the_wire_as_it_was_when_it_came_in() {
+    let ram = vec![("m0".to_owned(), 96 << 20)];
+    let guest = QemuSpec { machine: "pc-q35-7.2-machine".to_owned(), version: "7.2.22".to_owned(), vcpus: 2, ram };
+    let disks = [("disk", 1 << 20), ("other", 512)];
+    let disks = disks.map(|(name, bytes)| QemuDisk { name: name.to_owned(), bytes }).to_vec();
+    let tether = proposal().tether.map(|tether| TetherSettings { tracker: TrackerKind::UffdWp, ..tether });
+    let tethered = Proposal { vmm: VmmSpec::of_qemu(guest, disks), tether, ..proposal() };
+    for (_, bytes) in compare(FOLDER, PROTOCOL_VERSION, "proposal-qemu-disks", &[("tethered", encode(&tethered))]) {
         let read = decode_proposal(&bytes).expect("read");
         assert_eq!(read, tethered);
         assert_eq!(read.check(), Ok(()));

@@ -2,7 +2,7 @@
 
 use super::reattach::{Identity, Reattach};
 use crate::kvm::guests::GuestSpec;
-use crate::qemu::spec::QemuSpec;
+use crate::qemu::spec::{QemuDisk, QemuSpec, check_disks};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
@@ -44,9 +44,13 @@ impl Proposal {
             }
             VmmSpec::Kvm(_) => {}
             VmmSpec::Qemu(guest) => guest.check()?,
+            VmmSpec::QemuWithDisks { guest, disks } => {
+                guest.check()?;
+                check_disks(disks)?;
+            }
         }
         let Some(tether) = &self.tether else { return Ok(()) };
-        if matches!(self.vmm, VmmSpec::Qemu(_)) && tether.tracker != TrackerKind::UffdWp {
+        if self.vmm.qemu().is_some() && tether.tracker != TrackerKind::UffdWp {
             return Err("a tracker that is not uffd-wp; what QEMU writes is seen by no other".to_owned());
         }
         let LeaseSettings { length, margin, heartbeat } = tether.lease;
@@ -87,6 +91,27 @@ impl Proposal {
 pub enum VmmSpec {
     Kvm(GuestSpec),
     Qemu(QemuSpec),
+    /// With writable disks that the destination has to have too.
+    QemuWithDisks {
+        guest: QemuSpec,
+        disks: Vec<QemuDisk>,
+    },
+}
+
+impl VmmSpec {
+    /// Of a QEMU whose writable disks, as their relays know them, are `disks`.
+    pub fn of_qemu(guest: QemuSpec, disks: Vec<QemuDisk>) -> Self {
+        if disks.is_empty() { Self::Qemu(guest) } else { Self::QemuWithDisks { guest, disks } }
+    }
+
+    /// A QEMU's guest, and its disks where the source has told any: one of before they were told has none here.
+    pub fn qemu(&self) -> Option<(&QemuSpec, &[QemuDisk])> {
+        match self {
+            Self::Kvm(_) => None,
+            Self::Qemu(guest) => Some((guest, &[])),
+            Self::QemuWithDisks { guest, disks } => Some((guest, disks)),
+        }
+    }
 }
 
 /// How the guest is tethered.

@@ -4,6 +4,7 @@
 //! else's.
 
 use super::disk::{Hand, HandError, Role, log};
+use super::spec::QemuDisk;
 use belay_checkpoint::guest::{Epoch, GuestError};
 use belay_checkpoint::storage::{DiskWrites, Storage};
 use belay_transport::Deadline;
@@ -41,6 +42,11 @@ impl Disks {
         }
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = hands;
         Ok(())
+    }
+
+    /// As their relays know them.
+    pub fn known(&self) -> Vec<QemuDisk> {
+        self.hands().iter().map(|hand| QemuDisk::of(&hand.known)).collect()
     }
 
     fn hands(&self) -> Vec<Arc<Hand>> {

@@ -14,7 +14,7 @@ use super::memory::{block, expect_untouched, file_of, in_order};
 use super::process::Process;
 use super::qmp::Qmp;
 use super::relay::Hand;
-use super::spec::QemuSpec;
+use super::spec::{QemuDisk, QemuSpec, disks_differ};
 use super::tap::{self, Gate};
 use super::wire::{LetGoError, Wire};
 use crate::guard::{GuardCommand, GuardError, LifePage};
@@ -256,6 +256,13 @@ impl QemuHost {
         Ok(guest)
     }
 
+    /// The disks whose relays there are here.
+    fn disks_here(&self) -> Result<Vec<QemuDisk>, GuestError> {
+        let one = |path: &PathBuf| disk::look(path, Deadline::after(HAND)).map(|known| QemuDisk::of(&known));
+        let known: Result<Vec<_>, _> = self.disk_relays.iter().map(one).collect();
+        known.map_err(|error| failed("look at the guest's disk relays")(error.into()))
+    }
+
     /// What holds a tethered guest's packets.
     fn held_by(&self) -> HeldBy {
         match (&self.relay, self.taps.len()) {
@@ -312,7 +319,7 @@ impl Drop for QemuHost {
 
 impl Host for QemuHost {
     fn ram(&mut self, spec: &VmmSpec, tethered: bool) -> Result<Option<Vec<HostRam>>, GuestError> {
-        let VmmSpec::Qemu(spec) = spec else {
+        let Some((spec, disks)) = spec.qemu() else {
             let why = "the guest that comes is of belay's own VMM: start `belay receive` without `qemu`";
             return Err(GuestError::Unsupported(why.to_owned()));
         };
@@ -323,6 +330,11 @@ impl Host for QemuHost {
         self.asked_for = true;
         let guest = self.look(&mut machine, tethered)?;
         if let Some(why) = spec.differs(&QemuSpec::of(&guest), tethered) {
+            return Err(GuestError::Unsupported(why));
+        }
+        if !disks.is_empty()
+            && let Some(why) = disks_differ(disks, &self.disks_here()?)
+        {
             return Err(GuestError::Unsupported(why));
         }
         let mut blocks = Vec::new();

@@ -1,11 +1,13 @@
 //! What a destination has to know of a QEMU guest to have a QEMU that can take it.
 
+use super::disk::Known;
 use super::inspect::Inspection;
 use super::memory::in_order;
 use serde::{Deserialize, Serialize};
 
-/// Most blocks of RAM, and longest name of anything: a peer's numbers become work here.
+/// Most blocks of RAM, most disks, and longest name of anything: a peer's numbers become work here.
 const MOST_BLOCKS: usize = 64;
+const MOST_DISKS: usize = 64;
 const LONGEST_NAME: usize = 256;
 
 /// A guest as its QEMU describes it. Regions of RAM are its blocks in the order of their ids.
@@ -18,6 +20,54 @@ pub struct QemuSpec {
     pub vcpus: u32,
     /// Id and bytes of each block.
     pub ram: Vec<(String, u64)>,
+}
+
+/// A writable disk, as its relay knows it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct QemuDisk {
+    pub name: String,
+    pub bytes: u64,
+}
+
+impl QemuDisk {
+    /// Of what a relay says of itself.
+    pub fn of(known: &Known) -> Self {
+        Self { name: known.name.clone(), bytes: known.disk_bytes }
+    }
+}
+
+/// Whether they are something that a guest could have.
+pub fn check_disks(disks: &[QemuDisk]) -> Result<(), String> {
+    if disks.len() > MOST_DISKS {
+        return Err(format!("{} writable disks; at most {MOST_DISKS} are possible", disks.len()));
+    }
+    match disks.iter().find(|disk| disk.name.len() > LONGEST_NAME || disk.name.contains(char::is_control)) {
+        Some(disk) => {
+            Err(format!("a disk's name of {} bytes; at most {LONGEST_NAME}, printable, are possible", disk.name.len()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Why a guest whose writable disks are `there` cannot have those that are `here` in their place, if it cannot.
+pub fn disks_differ(there: &[QemuDisk], here: &[QemuDisk]) -> Option<String> {
+    let listed = |disks: &[QemuDisk]| {
+        let mut disks = disks.to_vec();
+        disks.sort();
+        disks
+    };
+    let (there, here) = (listed(there), listed(here));
+    let list = |disks: &[QemuDisk]| match disks {
+        [] => "none".to_owned(),
+        _ => disks.iter().map(|disk| format!("{} of {} bytes", disk.name, disk.bytes)).collect::<Vec<_>>().join(", "),
+    };
+    (there != here).then(|| {
+        format!(
+            "the guest's writable disks are {} at the source and {} here; say --name and --image of `belay disk` alike, and --disk of each",
+            list(&there),
+            list(&here)
+        )
+    })
 }
 
 impl QemuSpec {
@@ -107,6 +157,23 @@ mod tests {
         );
         assert!(told(|here| here.version = "10.0.2".into(), true).contains("10.0.2 here"));
         assert_eq!(told(|here| here.version = "10.0.2".into(), false), "", "it need not come back");
+    }
+
+    #[test]
+    fn disks_are_the_same_in_any_order_and_what_differs_is_named() {
+        let disk = |name: &str, bytes| QemuDisk { name: name.to_owned(), bytes };
+        let (one, two) = (disk("one", 512), disk("two", 1024));
+        assert_eq!(disks_differ(&[one.clone(), two.clone()], &[two.clone(), one.clone()]), None);
+        let told = |there: &[QemuDisk], here: &[QemuDisk]| disks_differ(there, here).expect("they differ");
+        let (renamed, longer) = (disk("uno", 512), disk("one", 1024));
+        assert!(
+            told(&[one.clone()], &[renamed]).contains("are one of 512 bytes at the source and uno of 512 bytes here")
+        );
+        assert!(told(&[one.clone()], &[longer]).contains("and one of 1024 bytes here"));
+        assert!(told(&[one.clone(), two], &[one]).contains("one of 512 bytes, two of 1024 bytes at the source"));
+        assert!(told(&[disk("d", 1)], &[]).contains("and none here"));
+        assert!(check_disks(&vec![disk("d", 1); 65]).is_err() && check_disks(&[disk("\u{1b}[2J", 1)]).is_err());
+        assert_eq!(check_disks(&[disk("d", 1)]), Ok(()));
     }
 
     #[test]
