@@ -201,12 +201,12 @@ fn many_threads(
         }
     }
     for (threads, side) in THREADS.into_iter().zip(&sides) {
-        let name = |of: &str| format!("{of}, {threads} threads");
-        case.latencies.push(Latency::of_histogram(&name("serving thread"), Role::Ours, page, &side.server));
-        case.latencies.push(Latency::of_samples(&name("touching thread"), Role::Ours, page, &side.toucher));
+        let name = format!("{}, serving thread", of(threads));
+        case.latencies.push(Latency::of_histogram(&name, Role::Ours, page, &side.server));
+        case.latencies.push(Latency::of_samples(&touched_by(threads), Role::Ours, page, &side.toucher));
     }
     for (threads, (ours, floors)) in THREADS.into_iter().zip(&rates) {
-        let measure = Measure::new(&format!("faults a second, {threads} threads"), "1/s", Better::Higher, ours.clone());
+        let measure = Measure::new(&format!("faults a second, {}", of(threads)), "1/s", Better::Higher, ours.clone());
         case.measures.push(measure.beside("the floor", floors.clone()));
     }
     let points = |of: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>| {
@@ -226,7 +226,8 @@ fn many_threads(
         ],
         references: vec![Reference { name: "engine, one thread".into(), y: one }],
     });
-    let names: Vec<String> = THREADS.iter().map(|threads| format!("touching thread, {threads} threads")).collect();
+    // All seven would hide each other.
+    let names: Vec<String> = THREADS.into_iter().step_by(2).map(touched_by).collect();
     let title = "A touch by percentile, by threads that fault at once";
     case.plots.push(Plot::percentiles(title, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -251,6 +252,15 @@ fn engine_round(
 ) -> Result<(Side, Duration), BenchError> {
     let rig = Rig::new(carrier, &sources.ours, shape)?;
     touch(rig.engine, &rig.guest, orders, shape.page_size.bytes(), unloaded)
+}
+
+/// `1 thread`, `2 threads`.
+fn of(threads: usize) -> String {
+    format!("{threads} thread{}", if threads == 1 { "" } else { "s" })
+}
+
+fn touched_by(threads: usize) -> String {
+    format!("{}, touching thread", of(threads))
 }
 
 /// As a parameter says it.

@@ -114,8 +114,8 @@ fn main() -> ExitCode {
             let (fabric, device) = (options.fabric.into(), options.device.clone());
             checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
         }
-        Command::Migrate(args) => migrate::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
-        Command::Sweep(args) => sweep::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Migrate(args) => migrate::run(&args),
+        Command::Sweep(args) => sweep::run(&args),
         Command::Suspicion(args) => suspicion::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
         Command::Policy(args) => policies::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
         Command::Tracking(args) => tracking::run(&args),

@@ -348,7 +348,7 @@ fn print(writer: Writer, tracked: &[Tracked]) {
             median(&samples.opened),
             median(&samples.sent),
             median(&samples.harvest),
-            samples.sent.iter().sum::<f64>() / 256.0
+            samples.sent.iter().fold(0.0, |sum, pages| sum + pages) / 256.0
         );
     }
 }

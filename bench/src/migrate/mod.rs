@@ -17,15 +17,16 @@ use crate::belay::Belay;
 use crate::error::BenchError;
 use crate::folder::Folder;
 use crate::quantity;
+use crate::report::{Output, Report};
 use belay_transport::fabric::FabricKind;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
 use linux::Linux;
 use machine::{Begin, Machine, Vm, cpu_time};
 use pulse::{Page, Pulse, times_between};
 use qemu::Own;
-use report::{Report, Sample};
+use report::{Moves, Sample};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// Move a QEMU guest by belay and by QEMU's own pre-copy, multifd, post-copy and preempt, in turns
@@ -77,12 +78,8 @@ pub struct MigrateArgs {
     /// The belay to measure [default: the one beside this program]
     #[arg(long, value_name = "PROGRAM")]
     belay: Option<PathBuf>,
-    /// One round, and a small guest
-    #[arg(long)]
-    quick: bool,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub out_json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// How a guest is moved.
@@ -142,8 +139,9 @@ const PROVED: Duration = Duration::from_millis(1500);
 const FILLED: Duration = Duration::from_secs(120);
 
 /// Runs the suite.
-pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
-    let (memory, working_set, rounds) = if args.quick {
+pub fn run(args: &MigrateArgs) -> Result<ExitCode, BenchError> {
+    // One round, and a small guest.
+    let (memory, working_set, rounds) = if args.output.quick {
         (args.memory.min(256 << 20), args.working_set.min(64 << 20), 1)
     } else {
         (args.memory, args.working_set, args.rounds)
@@ -173,12 +171,11 @@ pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
         linux: Linux::make(folder.path(), args.kernel.as_deref())?,
         folder: folder.path().to_owned(),
     };
-    let bar = ProgressBar::new(u64::from(rounds) * args.ways.len() as u64);
-    bar.set_style(ProgressStyle::with_template("[{elapsed}] {bar:30} {pos}/{len} {msg}").expect("a valid template"));
+    let bar = args.output.progress(u64::from(rounds) * args.ways.len() as u64);
     bar.set_message("the guest boots");
     let (mut source, mut page) = booted(&machine, "0")?;
     let version = source.qmp()?.version().to_string();
-    let mut report = Report::new(&machine, &version, rounds);
+    let mut moves = Moves::new(&machine, &version, rounds);
     for round in 0..rounds {
         for turn in 0..args.ways.len() {
             // Another one first in every round.
@@ -187,7 +184,7 @@ pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
             let name = (1 + bar.position()).to_string();
             let (sample, destination) = once(way, &machine, &belay, &page, source, &name)?;
             let lost = sample.lost_guest.is_some();
-            report.add(way, sample);
+            moves.add(way, sample);
             source = destination;
             if lost {
                 bar.set_message("another guest boots");
@@ -197,8 +194,11 @@ pub fn run(args: &MigrateArgs) -> Result<Report, BenchError> {
         }
     }
     bar.finish_and_clear();
-    report.print();
-    Ok(report)
+    moves.print();
+    let mut report = Report::new("migrate", &args.output);
+    report.cases = moves.cases();
+    report.notes.extend(moves.losses());
+    args.output.finish(&report)
 }
 
 /// A guest that runs and writes, and the page it counts in.

@@ -2,8 +2,8 @@
 
 use super::Way;
 use super::machine::Machine;
+use crate::report::{Better, Case, Measure};
 use crate::table::median;
-use serde::Serialize;
 use std::time::Duration;
 
 /// One move.
@@ -21,17 +21,15 @@ pub struct Sample {
     pub lost_guest: Option<String>,
 }
 
-/// All moves by one way: medians, and the least and most of the total and the stall.
-#[derive(Debug, Serialize)]
+/// All moves by one way: medians.
+#[derive(Debug)]
 pub struct Row {
     pub way: String,
     pub moves: usize,
     pub lost_guests: Vec<String>,
     pub total_ms: f64,
-    pub total_ms_least_most: [f64; 2],
     pub blackout_ms: Option<f64>,
     pub stall_ms: f64,
-    pub stall_ms_least_most: [f64; 2],
     pub lost_ms: f64,
     pub fault_p50_us: Option<f64>,
     pub waits: f64,
@@ -41,8 +39,8 @@ pub struct Row {
 }
 
 /// See the module.
-#[derive(Debug, Serialize)]
-pub struct Report {
+#[derive(Debug)]
+pub struct Moves {
     pub qemu: String,
     pub machine: String,
     pub accel: String,
@@ -54,11 +52,10 @@ pub struct Report {
     pub prealloc: bool,
     pub rounds: u32,
     pub rows: Vec<Row>,
-    #[serde(skip)]
     samples: Vec<(Way, Sample)>,
 }
 
-impl Report {
+impl Moves {
     pub fn new(machine: &Machine, qemu: &str, rounds: u32) -> Self {
         Self {
             qemu: qemu.to_owned(),
@@ -73,6 +70,48 @@ impl Report {
             rows: Vec::new(),
             samples: Vec::new(),
         }
+    }
+
+    /// As cases of the report, one a way.
+    pub fn cases(&self) -> Vec<Case> {
+        self.rows.iter().map(|row| self.case(row)).collect()
+    }
+
+    fn case(&self, row: &Row) -> Case {
+        let mut case = Case::new(&row.way)
+            .with("QEMU", &self.qemu)
+            .with("machine", &self.machine)
+            .with("accelerator", &self.accel)
+            .with("memory", format!("{} MiB", self.memory_bytes >> 20))
+            .with("vCPUs", self.vcpus)
+            .with("working set", format!("{} MiB", self.working_set_bytes >> 20))
+            .with("pages a second", self.pages_per_s)
+            .with("prealloc", self.prealloc);
+        let of_way = || self.samples.iter().filter(|(way, _)| way.name() == row.way).map(|(_, sample)| sample);
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let all = |value: &dyn Fn(&Sample) -> Option<f64>| of_way().filter_map(value).collect::<Vec<f64>>();
+        let unless_lost = |sample: &Sample, time| sample.lost_guest.is_none().then(|| ms(time));
+        let measures = [
+            ("total", "ms", all(&|sample| Some(ms(sample.total)))),
+            ("blackout", "ms", all(&|sample| sample.blackout.map(ms))),
+            ("stall", "ms", all(&|sample| unless_lost(sample, sample.stall))),
+            ("lost", "ms", all(&|sample| unless_lost(sample, sample.lost))),
+            ("fault, median", "us", all(&|sample| sample.fault_p50.map(|time| ms(time) * 1e3))),
+            ("waits", "", all(&|sample| Some(sample.faults as f64))),
+            ("sent", "MiB", all(&|sample| sample.bytes.map(|bytes| bytes as f64 / f64::from(1 << 20)))),
+            ("processor time at host a", "ms", all(&|sample| Some(ms(sample.hosts[0])))),
+            ("processor time at host b", "ms", all(&|sample| Some(ms(sample.hosts[1])))),
+            ("guests lost", "", vec![row.lost_guests.len() as f64]),
+        ];
+        let measures = measures.into_iter().filter(|(.., rounds)| !rounds.is_empty());
+        case.measures.extend(measures.map(|(name, unit, rounds)| Measure::new(name, unit, Better::Lower, rounds)));
+        case
+    }
+
+    /// Of each guest that was lost, how.
+    pub fn losses(&self) -> impl Iterator<Item = String> {
+        let rows = self.rows.iter();
+        rows.flat_map(|row| row.lost_guests.iter().map(move |why| format!("{}: a guest was lost: {why}", row.way)))
     }
 
     pub fn add(&mut self, way: Way, sample: Sample) {
@@ -170,10 +209,6 @@ fn row(way: Way, samples: &[(Way, Sample)]) -> Row {
     let middle = |value: &dyn Fn(&Sample) -> Option<f64>| median(&all(value));
     let if_any =
         |value: &dyn Fn(&Sample) -> Option<f64>| Some(all(value)).filter(|all| !all.is_empty()).map(|all| median(&all));
-    let least_most = |value: &dyn Fn(&Sample) -> Option<f64>| {
-        let all = all(value);
-        [all.iter().copied().fold(f64::INFINITY, f64::min), all.iter().copied().fold(0.0, f64::max)]
-    };
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let unless_lost = |sample: &Sample, time| sample.lost_guest.is_none().then(|| ms(time));
     let stall = |sample: &Sample| unless_lost(sample, sample.stall);
@@ -182,10 +217,8 @@ fn row(way: Way, samples: &[(Way, Sample)]) -> Row {
         moves: of_way.len(),
         lost_guests: of_way.iter().filter_map(|sample| sample.lost_guest.clone()).collect(),
         total_ms: middle(&|sample| Some(ms(sample.total))),
-        total_ms_least_most: least_most(&|sample| Some(ms(sample.total))),
         blackout_ms: if_any(&|sample| sample.blackout.map(ms)),
         stall_ms: middle(&stall),
-        stall_ms_least_most: least_most(&stall),
         lost_ms: middle(&|sample| unless_lost(sample, sample.lost)),
         fault_p50_us: if_any(&|sample| sample.fault_p50.map(|time| ms(time) * 1e3)),
         waits: middle(&|sample| Some(sample.faults as f64)),

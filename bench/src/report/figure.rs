@@ -38,7 +38,11 @@ fn time_line(title: &str, x: &Axis, y: &Axis, lines: &[Line], marks: &[Mark]) ->
         return String::new();
     }
     let across = Scale::over(x, points().map(|(x, _)| x).chain(marks.iter().map(|mark| mark.at)));
-    let up = Scale::over(y, points().map(|(_, y)| y));
+    // The marks' names stand above the lines.
+    let (least, most) =
+        points().fold((f64::INFINITY, f64::NEG_INFINITY), |(least, most), (_, y)| (least.min(y), most.max(y)));
+    let room = (!marks.is_empty() && !y.log).then(|| most + (most - least.min(0.0)) * 0.3);
+    let up = Scale::over(y, points().map(|(_, y)| y).chain(room));
     let mut figure = Figure::new(title, across, up, lines.iter().map(|line| &*line.name));
     figure.marks(marks.iter().map(|mark| (mark.at, &*mark.name)));
     for (line, class) in lines.iter().zip(classes(lines.iter().map(|line| line.role))) {

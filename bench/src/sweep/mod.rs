@@ -9,14 +9,15 @@ use crate::belay::{Belay, Told};
 use crate::error::BenchError;
 use crate::folder::Folder;
 use crate::quantity;
+use crate::report::{Output, Report};
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::fabric::FabricKind;
 use belay_vmm_glue::migrate::observation::Kind;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
-use report::{Case, Report, Sample};
+use report::{Case, Sample, Setting};
 use std::fmt;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -57,12 +58,8 @@ pub struct SweepArgs {
     /// The belay to measure [default: the one beside this program]
     #[arg(long, value_name = "PROGRAM")]
     belay: Option<PathBuf>,
-    /// One round, and a small guest
-    #[arg(long)]
-    quick: bool,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub out_json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// A policy, or no tether.
@@ -150,18 +147,19 @@ impl From<Carrier> for FabricKind {
 const MOVED: Duration = Duration::from_secs(600);
 
 /// Runs the suite.
-pub fn run(args: &SweepArgs) -> Result<Report, BenchError> {
-    let (memory, rounds) = match args.quick {
+pub fn run(args: &SweepArgs) -> Result<ExitCode, BenchError> {
+    // One round, and a small guest.
+    let (memory, rounds) = match args.output.quick {
         true => (vec![128 << 20], 1),
         false => (args.memory.clone(), args.rounds),
     };
     let folder = Folder::make(&std::env::temp_dir(), "sweep")?;
     let belay = Belay::find(args.belay.as_deref(), folder.path())?;
     let fabric = FabricKind::from(args.fabric);
-    let mut report = Report::new(fabric, args.pace.as_deref(), args.hold, rounds);
+    let setting = Setting { fabric, pace: args.pace.clone(), hold: args.hold, rounds };
+    let mut report = Report::new("sweep", &args.output);
     let migrations = memory.len() * args.workload.len() * args.policy.len() * rounds as usize;
-    let bar = ProgressBar::new(migrations as u64);
-    bar.set_style(ProgressStyle::with_template("[{elapsed}] {bar:30} {pos}/{len} {msg}").expect("a valid template"));
+    let bar = args.output.progress(migrations as u64);
     for &memory in &memory {
         for &workload in &args.workload {
             let mut case = Case::new(workload, memory);
@@ -174,12 +172,12 @@ pub fn run(args: &SweepArgs) -> Result<Report, BenchError> {
                     bar.inc(1);
                 }
             }
-            bar.suspend(|| report.print(&case, &args.policy));
-            report.add(&case, &args.policy);
+            bar.suspend(|| case.print(&setting, &args.policy));
+            report.cases.extend(case.cases(&setting, &args.policy));
         }
     }
     bar.finish_and_clear();
-    Ok(report)
+    args.output.finish(&report)
 }
 
 /// Moves one guest.

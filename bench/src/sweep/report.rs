@@ -1,10 +1,11 @@
 //! What is said in the end: medians of all rounds, and of the ratios within each.
 
 use super::{Way, Workload};
+use crate::report::{self, Axis, Better, Measure, Plot, Point, Reference, Role, Series};
 use crate::table::median;
+use belay_checkpoint::policy::PolicySpec;
 use belay_transport::fabric::FabricKind;
 use belay_vmm_glue::migrate::observation::Kind;
-use serde::Serialize;
 use std::time::Duration;
 
 /// One migration.
@@ -98,15 +99,8 @@ impl Case {
         let a_second = |sample: &Sample| sample.tether.as_ref().map(|tether| tether.epochs * 1e3 / sample.total_ms);
         let rates: Vec<f64> = samples.iter().filter_map(|sample| a_second(sample)).collect();
         Some(Row {
-            workload: self.workload.to_string(),
-            memory_bytes: self.memory,
             policy: way.to_string(),
-            migrations: samples.len(),
             total_ms: median(&totals),
-            total_ms_least_most: [
-                totals.iter().copied().fold(f64::INFINITY, f64::min),
-                totals.iter().copied().fold(0.0, f64::max),
-            ],
             of_none: (!ratios.is_empty()).then(|| median(&ratios)),
             down_ms: median(&all(&|sample| sample.down_ms)),
             commits_per_s: (!rates.is_empty()).then(|| median(&rates)),
@@ -124,14 +118,10 @@ impl Case {
 }
 
 /// All migrations of one guest by one policy: medians.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub struct Row {
-    pub workload: String,
-    pub memory_bytes: u64,
     pub policy: String,
-    pub migrations: usize,
     pub total_ms: f64,
-    pub total_ms_least_most: [f64; 2],
     /// Total, as a share of the same round's without checkpoints.
     pub of_none: Option<f64>,
     pub down_ms: f64,
@@ -147,36 +137,106 @@ pub struct Row {
     pub host_b_cpu_ms: f64,
 }
 
-/// See the module.
-#[derive(Debug, Serialize)]
-pub struct Report {
+/// What every migration of a run has in common.
+#[derive(Debug)]
+pub struct Setting {
     pub fabric: FabricKind,
     pub pace: Option<String>,
-    pub hold_ms: Option<f64>,
+    pub hold: Option<Duration>,
     pub rounds: u32,
-    pub rows: Vec<Row>,
 }
 
-impl Report {
-    pub fn new(fabric: FabricKind, pace: Option<&str>, hold: Option<Duration>, rounds: u32) -> Self {
-        let hold_ms = hold.map(|hold| hold.as_secs_f64() * 1e3);
-        Self { fabric, pace: pace.map(str::to_owned), hold_ms, rounds, rows: Vec::new() }
+impl Case {
+    /// As cases of the report: one a policy, and behind them one with the figure of all fixed periods.
+    pub fn cases(&self, setting: &Setting, ways: &[Way]) -> Vec<report::Case> {
+        let case = |name: &str| {
+            let mut case = report::Case::new(name).with("workload", self.workload);
+            case = case.with("memory", format!("{} MiB", self.memory >> 20)).with("fabric", setting.fabric);
+            if let Some(pace) = &setting.pace {
+                case = case.with("pace", pace);
+            }
+            setting.hold.into_iter().fold(case, |case, hold| case.with("hold", format!("{hold:?}")))
+        };
+        let mut cases: Vec<report::Case> =
+            ways.iter().filter_map(|way| self.measures(*way, case(&way.to_string()))).collect();
+        let periods: Vec<(f64, Vec<f64>)> = ways
+            .iter()
+            .filter_map(|way| match way {
+                Way::Tethered(PolicySpec::Fixed { period }) => Some((period.as_secs_f64() * 1e3, self.totals(*way))),
+                _ => None,
+            })
+            .filter(|(_, totals)| !totals.is_empty())
+            .collect();
+        if periods.len() > 1 {
+            let mut all = case("fixed periods");
+            let points = periods.iter().map(|(period, totals)| Point::of_rounds(*period, totals)).collect();
+            let none = self.totals(Way::None);
+            let level = (!none.is_empty()).then(|| Reference { name: "none".into(), y: median(&none) });
+            all.plots.push(Plot::Sweep {
+                title: format!(
+                    "Total time by the time between checkpoints, {}; bars: quartiles of the rounds",
+                    self.workload
+                ),
+                x: Axis::log("period", "ms"),
+                y: Axis::linear("total", "ms"),
+                series: vec![Series { name: "fixed".into(), role: Role::Ours, points }],
+                references: level.into_iter().collect(),
+            });
+            cases.push(all);
+        }
+        cases
     }
 
-    pub fn add(&mut self, case: &Case, ways: &[Way]) {
-        self.rows.extend(case.rows(ways));
+    fn totals(&self, way: Way) -> Vec<f64> {
+        self.samples.iter().filter(|(_, of, _)| *of == way).map(|(.., sample)| sample.total_ms).collect()
+    }
+
+    fn measures(&self, way: Way, mut case: report::Case) -> Option<report::Case> {
+        let of = |wanted: Way| self.samples.iter().filter(move |(_, way, _)| *way == wanted);
+        let samples: Vec<&Sample> = of(way).map(|(.., sample)| sample).collect();
+        if samples.is_empty() {
+            return None;
+        }
+        let none = |round: usize| of(Way::None).find(|(at, ..)| *at == round).map(|(.., sample)| sample.total_ms);
+        let beside: Option<Vec<f64>> = of(way).map(|(round, ..)| none(*round)).collect();
+        let all = |value: &dyn Fn(&Sample) -> Option<f64>| {
+            samples.iter().filter_map(|sample| value(sample)).collect::<Vec<f64>>()
+        };
+        let tether = |value: fn(&Tethered) -> Option<f64>| all(&move |sample| value(sample.tether.as_ref()?));
+        let total = Measure::new("total", "ms", Better::Lower, all(&|sample| Some(sample.total_ms)));
+        case.measures.push(match beside.filter(|_| way != Way::None) {
+            Some(beside) => total.beside("none", beside),
+            None => total,
+        });
+        let a_second = |sample: &Sample| Some(sample.tether.as_ref()?.epochs * 1e3 / sample.total_ms);
+        let more = [
+            ("down", "ms", Better::Lower, all(&|sample| Some(sample.down_ms))),
+            ("commits a second", "1/s", Better::Higher, all(&a_second)),
+            ("pages of checkpoints", "", Better::Lower, tether(|tether| Some(tether.pages))),
+            ("sent for checkpoints", "MiB", Better::Lower, tether(|tether| Some(tether.bytes / f64::from(1 << 20)))),
+            ("age at commit, median", "ms", Better::Lower, tether(|tether| Some(tether.age_ms[0]))),
+            ("age at commit, 99%", "ms", Better::Lower, tether(|tether| Some(tether.age_ms[1]))),
+            ("output delay, median", "ms", Better::Lower, tether(|tether| Some(tether.delay_ms?[0]))),
+            ("output delay, 99%", "ms", Better::Lower, tether(|tether| Some(tether.delay_ms?[1]))),
+            ("held back", "ms", Better::Lower, tether(|tether| Some(tether.held_back_ms))),
+            ("processor time at the source", "ms", Better::Lower, all(&|sample| Some(sample.host_ms[0]))),
+            ("processor time at the destination", "ms", Better::Lower, all(&|sample| Some(sample.host_ms[1]))),
+        ];
+        let more = more.into_iter().filter(|(.., rounds)| !rounds.is_empty());
+        case.measures.extend(more.map(|(name, unit, better, rounds)| Measure::new(name, unit, better, rounds)));
+        Some(case)
     }
 
     /// One guest's table.
-    pub fn print(&self, case: &Case, ways: &[Way]) {
-        let pace = self.pace.as_ref().map_or(String::new(), |pace| format!(" at {pace}"));
-        let hold = self.hold_ms.map_or(String::new(), |ms| format!(", held for {ms:.0} ms once all is there"));
+    pub fn print(&self, setting: &Setting, ways: &[Way]) {
+        let pace = setting.pace.as_ref().map_or(String::new(), |pace| format!(" at {pace}"));
+        let hold = setting.hold.map_or(String::new(), |hold| format!(", held for {hold:?} once all is there"));
         println!(
             "{}, {} MiB, over {}{pace}{hold}; medians of {}",
-            case.workload,
-            case.memory >> 20,
-            self.fabric,
-            self.rounds
+            self.workload,
+            self.memory >> 20,
+            setting.fabric,
+            setting.rounds
         );
         println!(
             " {:<16}{:>10}{:>8}{:>10}{:>11}{:>9}{:>10}{:>12}{:>12}{:>14}{:>14}{:>10}{:>12}{:>12}",
@@ -197,7 +257,7 @@ impl Report {
         );
         let or_none =
             |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
-        for row in case.rows(ways) {
+        for row in self.rows(ways) {
             println!(
                 " {:<16}{:>10.0}{:>8}{:>10.1}{:>11}{:>9}{:>10}{:>12}{:>12}{:>14}{:>14}{:>10}{:>12.0}{:>12.0}",
                 row.policy,
@@ -222,7 +282,6 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use belay_checkpoint::policy::PolicySpec;
 
     fn summary() -> Kind {
         Kind::TetherSummary {
@@ -253,13 +312,16 @@ mod tests {
         let rows = case.rows(&[fixed, Way::None]);
         assert_eq!(rows.iter().map(|row| row.policy.as_str()).collect::<Vec<_>>(), ["fixed:10ms", "none"]);
         let [tethered, none] = &rows[..] else { unreachable!("there are two") };
-        assert_eq!(
-            (tethered.total_ms, tethered.total_ms_least_most, tethered.of_none),
-            (1100.0, [600.0, 2000.0], Some(1.1))
-        );
+        assert_eq!((tethered.total_ms, tethered.of_none), (1100.0, Some(1.1)));
         assert_eq!((tethered.down_ms, none.down_ms, none.of_none), (30.0, 10.0, Some(1.0)));
         assert_eq!((tethered.commits_per_s, tethered.checkpoint_mib), (Some(50_000.0 / 1100.0), Some(4.0)));
         assert_eq!((tethered.age_p99_ms, tethered.delay_p99_ms, none.pages), (Some(2.4), None, None));
         assert_eq!((tethered.host_a_cpu_ms, tethered.host_b_cpu_ms), (3.0, 4.0));
+
+        let setting = Setting { fabric: FabricKind::Tcp, pace: Some("1G".into()), hold: None, rounds: 3 };
+        let cases = case.cases(&setting, &[fixed, Way::None]);
+        assert_eq!(cases[0].title(), "fixed:10ms, workload random, memory 1024 MiB, fabric tcp, pace 1G");
+        assert_eq!(cases[0].measures[0].ratio(), Some(1.1));
+        assert_eq!((cases.len(), cases[1].measure("commits a second"), &cases[1].measures[0].beside), (2, None, &None));
     }
 }
