@@ -47,6 +47,26 @@ pub fn time(text: &str) -> Result<Duration, QuantityError> {
     if (0.0..1e9).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(wrong()) }
 }
 
+/// A link's rate as it was written, which is how belay reads it too.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LinkRate {
+    pub text: String,
+    pub bits_per_s: f64,
+}
+
+/// Bits a second: `100M`, `2.5G`; powers of ten.
+pub fn link_rate(text: &str) -> Result<LinkRate, QuantityError> {
+    let wrong = || QuantityError { text: text.to_owned(), what: "a link rate", example: "1G or 10G" };
+    let (number, unit) = split(text).ok_or_else(wrong)?;
+    let scale = match unit {
+        "k" | "K" => 1e3,
+        "M" => 1e6,
+        "G" => 1e9,
+        _ => return Err(wrong()),
+    };
+    if number > 0.0 { Ok(LinkRate { text: text.to_owned(), bits_per_s: number * scale }) } else { Err(wrong()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,8 @@
 //! What is said in the end: medians of all rounds, and of the ratios within each.
 
 use super::{Way, Workload};
-use crate::report::{self, Axis, Better, Measure, Plot, Point, Reference, Role, Series};
+use crate::quantity::LinkRate;
+use crate::report::{self, Axis, Better, Goal, Measure, Plot, Point, Reference, Role, Series};
 use crate::table::median;
 use belay_checkpoint::policy::PolicySpec;
 use belay_transport::fabric::FabricKind;
@@ -26,6 +27,16 @@ struct Tethered {
     age_ms: [f64; 2],
     delay_ms: Option<[f64; 2]>,
     held_back_ms: f64,
+    /// All pauses together.
+    paused_ms: f64,
+}
+
+impl Tethered {
+    /// Twice what a checkpoint takes that waits for nobody: until it is due, the pause, and its bytes over the link; the average one's.
+    fn bound_ms(&self, period: Duration, bits_per_s: f64) -> f64 {
+        let wire_ms = self.bytes / self.epochs * 8e3 / bits_per_s;
+        2.0 * (period.as_secs_f64() * 1e3 + self.paused_ms / self.epochs + wire_ms)
+    }
 }
 
 impl Sample {
@@ -54,6 +65,7 @@ impl Sample {
                 age_ms: [age_p50_us / 1e3, age_p99_us / 1e3],
                 delay_ms: delay.map(|(half, most)| [half / 1e3, most / 1e3]),
                 held_back_ms: *held_back_us as f64 / 1e3,
+                paused_ms: *pause_total_us as f64 / 1e3,
             });
         }
         sample
@@ -141,22 +153,48 @@ pub struct Row {
 #[derive(Debug)]
 pub struct Setting {
     pub fabric: FabricKind,
-    pub pace: Option<String>,
+    pub pace: Option<LinkRate>,
     pub hold: Option<Duration>,
     pub rounds: u32,
 }
 
 impl Case {
+    /// A case of the report, empty.
+    fn case(&self, setting: &Setting, name: &str) -> report::Case {
+        let mut case = report::Case::new(name).with("workload", self.workload);
+        case = case.with("memory", format!("{} MiB", self.memory >> 20)).with("fabric", setting.fabric);
+        if let Some(pace) = &setting.pace {
+            case = case.with("pace", &pace.text);
+        }
+        setting.hold.into_iter().fold(case, |case, hold| case.with("hold", format!("{hold:?}")))
+    }
+
+    /// Where a link binds, of every fixed period: that the migration takes no longer for its checkpoints, and that these are not late, so that a
+    /// checkpoint which takes in all others does not count as cheap.
+    pub fn goals(&self, setting: &Setting, ways: &[Way]) -> Vec<Goal> {
+        let Some(pace) = &setting.pace else { return Vec::new() };
+        let mut goals = Vec::new();
+        for way in ways {
+            let Way::Tethered(PolicySpec::Fixed { period }) = *way else { continue };
+            let Some(case) = self.measures(*way, self.case(setting, &way.to_string())) else { continue };
+            let total = case.measure("total").and_then(Measure::ratio);
+            goals.extend(total.map(|ratio| Goal::at_most(&case, "total over none", "", ratio, 1.05)));
+            let tethers =
+                self.samples.iter().filter(|(_, of, _)| of == way).filter_map(|(.., sample)| sample.tether.as_ref());
+            let tethers = tethers.filter(|tether| tether.epochs > 0.0);
+            let late: Vec<f64> =
+                tethers.map(|tether| tether.age_ms[1] / tether.bound_ms(period, pace.bits_per_s)).collect();
+            if !late.is_empty() {
+                let measure = "age at commit, 99%, over 2 x (period + pause + wire)";
+                goals.push(Goal::at_most(&case, measure, "", median(&late), 1.0));
+            }
+        }
+        goals
+    }
+
     /// As cases of the report: one a policy, and behind them one with the figure of all fixed periods.
     pub fn cases(&self, setting: &Setting, ways: &[Way]) -> Vec<report::Case> {
-        let case = |name: &str| {
-            let mut case = report::Case::new(name).with("workload", self.workload);
-            case = case.with("memory", format!("{} MiB", self.memory >> 20)).with("fabric", setting.fabric);
-            if let Some(pace) = &setting.pace {
-                case = case.with("pace", pace);
-            }
-            setting.hold.into_iter().fold(case, |case, hold| case.with("hold", format!("{hold:?}")))
-        };
+        let case = |name: &str| self.case(setting, name);
         let mut cases: Vec<report::Case> =
             ways.iter().filter_map(|way| self.measures(*way, case(&way.to_string()))).collect();
         let periods: Vec<(f64, Vec<f64>)> = ways
@@ -229,7 +267,7 @@ impl Case {
 
     /// One guest's table.
     pub fn print(&self, setting: &Setting, ways: &[Way]) {
-        let pace = setting.pace.as_ref().map_or(String::new(), |pace| format!(" at {pace}"));
+        let pace = setting.pace.as_ref().map_or(String::new(), |pace| format!(" at {}", pace.text));
         let hold = setting.hold.map_or(String::new(), |hold| format!(", held for {hold:?} once all is there"));
         println!(
             "{}, {} MiB, over {}{pace}{hold}; medians of {}",
@@ -282,6 +320,7 @@ impl Case {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quantity;
 
     fn summary() -> Kind {
         Kind::TetherSummary {
@@ -318,10 +357,22 @@ mod tests {
         assert_eq!((tethered.age_p99_ms, tethered.delay_p99_ms, none.pages), (Some(2.4), None, None));
         assert_eq!((tethered.host_a_cpu_ms, tethered.host_b_cpu_ms), (3.0, 4.0));
 
-        let setting = Setting { fabric: FabricKind::Tcp, pace: Some("1G".into()), hold: None, rounds: 3 };
+        let setting =
+            Setting { fabric: FabricKind::Tcp, pace: Some(quantity::link_rate("1G").unwrap()), hold: None, rounds: 3 };
         let cases = case.cases(&setting, &[fixed, Way::None]);
         assert_eq!(cases[0].title(), "fixed:10ms, workload random, memory 1024 MiB, fabric tcp, pace 1G");
         assert_eq!(cases[0].measures[0].ratio(), Some(1.1));
         assert_eq!((cases.len(), cases[1].measure("commits a second"), &cases[1].measures[0].beside), (2, None, &None));
+
+        let goals = case.goals(&setting, &[fixed, Way::None]);
+        assert_eq!(goals.iter().map(|goal| goal.met).collect::<Vec<_>>(), [false, true], "{goals:?}");
+        // 10 ms, 0.3 ms of pause, 80 KiB at 1 Gb/s: 0.67 ms; 2.4 of 21.9.
+        assert!((goals[1].value - 0.1094).abs() < 0.001, "{goals:?}");
+        let unpaced = Setting { pace: None, ..setting };
+        assert_eq!(
+            case.goals(&unpaced, &[fixed]),
+            [],
+            "where no link binds, checkpoints cost what processors they find"
+        );
     }
 }
