@@ -98,7 +98,7 @@ fn memory_that_a_guest_gave_back_in_mid_pull_is_zero_when_it_takes_it_again_and_
     let (mut destination, to) = receive(&place, folder.path(), &with_second, &["--hold-pull-at", "40"]);
     let mut sender = send(&place, &to, &source.socket, &["--release", "never", "--period", "50ms"]);
     destination.wait_for_state("tethered");
-    let has = || std::fs::metadata(folder.path().join("there-m0")).expect("its RAM").blocks() * 512 >> 20;
+    let has = || (std::fs::metadata(folder.path().join("there-m0")).expect("its RAM").blocks() * 512) >> 20;
     assert_eq!(has(), MIB, "allocated before the guest came");
     let mut qmp = monitor(&second);
     let mut resize = |mib: u64| {
