@@ -174,6 +174,13 @@ fn one_thread(
     Ok((case, goals))
 }
 
+/// Faults a second, a value a round.
+#[derive(Default)]
+struct FaultRates {
+    ours: Vec<f64>,
+    floor: Vec<f64>,
+}
+
 /// More and more threads that fault at once, one shard.
 fn many_threads(
     wire: floor::Wire,
@@ -185,17 +192,17 @@ fn many_threads(
     let mut case = Case::new("threads").with("fabric", kind(&carrier)).with("pages", PageSize::Small);
     let page = floor::PAGE;
     let order = scattered(amount.bytes / page, amount.touches);
-    let mut rates = THREADS.map(|_| (Vec::new(), Vec::new()));
+    let mut rates = THREADS.map(|_| FaultRates::default());
     let mut sides = THREADS.map(|_| Side::new());
     for _ in 0..amount.rounds {
-        for ((threads, (ours, floors)), side) in THREADS.into_iter().zip(&mut rates).zip(&mut sides) {
+        for ((threads, rates), side) in THREADS.into_iter().zip(&mut rates).zip(&mut sides) {
             bar.set_message(format!("{}, {threads} threads", case.title()));
             let orders: Vec<&[usize]> = order.chunks(order.len().div_ceil(threads)).collect();
             let (one, took) = engine_round(&carrier, sources, &Shape::default(), &orders, true)?;
             let floor = floor::faults_of(wire, &sources.floor, floor::SMALL, &orders, Duration::ZERO);
             let (_, floor_took) = floor.map_err(BenchError::io("the floor's fault loop"))?;
-            ours.push(order.len() as f64 / took.as_secs_f64());
-            floors.push(order.len() as f64 / floor_took.as_secs_f64());
+            rates.ours.push(order.len() as f64 / took.as_secs_f64());
+            rates.floor.push(order.len() as f64 / floor_took.as_secs_f64());
             side.add(one);
             bar.inc(1);
         }
@@ -205,14 +212,15 @@ fn many_threads(
         case.latencies.push(Latency::of_histogram(&name, Role::Ours, page, &side.server));
         case.latencies.push(Latency::of_samples(&touched_by(threads), Role::Ours, page, &side.toucher));
     }
-    for (threads, (ours, floors)) in THREADS.into_iter().zip(&rates) {
-        let measure = Measure::new(&format!("faults a second, {}", of(threads)), "1/s", Better::Higher, ours.clone());
-        case.measures.push(measure.beside("the floor", floors.clone()));
+    for (threads, rates) in THREADS.into_iter().zip(&rates) {
+        let name = format!("faults a second, {}", of(threads));
+        let measure = Measure::new(&name, "1/s", Better::Higher, rates.ours.clone());
+        case.measures.push(measure.beside("the floor", rates.floor.clone()));
     }
-    let points = |of: fn(&(Vec<f64>, Vec<f64>)) -> &Vec<f64>| {
-        THREADS.into_iter().zip(&rates).map(|(threads, rate)| Point::of_rounds(threads as f64, of(rate))).collect()
+    let points = |side: fn(&FaultRates) -> &[f64]| {
+        THREADS.into_iter().zip(&rates).map(|(threads, rates)| Point::of_rounds(threads as f64, side(rates))).collect()
     };
-    let one = table::median(&rates[0].0);
+    let one = table::median(&rates[0].ours);
     case.plots.push(Plot::Sweep {
         title: format!(
             "Faults a second by threads that fault at once, {}; bars: quartiles of the rounds",
@@ -221,8 +229,8 @@ fn many_threads(
         x: Axis::log("faulting threads", ""),
         y: Axis::linear("faults", "1/s"),
         series: vec![
-            Series { name: "engine".into(), role: Role::Ours, points: points(|rate| &rate.0) },
-            Series { name: "floor".into(), role: Role::Floor, points: points(|rate| &rate.1) },
+            Series { name: "engine".into(), role: Role::Ours, points: points(|rates| &rates.ours) },
+            Series { name: "floor".into(), role: Role::Floor, points: points(|rates| &rates.floor) },
         ],
         references: vec![Reference { name: "engine, one thread".into(), y: one }],
     });
@@ -232,11 +240,11 @@ fn many_threads(
     case.plots.push(Plot::percentiles(title, &names.iter().map(String::as_str).collect::<Vec<_>>()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let beyond = THREADS.into_iter().zip(&rates).filter(|(threads, _)| *threads > cores);
-    let least = beyond
-        .map(|(_, (ours, _))| {
-            table::median(&ours.iter().zip(&rates[0].0).map(|(ours, one)| ours / one).collect::<Vec<_>>())
-        })
-        .fold(f64::INFINITY, f64::min);
+    let over_one = |many: &FaultRates| {
+        let rounds = many.ours.iter().zip(&rates[0].ours);
+        table::median(&rounds.map(|(many, one)| many / one).collect::<Vec<_>>())
+    };
+    let least = beyond.map(|(_, many)| over_one(many)).fold(f64::INFINITY, f64::min);
     let what = "least faults a second with more threads than processors, over those with one";
     let goals = least.is_finite().then(|| Goal::at_least(&case, what, "", least, THREADS_GOAL));
     Ok((case, goals.into_iter().collect()))

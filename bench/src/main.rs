@@ -116,8 +116,8 @@ fn main() -> ExitCode {
         }
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
-        Command::Suspicion(args) => suspicion::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
-        Command::Policy(args) => policies::run(&args).and_then(|report| save(args.out_json.as_deref(), &report)),
+        Command::Suspicion(args) => suspicion::run(&args),
+        Command::Policy(args) => policies::run(&args),
         Command::Tracking(args) => tracking::run(&args),
         Command::Wire(args) => wire::run(&args).and_then(|report| match report {
             Some(report) => save(args.out_json.as_deref(), &report),

@@ -2,15 +2,16 @@
 
 use crate::error::BenchError;
 use crate::quantity;
+use crate::report::{Better, Case, Measure, Output, Report};
 use belay_checkpoint::policy::PolicySpec;
 use belay_checkpoint::policy::simulator::{Costs, Outcome, simulate};
 use belay_checkpoint::policy::trace::file::{self, TraceError};
 use belay_checkpoint::policy::trace::{Trace, Workload};
 use clap::Args;
-use serde::Serialize;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// Compare checkpoint policies on the same traces, in a simulator
@@ -44,15 +45,16 @@ pub struct PolicyArgs {
     page_ns: u64,
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub out_json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
+/// Seconds of a made workload at most with --quick.
+const QUICK_S: u64 = 5;
+
 /// One policy on one workload.
-#[derive(Debug, Serialize)]
-pub struct Row {
-    workload: String,
+#[derive(Debug)]
+struct Row {
     policy: String,
     delay_p50_ms: f64,
     delay_p99_ms: f64,
@@ -64,10 +66,9 @@ pub struct Row {
     held_back_percent: f64,
 }
 
-fn row(workload: &str, policy: PolicySpec, outcome: &Outcome) -> Row {
+fn row(policy: PolicySpec, outcome: &Outcome) -> Row {
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     Row {
-        workload: workload.to_string(),
         policy: policy.to_string(),
         delay_p50_ms: ms(outcome.delay_at(50.0)),
         delay_p99_ms: ms(outcome.delay_at(99.0)),
@@ -91,13 +92,13 @@ fn traces(args: &PolicyArgs) -> Result<Vec<(String, Trace)>, BenchError> {
         })?;
         println!(
             "{} s of a guest of {} MiB over {} Gb/s, seed {}",
-            args.seconds,
+            args.seconds(),
             args.memory >> 20,
             args.gbits,
             args.seed
         );
         let made = |workload: Workload| {
-            (workload.to_string(), workload.trace(args.seed, pages, Duration::from_secs(args.seconds)))
+            (workload.to_string(), workload.trace(args.seed, pages, Duration::from_secs(args.seconds())))
         };
         return Ok(Workload::ALL.into_iter().map(made).collect());
     }
@@ -111,7 +112,7 @@ fn traces(args: &PolicyArgs) -> Result<Vec<(String, Trace)>, BenchError> {
 }
 
 /// Prints the table.
-pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
+pub fn run(args: &PolicyArgs) -> Result<ExitCode, BenchError> {
     let costs = Costs {
         pause: Duration::from_micros(args.pause_us),
         pause_a_page: Duration::from_nanos(args.page_ns),
@@ -123,11 +124,11 @@ pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
     };
     let titles = ["p50[ms]", "p99[ms]", "max[ms]", "sent[MiB]", "epochs", "paused[%]", "held[%]"];
     let titles = titles.map(|title| format!("{title:>10}")).concat();
-    let mut rows = Vec::new();
+    let mut report = Report::new("policy", &args.output);
     for (workload, trace) in traces(args)? {
         println!("{workload:<12} {:<24}{titles}", "output delay");
         for policy in &args.policy {
-            let row = row(&workload, *policy, &simulate(&trace, &costs, &mut *policy.build(), args.seed));
+            let row = row(*policy, &simulate(&trace, &costs, &mut *policy.build(), args.seed));
             println!(
                 "{:<12} {:<24}{:>10.2}{:>10.2}{:>10.2}{:>10.1}{:>10}{:>10.2}{:>10.2}",
                 "",
@@ -140,8 +141,36 @@ pub fn run(args: &PolicyArgs) -> Result<Vec<Row>, BenchError> {
                 row.paused_percent,
                 row.held_back_percent
             );
-            rows.push(row);
+            report.cases.push(case(&row, &workload, args));
         }
     }
-    Ok(rows)
+    args.output.finish(&report)
+}
+
+/// The same seed gives the same values: each measure has one.
+fn case(row: &Row, workload: &str, args: &PolicyArgs) -> Case {
+    let mut case = Case::new(&row.policy).with("workload", workload).with("link", format!("{} Gb/s", args.gbits));
+    case = case.with("seed", args.seed);
+    if args.trace.is_empty() {
+        case = case.with("memory", format!("{} MiB", args.memory >> 20)).with("seconds", args.seconds());
+    }
+    let measures = [
+        ("output delay, median", "ms", row.delay_p50_ms),
+        ("output delay, 99%", "ms", row.delay_p99_ms),
+        ("output delay, most", "ms", row.delay_max_ms),
+        ("sent", "MiB", row.sent_bytes as f64 / f64::from(1 << 20)),
+        ("epochs", "", row.epochs as f64),
+        ("guest stopped", "%", row.paused_percent),
+        ("guest held back", "%", row.held_back_percent),
+    ];
+    let measure = |(name, unit, value): (&str, &str, f64)| Measure::new(name, unit, Better::Lower, vec![value]);
+    case.measures = measures.into_iter().map(measure).collect();
+    case
+}
+
+impl PolicyArgs {
+    /// Of the guest's time in a made workload.
+    fn seconds(&self) -> u64 {
+        if self.output.quick { self.seconds.min(QUICK_S) } else { self.seconds }
+    }
 }

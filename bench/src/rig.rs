@@ -236,7 +236,7 @@ impl Rig {
             Ok(ShardParts { uffd: shape.uffd(&guest, &range)?, fault, bulk, ranges: vec![range], core: None })
         });
         let shards = shards.collect::<Result<Vec<_>, BenchError>>()?;
-        let (install, tuning) = (Install::Clean, shape.tuning.clone());
+        let (install, tuning) = (Install::Clean, shape.tuning);
         let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
         let geometry = RegionGeometry { id: RegionId(0), page_size: shape.page_size, frames };
         let states = Arc::new(PageStates::in_memory(&[geometry])?);

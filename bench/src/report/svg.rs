@@ -263,12 +263,13 @@ impl Figure {
         self.labels.push((at, "floor".to_owned(), name.to_owned()));
     }
 
-    /// An instant: a line from top to bottom with its name at the top, in the first of three rows that has room.
+    /// An instant: a line from top to bottom with its name at the top, in the first of four rows that has room.
     pub fn marks<'a>(&mut self, marks: impl Iterator<Item = (f64, &'a str)>) {
         let mut marks: Vec<(f64, &str)> = marks.map(|(at, name)| (self.px(at), name)).collect();
         marks.sort_by(|one, other| one.0.total_cmp(&other.0));
         let mut ends = [f64::NEG_INFINITY; 4];
-        let end = WIDTH - 6.0;
+        // Names lie over all lines, or the next mark's would cross them.
+        let (end, mut names) = (WIDTH - 6.0, String::new());
         for (x, name) in marks {
             let width = name.chars().count() as f64 * LETTER;
             // Near the right edge the name stands before its line.
@@ -283,11 +284,12 @@ impl Figure {
                 HEIGHT - BOTTOM
             );
             let _ = write!(
-                self.body,
+                names,
                 "<text class=\"mark\" x=\"{at:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{}</text>",
                 escape(name)
             );
         }
+        self.body.push_str(&names);
     }
 
     /// Names the line that ends at this level.

@@ -8,14 +8,14 @@ use crate::belay::{ANSWER, Belay};
 use crate::error::BenchError;
 use crate::folder::Folder;
 use crate::quantity;
+use crate::report::{Better, Case, Measure, Output, Report};
 use crate::table::median;
 use belay_transport::fabric::FabricKind;
 use belay_vmm_glue::migrate::observation::Kind;
 use clap::{Args, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 use std::fmt;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use stress::Stress;
 
@@ -53,9 +53,8 @@ pub struct SuspicionArgs {
     /// The belay to measure [default: the one beside this program]
     #[arg(long, value_name = "PROGRAM")]
     belay: Option<PathBuf>,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    pub out_json: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
 }
 
 /// What is done to them.
@@ -78,8 +77,8 @@ impl fmt::Display for StressKind {
 }
 
 /// All trials of one lease under one stress.
-#[derive(Debug, Serialize)]
-pub struct Row {
+#[derive(Debug)]
+struct Row {
     lease_ms: f64,
     stress: String,
     trials: u32,
@@ -96,35 +95,54 @@ struct Trial {
     fenced: bool,
 }
 
+/// How long a trial lasts at most with --quick.
+const QUICK: Duration = Duration::from_secs(3);
 /// For a guest to be moved.
 const MOVED: Duration = Duration::from_secs(120);
 
 /// Runs the suite.
-pub fn run(args: &SuspicionArgs) -> Result<Vec<Row>, BenchError> {
+pub fn run(args: &SuspicionArgs) -> Result<ExitCode, BenchError> {
+    // One trial of each, and a short one.
+    let (rounds, time) = if args.output.quick { (1, args.time.min(QUICK)) } else { (args.rounds, args.time) };
     let folder = Folder::make(&std::env::temp_dir(), "suspicion")?;
     let belay = Belay::find(args.belay.as_deref(), folder.path())?;
-    let bar = ProgressBar::new((args.lease.len() * args.stress.len()) as u64 * u64::from(args.rounds));
-    bar.set_style(ProgressStyle::with_template("[{elapsed}] {bar:30} {pos}/{len} {msg}").expect("a valid template"));
+    let bar = args.output.progress((args.lease.len() * args.stress.len()) as u64 * u64::from(rounds));
     println!(
         " {:<12}{:>10}{:>8}{:>11}{:>11}{:>8}  by",
         "stress", "lease[ms]", "trials", "suspected", "after[ms]", "fenced"
     );
-    let mut rows = Vec::new();
+    let mut report = Report::new("suspicion", &args.output);
     for &stress in &args.stress {
         for &lease in &args.lease {
             let mut trials = Vec::new();
-            for round in 0..args.rounds {
+            for round in 0..rounds {
                 bar.set_message(format!("{stress}, lease {lease:?}"));
-                trials.push(trial(args, &belay, stress, lease, args.seed.wrapping_add(u64::from(round)))?);
+                trials.push(trial(args, &belay, stress, lease, time, args.seed.wrapping_add(u64::from(round)))?);
                 bar.inc(1);
             }
             let row = row(stress, lease, &trials);
             bar.suspend(|| print(&row));
-            rows.push(row);
+            let case =
+                Case::new(stress.to_string()).with("lease", format!("{lease:?}")).with("time", format!("{time:?}"));
+            report.notes.extend(row.by.iter().map(|by| format!("{}: suspected by {by}", case.title())));
+            report.cases.push(measures(case, &row, &trials));
         }
     }
     bar.finish_and_clear();
-    Ok(rows)
+    args.output.finish(&report)
+}
+
+fn measures(mut case: Case, row: &Row, trials: &[Trial]) -> Case {
+    let percent = |count: usize| vec![100.0 * count as f64 / f64::from(row.trials)];
+    let after = trials.iter().filter_map(|trial| Some(trial.suspected.as_ref()?.0.as_secs_f64() * 1e3)).collect();
+    let measures = [
+        ("trials in which it was suspected", "%", Better::Lower, percent(row.suspected)),
+        ("trials in which it fenced itself", "%", Better::Lower, percent(row.fenced)),
+        ("suspected after", "ms", Better::Higher, after),
+    ];
+    let measures = measures.into_iter().filter(|(.., rounds)| !rounds.is_empty());
+    case.measures.extend(measures.map(|(name, unit, better, rounds)| Measure::new(name, unit, better, rounds)));
+    case
 }
 
 fn row(stress: StressKind, lease: Duration, trials: &[Trial]) -> Row {
@@ -163,6 +181,7 @@ fn trial(
     belay: &Belay,
     kind: StressKind,
     lease: Duration,
+    time: Duration,
     seed: u64,
 ) -> Result<Trial, BenchError> {
     let (listen, there, here) = (belay.address(FabricKind::Tcp, ""), belay.path("there"), belay.path("here"));
@@ -194,7 +213,7 @@ fn trial(
         StressKind::Memory => Stress::memory()?,
     };
     let began = Instant::now();
-    let suspected = sender.wait_if(args.time, noticed)?;
+    let suspected = sender.wait_if(time, noticed)?;
     let suspected = suspected.map(|(at, by)| (at.saturating_duration_since(began), by));
     drop(stress);
     // Before it is asked to end: that shuts the gate too.
