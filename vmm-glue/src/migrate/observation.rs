@@ -123,8 +123,8 @@ pub enum Kind {
     Noticed { by: String },
     /// The old destination is shut out.
     Revoked { took_us: u64 },
-    /// Every committed checkpoint is in RAM.
-    Recovered { epoch: u64, pages: u64, total_pages: u64, took_us: u64, resent_packets: u64 },
+    /// Every committed checkpoint is in RAM, and the guest's state loaded, which is `load_us` of the time it took.
+    Recovered { epoch: u64, pages: u64, total_pages: u64, took_us: u64, load_us: u64, resent_packets: u64 },
     /// The guest runs at the source again.
     Caught { epoch: u64, nonce: u64, noticed_to_running_us: u64, steps: Vec<u64> },
     /// This process goes on with a migration whose process died, and where that one stood.

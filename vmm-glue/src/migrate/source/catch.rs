@@ -118,6 +118,7 @@ impl Source<'_> {
                 return Some(Event::CatchFailed { can_retry: false });
             }
         };
+        let load = Instant::now();
         if let Err(error) = self.guest.load(&recovered.device_state) {
             self.why = format!("cannot load {}: {}", recovered.epoch, protocol::explain(&error));
             return Some(Event::CatchFailed { can_retry: false });
@@ -128,6 +129,7 @@ impl Source<'_> {
             pages: recovered.timings.pages,
             total_pages: recovered.folded_pages,
             took_us: us(recovered.timings.last_read + begun.elapsed()),
+            load_us: us(load.elapsed()),
             resent_packets: recovered.outputs_to_resend.len() as u64,
         });
         self.recovered = Some(recovered);
