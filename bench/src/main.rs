@@ -14,6 +14,7 @@ mod profile;
 mod pull;
 mod quantity;
 mod rig;
+mod staging;
 mod suspicion;
 mod sweep;
 mod table;
@@ -49,6 +50,7 @@ enum Command {
     Suspicion(Box<suspicion::SuspicionArgs>),
     Policy(Box<policies::PolicyArgs>),
     Tracking(tracking::TrackingArgs),
+    Staging(staging::StagingArgs),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
 }
@@ -122,6 +124,8 @@ fn main() -> ExitCode {
             Command::Policy(args) => policies::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Tracking(args) => tracking::run(&args)
+                .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
+            Command::Staging(args) => staging::run(&args)
                 .and_then(|report| args.out_json.as_deref().map_or(Ok(()), |path| save(path, &report))),
             Command::Wire(args) => wire::run(&args).and_then(|report| match (report, &args.out_json) {
                 (Some(report), Some(path)) => save(path, &report),

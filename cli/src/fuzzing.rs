@@ -6,7 +6,7 @@ use crate::operate::console::ConsoleOptions;
 use crate::operate::protocol;
 use crate::options::{
     ConfigFile, FabricOptions, FenceOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice, SecurityOptions,
-    TetherOptions,
+    StagingOptions, TetherOptions,
 };
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use serde::Serialize;
@@ -96,6 +96,7 @@ fn reads_back<T: FromStr + Display + PartialEq + Debug>(text: &str) {
 fn file(text: &str) {
     let Ok(file) = toml::from_str::<ConfigFile>(text) else { return };
     same::<TetherOptions>(&file.tether);
+    same::<StagingOptions>(&file.receive);
     same::<GuestOptions>(&file.guest);
     same::<FabricOptions>(&file.fabric);
     same::<SecurityOptions>(&file.security);
@@ -103,7 +104,9 @@ fn file(text: &str) {
     same::<FenceOptions>(&file.fence);
     let table: toml::Table = text.parse().expect("it was read");
     assert!(
-        table.keys().all(|key| ["tether", "guest", "fabric", "security", "operate", "fence"].contains(&&**key)),
+        table
+            .keys()
+            .all(|key| ["tether", "receive", "guest", "fabric", "security", "operate", "fence"].contains(&&**key)),
         "{text:?}"
     );
     // Every file goes under any command line.
