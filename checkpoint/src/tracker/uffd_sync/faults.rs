@@ -25,8 +25,9 @@ use std::time::Duration;
 pub(super) const BOUND: Duration = Duration::from_secs(5);
 /// Chunks that are locked at once while a run of them is protected.
 const RUN_CHUNKS: usize = 64;
-/// Shut units between two open ones that are protected along with them: cheaper than a system call more.
-const GAP: u64 = 8;
+/// Shut units between two open ones that are protected along with them: a system call more costs as much as some dozens of them, because
+/// every CPU that runs one of the VMM's threads then has to forget what it knew.
+const GAP: u64 = 32;
 
 /// What is known of 64 units. The size of all of them is accounted for: a byte a page.
 #[derive(Debug)]
