@@ -17,6 +17,7 @@ mod quantity;
 mod report;
 mod rig;
 mod scale;
+mod staging;
 mod suspicion;
 mod sweep;
 mod table;
@@ -51,6 +52,7 @@ enum Command {
     Suspicion(Box<suspicion::SuspicionArgs>),
     Policy(Box<policies::PolicyArgs>),
     Tracking(tracking::TrackingArgs),
+    Staging(staging::StagingArgs),
     Wire(Box<wire::WireArgs>),
     Envelope(Box<envelope::Envelope>),
     Html(report::HtmlArgs),
@@ -106,6 +108,7 @@ fn main() -> ExitCode {
         Command::Suspicion(args) => suspicion::run(&args),
         Command::Policy(args) => policies::run(&args),
         Command::Tracking(args) => tracking::run(&args),
+        Command::Staging(args) => staging::run(&args),
         Command::Wire(args) => wire::run(&args).and_then(|report| match report {
             Some(report) => save(args.out_json.as_deref(), &report),
             None => Ok(ExitCode::SUCCESS),

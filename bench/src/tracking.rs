@@ -124,13 +124,14 @@ struct Samples {
 }
 
 /// The thread that answers write faults; ends when dropped.
-struct Answering {
+pub struct Answering {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Answering {
-    fn start(uffd: Uffd, faults: Arc<WriteFaults>, start: u64) -> Self {
+    /// `start`: where the region that `faults` knows begins.
+    pub fn start(uffd: Uffd, faults: Arc<WriteFaults>, start: u64) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let run = move || {

@@ -180,6 +180,13 @@ impl DirtySet {
         })
     }
 
+    /// The pages of one region, 64 at a time: a word's number (pages 64·word …) and its bits, in no order.
+    pub fn words(&self, id: RegionId) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let region = self.regions.iter().find(|region| region.id == id);
+        let (used, words) = region.map_or((&[][..], &[][..]), |region| (&region.used[..], &region.words[..]));
+        used.iter().map(|&word| (u64::from(word), words[word as usize]))
+    }
+
     /// Empties the set and keeps its memory.
     pub fn clear(&mut self) {
         for region in &mut self.regions {

@@ -1,6 +1,7 @@
 //! What a VMM must give so that its guest can be moved, tethered and caught.
 
 use crate::dirty::DirtySet;
+use crate::staging::{HeldPages, StageError};
 use crate::storage::Storage;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::{Deadline, PageSize, RegionId};
@@ -115,6 +116,18 @@ pub trait DirtyTracker: Send {
     /// to a later one), and `discards` those that will read as zero.
     fn sift(&mut self, _dirty: &mut DirtySet, _discards: &DirtySet) -> Result<(), GuestError> {
         Ok(())
+    }
+
+    /// Whether [`DirtyTracker::hold`] can.
+    fn can_hold(&self) -> bool {
+        false
+    }
+
+    /// Keeps the pages of `dirty` as they are now until they have been taken, whatever the guest writes meanwhile: for an epoch that is put
+    /// together while the guest runs again. Called after the sifting, in the same pause, and never while something is held. `None` where
+    /// this tracker, or this set, is not for it: then they are to be copied before the guest goes on.
+    fn hold(&mut self, _dirty: &DirtySet) -> Result<Option<Box<dyn HeldPages>>, StageError> {
+        Ok(None)
     }
 
     /// Pages known to be dirty so far, without stopping the guest: a lower bound, for budget policies. `None` where the

@@ -5,14 +5,21 @@
 //!
 //! An epoch larger than a slot leaves in several *parts*: when a slot is full it is exchanged for an empty one
 //! ([`Exchange`]) and the guest stays stopped meanwhile.
+//!
+//! Copy-on-write staging ([`Staging`]) takes the copying out of the pause, the waiting for slots too: the pages are *held*
+//! ([`HeldPages`]) as they are when the guest stands still, it goes on, and they are copied into the slots afterwards. A page that
+//! the guest writes before its turn is copied first, by whoever answers its write fault, to be found there. They are copied
+//! and not sent from where they are: a segment's checksum must be of the very bytes that are sent, so they are read once in any
+//! case, and what is read is nearly written.
 
 use crate::dirty::DirtySet;
-use crate::guest::{Epoch, RamBlock};
+use crate::guest::{Epoch, GuestError, RamBlock};
 use crate::record::{CRITICAL, HEADER, Head, Run, SectionHeader, TRAILER, Trailer, encoding, kind, stride};
 use crate::ring::RingShape;
 use belay_transport::fabric::{FabricError, Initiator, LocalKey};
 use belay_transport::region::{Mapping, RamFile, RegionError};
-use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageSize, RegionId};
+use belay_transport::{PAGE_SHIFT, PAGE_SIZE, PageIndex, PageSize, RegionId};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
@@ -23,6 +30,51 @@ pub(crate) struct Staged {
     pub offset: usize,
     /// All but the checksum.
     pub section: SectionHeader,
+}
+
+/// When an epoch's pages are copied.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Staging {
+    /// On write, where the tracker can hold pages and so many are dirty that it shortens the pause; else in the pause.
+    #[default]
+    Auto,
+    /// In the pause.
+    Copy,
+    /// When the guest has gone on, or right before it writes one.
+    Cow,
+}
+
+impl Staging {
+    /// From so many pages on copying on write pays: below, copying them takes a fraction of a millisecond (`belay-bench staging`: 1 to 2 µs a
+    /// page), which is what stopping a guest and letting it go takes.
+    pub const AUTO_PAGES: u64 = 256;
+
+    /// Whether an epoch of `pages` pages is to be held, by a tracker that can.
+    pub fn holds(self, pages: u64) -> bool {
+        match self {
+            Self::Auto => pages >= Self::AUTO_PAGES,
+            Self::Copy => false,
+            Self::Cow => pages > 0,
+        }
+    }
+}
+
+/// Pages that stay what they were when they were held, until they are taken. Dropped, it lets go of all of them, and of every writer that waits.
+pub trait HeldPages: Send {
+    /// Copies `count` held pages into `slot`, at `at`. Each is taken once.
+    fn take(
+        &mut self,
+        region: RegionId,
+        first: PageIndex,
+        count: u64,
+        slot: &Mapping,
+        at: usize,
+    ) -> Result<(), StageError>;
+
+    /// Ends the holding once all are taken. How many had been copied aside, because the guest was about to write them;
+    /// [`StageError::GivenUp`] when one of them was lost before its turn, and what was taken is not what was held.
+    fn end(self: Box<Self>) -> Result<u64, StageError>;
 }
 
 /// Memory for one part of a record.
@@ -72,6 +124,14 @@ pub enum StageError {
     NoSlot { bound: std::time::Duration },
     #[error("shipping has ended")]
     ShippingEnded,
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error(
+        "page {} of {region} was given up (a hole was punched) before it was in its checkpoint; --staging copy leaves no time for that", .page.0
+    )]
+    GivenUp { region: RegionId, page: PageIndex },
+    #[error("page {} of {region} is not held", .page.0)]
+    NotHeld { region: RegionId, page: PageIndex },
 }
 
 impl Slot {
@@ -143,6 +203,20 @@ impl Slot {
 }
 
 impl Slot {
+    /// Brings everything listed from where it is.
+    fn bring_listed(&mut self, block: &RamBlock, held: &mut Held<'_>) -> Result<(), StageError> {
+        match held {
+            None => self.copy_listed(&block.alias),
+            Some(held) => {
+                for run in self.copies.drain(..) {
+                    let count = (run.len / PAGE_SIZE) as u64;
+                    held.take(block.id, PageIndex::containing(run.from), count, &self.mapping, run.to)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Copies everything listed out of `guest`.
     fn copy_listed(&mut self, guest: &Mapping) {
         let pages = self.copies.iter().map(|run| run.len).sum::<usize>() / PAGE_SIZE;
@@ -181,6 +255,18 @@ pub trait Exchange {
     fn exchange(&mut self, full: Slot) -> Result<Slot, StageError>;
 }
 
+/// Who has the pages; the guest's own memory where it stands still.
+type Held<'h> = Option<&'h mut dyn HeldPages>;
+
+/// A record that is put together up to some point.
+pub struct Unfinished {
+    slot: Slot,
+    epoch: Epoch,
+    limit: u64,
+    sent: u64,
+    pages: u64,
+}
+
 /// Puts one epoch's record together.
 pub struct Stager<'a> {
     slot: Option<Slot>,
@@ -207,6 +293,18 @@ impl<'a> Stager<'a> {
             Head { page_shift: PAGE_SHIFT.into(), regions: (regions as u32).into(), taken_at_ns: taken_at_ns.into() };
         stager.stream(kind::HEAD, 0, head.as_bytes())?;
         Ok(stager)
+    }
+
+    /// Leaves it where it is.
+    pub fn suspend(self) -> Unfinished {
+        let Self { slot, epoch, limit, sent, pages, .. } = self;
+        Unfinished { slot: slot.expect("held but while it is exchanged"), epoch, limit, sent, pages }
+    }
+
+    /// Goes on where [`Stager::suspend`] left it.
+    pub fn go_on(unfinished: Unfinished, exchange: &'a mut dyn Exchange) -> Self {
+        let Unfinished { slot, epoch, limit, sent, pages } = unfinished;
+        Self { slot: Some(slot), exchange, epoch, limit, sent, pages }
     }
 
     fn slot(&mut self) -> &mut Slot {
@@ -302,14 +400,28 @@ impl<'a> Stager<'a> {
 
     /// Adds the pages of `set` with their bytes as they are now in the guest's memory.
     pub fn pages(&mut self, set: &mut DirtySet, memory: &[RamBlock]) -> Result<(), StageError> {
+        self.pages_of(set, memory, None)
+    }
+
+    /// Adds the pages of `set` with their bytes as `held` has them.
+    pub fn held_pages(
+        &mut self,
+        set: &mut DirtySet,
+        memory: &[RamBlock],
+        held: &mut dyn HeldPages,
+    ) -> Result<(), StageError> {
+        self.pages_of(set, memory, Some(held))
+    }
+
+    fn pages_of(&mut self, set: &mut DirtySet, memory: &[RamBlock], mut held: Held<'_>) -> Result<(), StageError> {
         for block in memory {
             self.runs_of(kind::PAGE_INDEX, set, block.id)?;
-            self.page_data(set, block)?;
+            self.page_data(set, block, &mut held)?;
         }
         Ok(())
     }
 
-    fn page_data(&mut self, set: &mut DirtySet, block: &RamBlock) -> Result<(), StageError> {
+    fn page_data(&mut self, set: &mut DirtySet, block: &RamBlock, held: &mut Held<'_>) -> Result<(), StageError> {
         let mut section = SectionHeader {
             kind: kind::PAGE_DATA.into(),
             flags: CRITICAL.into(),
@@ -328,7 +440,7 @@ impl<'a> Stager<'a> {
                     }
                     if self.slot().room() < PAGE_SIZE {
                         // It is about to be exchanged, and must be whole by then.
-                        self.slot().copy_listed(&block.alias);
+                        self.slot().bring_listed(block, held)?;
                     }
                     room = self.room(PAGE_SIZE)?;
                     len = 0;
@@ -346,8 +458,7 @@ impl<'a> Stager<'a> {
             section.items = ((len / PAGE_SIZE) as u32).into();
             self.push(section, len)?;
         }
-        self.slot().copy_listed(&block.alias);
-        Ok(())
+        self.slot().bring_listed(block, held)
     }
 
     /// Pages of data added so far.

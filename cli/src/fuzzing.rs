@@ -6,7 +6,7 @@ use crate::operate::console::ConsoleOptions;
 use crate::operate::protocol;
 use crate::options::{
     ArbiterTable, ConfigFile, FabricOptions, FenceOptions, GuestOptions, NumaWish, PolicyChoice, ReleaseChoice,
-    SecurityOptions, SourceLossOptions, TetherOptions,
+    SecurityOptions, SourceLossOptions, StagingOptions, TetherOptions,
 };
 use crate::quantity::{BitRate, Bytes, PerSecond, Span};
 use serde::Serialize;
@@ -96,6 +96,7 @@ fn reads_back<T: FromStr + Display + PartialEq + Debug>(text: &str) {
 fn file(text: &str) {
     let Ok(file) = toml::from_str::<ConfigFile>(text) else { return };
     same::<TetherOptions>(&file.tether);
+    same::<StagingOptions>(&file.receive);
     same::<GuestOptions>(&file.guest);
     same::<FabricOptions>(&file.fabric);
     same::<SecurityOptions>(&file.security);
@@ -106,7 +107,8 @@ fn file(text: &str) {
     assert!(
         table
             .keys()
-            .all(|key| ["tether", "guest", "fabric", "security", "operate", "fence", "arbiter"].contains(&&**key)),
+            .all(|key| ["tether", "receive", "guest", "fabric", "security", "operate", "fence", "arbiter"]
+                .contains(&&**key)),
         "{text:?}"
     );
     // What is wrong with an arbiter is said; nobody who named one goes without.

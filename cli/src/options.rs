@@ -16,7 +16,7 @@ use belay_transport::numa::NumaChoice;
 use belay_transport::session::{Credentials, Security, SessionError};
 pub use choices::{
     Drive, FabricChoice, NumaWish, OutputChoice, PageSizeChoice, PolicyChoice, ProgramChoice, ReleaseChoice,
-    TrackerChoice, VmmPlace,
+    StagingChoice, TrackerChoice, VmmPlace,
 };
 use clap::Args;
 pub use fencing::FenceOptions;
@@ -61,6 +61,17 @@ pub struct TetherOptions {
     /// Hold TCP to a link rate, for measuring: 1G, 10G [default: unpaced]
     #[arg(long, value_name = "RATE")]
     pub pace: Option<BitRate>,
+}
+
+/// What of a tether the destination decides.
+#[derive(Debug, Clone, Default, Args, Deserialize, Serialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Tether")]
+pub struct StagingOptions {
+    /// When the pages of a checkpoint are copied: in the pause; or once the guest has gone on, which makes the pause shorter and the first write
+    /// to a page that was not copied yet slower [default: auto]
+    #[arg(long, value_enum)]
+    pub staging: Option<StagingChoice>,
 }
 
 /// The proof guest that the built-in VMM runs.
@@ -150,6 +161,7 @@ pub struct SecurityOptions {
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ConfigFile {
     pub tether: TetherOptions,
+    pub receive: StagingOptions,
     pub guest: GuestOptions,
     pub fabric: FabricOptions,
     pub security: SecurityOptions,
@@ -191,6 +203,14 @@ impl TetherOptions {
             (file.policy, file.period) = (None, None);
         }
         or_from!(self, file: policy, period, output, tracker, lease, ring, overflow, release, shards, pace);
+        self
+    }
+}
+
+impl StagingOptions {
+    /// Fills what the command line left open from the file.
+    pub fn or(mut self, file: Self) -> Self {
+        or_from!(self, file: staging);
         self
     }
 }

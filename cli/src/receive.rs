@@ -4,13 +4,16 @@ use crate::descriptors::TooFew;
 use crate::exit::Exit;
 use crate::holder::{self, Doors, Held, ThisHost};
 use crate::operate::console::{Console, ConsoleOptions};
-use crate::options::{ArbiterOptions, ConfigFile, FabricOptions, GuestOptions, SecurityOptions, SourceLossOptions};
+use crate::options::{
+    ArbiterOptions, ConfigFile, FabricOptions, GuestOptions, SecurityOptions, SourceLossOptions, StagingOptions,
+};
 use crate::qemu::receive::QemuReceive;
 use crate::quantity::Span;
 use crate::soak::points::StopAt;
 use crate::takeover::TakeoverError;
 use crate::{descriptors, fabric, logs, qemu, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
+use belay_checkpoint::staging::Staging;
 use belay_transport::session::{Address, Listener};
 use belay_vmm_glue::kvm::apart::Estate;
 use belay_vmm_glue::migrate::destination::{
@@ -37,6 +40,8 @@ pub struct ReceiveArgs {
     listen: Address,
     #[command(flatten)]
     guest: PlaceOptions,
+    #[command(flatten)]
+    tether: StagingOptions,
     #[command(flatten)]
     fabric: FabricOptions,
     #[command(flatten)]
@@ -140,6 +145,7 @@ pub fn run(mut args: ReceiveArgs) -> Exit {
                     let place = place.or(file.guest);
                     args.guest = PlaceOptions { vmm: place.vmm, drive: place.drive };
                 }
+                args.tether = args.tether.or(file.receive);
                 args.fabric = args.fabric.or(file.fabric);
                 args.security = args.security.or(file.security);
                 let (arbiter, loss) = file.arbiter.parts();
@@ -233,6 +239,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         engine_cores: args.engine_cores.clone(),
         hold_pull_at: args.hold_pull_at.map(|percent| f64::from(percent) / 100.0),
         bounds: Bounds::default(),
+        staging: args.tether.staging.map_or(Staging::Auto, Into::into),
         recording,
         numa: args.fabric.numa(),
         arbiter,

@@ -70,6 +70,11 @@ demo_kvm! {
     demo_kvm_tcp_wp_apart: [23, 24], "--fabric" "tcp" "--tls" "--tracker" "uffd-wp" "--vmm" "apart";
     demo_kvm_local_sync_in_process: [33, 34],
         "--fabric" "local" "--tracker" "uffd-sync" "--vmm" "in-process" "--vcpus" "2" "--shards" "2";
+    demo_kvm_local_sync_copied_on_write: [37, 38],
+        "--fabric" "local" "--tracker" "uffd-sync" "--staging" "cow" "--vmm" "in-process" "--vcpus" "2" "--shards" "2"
+        "--dirty-rate" "100k";
+    demo_kvm_tcp_sync_copied_on_write_apart: [39, 40],
+        "--fabric" "tcp" "--tracker" "uffd-sync" "--staging" "cow" "--vmm" "apart" "--ring" "1M" "--dirty-rate" "200k";
     demo_kvm_tcp_sync_apart: [35, 36], "--fabric" "tcp" "--tracker" "uffd-sync" "--vmm" "apart" "--dirty-rate" "100k";
     demo_kvm_two_vcpus_two_shards: [25, 26], "--vcpus" "2" "--shards" "2" "--kill-at" "70";
     demo_kvm_scanner: [27, 28], "--guest" "scanner" "--dirty-rate" "100k";

@@ -14,7 +14,8 @@ use belay_transport::pull::{Engine, Install, NoObserver, Observer, ShardRange, T
 use belay_transport::region::{Extent, Mapping, RamFile};
 use belay_transport::uffd::{OpenMode, Uffd};
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, PageSize, RegionId};
-use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, Layout, Program, rules};
+use belay_vmm_glue::kvm::guests::rules::{self, Pattern};
+use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, Layout, Program};
 use belay_vmm_glue::kvm::{BareGuest, DEFAULT_RING_ENTRIES, KvmGuest, KvmOptions, SharedGuest, Tracking, registration};
 use std::io;
 use std::sync::Arc;
@@ -155,7 +156,8 @@ impl Moved {
         let next = done + self.spec.batch_steps;
         // The word that is written last tells when all are.
         let own = self.layout.own_pages(0);
-        let (page, word, _) = rules::step(rules::step_seed(self.spec.seed, 0), next - 1, own.end - own.start);
+        let (page, word, _) =
+            rules::step(Pattern::Random, rules::step_seed(self.spec.seed, 0), next - 1, own.end - own.start);
         let at = PageIndex(own.start + page).offset() + word * 8;
         let look = || self.alias.load_u64(at, Ordering::Acquire);
         let (before, deadline, began) = (look(), Deadline::after(BOUND), Instant::now());
@@ -281,7 +283,8 @@ mod tests {
         for (pages, of) in [(10, 32_768), (1_000, 32_768), (20_000, 32_768), (100_000, 131_072)] {
             let seed = rules::step_seed(1, 0);
             let mut met = vec![false; of as usize];
-            (0..steps_for(pages, of)).for_each(|step| met[rules::step(seed, step, of).0 as usize] = true);
+            (0..steps_for(pages, of))
+                .for_each(|step| met[rules::step(Pattern::Random, seed, step, of).0 as usize] = true);
             let met = met.iter().filter(|met| **met).count() as f64;
             assert!((0.97..1.03).contains(&(met / pages as f64)), "{met} of {pages}");
         }

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! tether thread    policy … | pause  save  harvest  stage  close output  resume | policy …
+//!                           | pause  save  harvest  hold   close output  resume | stage | policy …    (copy-on-write staging)
 //!                                                      └─ slot ─┐
 //! shipping thread                          checksum, write, commit ─> outbox.committed ─> slot back
 //! heartbeat thread   counter ─> ring … owner's words ─> lease
 //! ```
 //! Rules of this room:
-//! * Content is read only while the guest is stopped (P8), and a record holds exactly one such instant (P3).
+//! * Content is read only while the guest is stopped (P8), or as it was then ([`crate::staging::HeldPages`]), and a record holds exactly one
+//!   such instant (P3). Everything held has been taken before the next epoch is begun.
 //! * Output of an epoch is let go by `Outbox::committed`, which is called after the commit has been reported and nowhere else (P4).
 //! * There are two slots and two places in each queue between the threads; when both slots are on their way no new epoch is
 //!   taken, and the guest feels that through its outbox (P7). Every wait has a bound and a failure with a name.
@@ -28,7 +30,7 @@ pub use stats::{EpochStats, PauseParts, TetherStats};
 pub use tether::{Tether, TetherConfig, TetherEnd, TetherParts};
 
 use crate::dirty::DirtySet;
-use crate::guest::{Epoch, GuestError};
+use crate::guest::{Epoch, GuestError, TrackerKind};
 use crate::ring::ShipError;
 use crate::staging::StageError;
 use belay_transport::{PageIndex, RegionId};
@@ -96,6 +98,14 @@ pub enum TetherError {
         "the source has reserved {reserved} bytes for a record (--overflow); {least} is the least that can be worked with"
     )]
     OverflowTooSmall { reserved: u64, least: u64 },
+    #[error(
+        "epochs cannot be copied on write (--staging cow) {}", if *watched {
+            "while the guest must be watched: the source has reserved less than all of it (--overflow)".to_owned()
+        } else {
+            format!("with the tracker {tracker:?} here; with uffd-sync and the kvm VMM they can")
+        }
+    )]
+    CannotHold { tracker: TrackerKind, watched: bool },
     #[error("no slot came free within {bound:?}: {shipping} is being shipped and does not commit")]
     NoSlot { shipping: Epoch, bound: Duration },
     #[error("thread for {what} could not be started")]

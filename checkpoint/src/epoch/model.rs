@@ -3,8 +3,11 @@
 use super::Arrivals;
 use crate::dirty::DirtySet;
 use crate::guest::*;
+use crate::staging::{HeldPages, StageError};
 use crate::testing::{empty_set, ram};
+use belay_transport::region::Mapping;
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, RegionId};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -73,6 +76,40 @@ pub struct World {
     step_time: Duration,
     /// Makes no step while its sink has no room.
     pub parks: bool,
+    /// Its tracker can hold pages.
+    pub holds: bool,
+    /// How often held pages were taken while it ran.
+    pub taken_running: u64,
+}
+
+/// Pages as they were, copied at once: the guest writes where nothing is protected.
+struct Kept {
+    world: Arc<Mutex<World>>,
+    pages: HashMap<u64, Vec<u8>>,
+}
+
+impl HeldPages for Kept {
+    fn take(
+        &mut self,
+        region: RegionId,
+        first: PageIndex,
+        count: u64,
+        slot: &Mapping,
+        at: usize,
+    ) -> Result<(), StageError> {
+        let mut world = self.world.lock().unwrap();
+        world.taken_running += u64::from(world.running);
+        drop(world);
+        for page in first.0..first.0 + count {
+            let bytes = self.pages.remove(&page).ok_or(StageError::NotHeld { region, page: PageIndex(page) })?;
+            slot.write(at + (page - first.0) as usize * PAGE_SIZE, &bytes);
+        }
+        Ok(())
+    }
+    fn end(self: Box<Self>) -> Result<u64, StageError> {
+        assert!(self.pages.is_empty(), "every page is taken");
+        Ok(0)
+    }
 }
 
 #[derive(Clone)]
@@ -102,6 +139,8 @@ impl Model {
             stubborn: 0,
             step_time,
             parks: true,
+            holds: false,
+            taken_running: 0,
         };
         let model = Self { world: Arc::new(Mutex::new(world)), memory, pages, quit: Arc::default() };
         let vcpu = model.clone();
@@ -225,6 +264,19 @@ impl DirtyTracker for Model {
         into.merge(&world.dirty);
         world.dirty.clear();
         Ok(())
+    }
+    fn can_hold(&self) -> bool {
+        self.world().holds
+    }
+    fn hold(&mut self, dirty: &DirtySet) -> Result<Option<Box<dyn HeldPages>>, StageError> {
+        let world = self.world();
+        assert!(!world.running, "held while it runs");
+        let mut bytes = vec![0; PAGE_SIZE];
+        let pages = dirty.iter().map(|(_, page)| {
+            self.memory[0].alias.read(page.offset(), &mut bytes);
+            (page.0, bytes.clone())
+        });
+        Ok(Some(Box::new(Kept { pages: pages.collect(), world: Arc::clone(&self.world) })))
     }
     fn dirty_so_far(&mut self) -> Option<u64> {
         Some(self.world().dirty.len())

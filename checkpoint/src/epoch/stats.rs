@@ -14,7 +14,7 @@ pub struct PauseParts {
     pub save: Duration,
     /// Asking the tracker and applying the harvest rule.
     pub harvest: Duration,
-    /// Copying into slots, waits for slots included.
+    /// Copying into slots, waits for slots included; or holding what is copied later.
     pub stage: Duration,
     /// Letting it go again.
     pub resume: Duration,
@@ -35,6 +35,8 @@ pub struct EpochStats {
     /// Pages of data, and pages that were discarded.
     pub pages: u64,
     pub discards: u64,
+    /// Where it was copied on write: how many pages were copied because the guest was about to write them.
+    pub copied_on_write: Option<u64>,
     /// Bytes of its record.
     pub bytes: u64,
     /// Packets it covers.

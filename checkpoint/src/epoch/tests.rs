@@ -10,7 +10,7 @@ use crate::outbox::{Bounds, Emitter, Outbox};
 use crate::policy::{Adaptive, Decision, EpochFacts, FixedPeriod, OnItsWay, Open, Policy};
 use crate::record::{Limits, largest_record};
 use crate::ring::{Mailbox, OwnerRegion, RingReader, RingShape, SEGMENTS_OFFSET};
-use crate::staging::Slot;
+use crate::staging::{Slot, Staging};
 use crate::testing::*;
 use belay_transport::Deadline;
 use proptest::prelude::*;
@@ -301,6 +301,81 @@ impl Policy for HoldsBack {
     fn hold_back(&mut self, _: &EpochFacts, _: OnItsWay) -> Duration {
         self.0
     }
+}
+
+/// As a setting, its tracker able to hold pages.
+fn copying_on_write(mut setting: Setting) -> Rig {
+    setting.config.staging = Staging::Cow;
+    let rig = setting.try_start(|guest| {
+        guest.world().holds = true;
+        guest.tracker(TrackerKind::KvmRing).unwrap()
+    });
+    rig.unwrap()
+}
+
+#[test]
+fn p3_p4_a_guest_that_runs_while_its_epochs_are_staged_is_caught_whole_wherever_its_destination_dies() {
+    for at in 0..16 {
+        let rig = copying_on_write(Setting { period: Duration::ZERO, ..Setting::default() });
+        let log = rig.log.clone();
+        rig.wire.dies_after(at * 31_337);
+        assert!(rig.tether.wait_failed(soon()));
+        let (_, end) = rig.catch_and_check();
+        assert!(end.paused, "nothing it did from there on could be caught");
+        for stats in &*log.0.lock().unwrap() {
+            assert_eq!(stats.copied_on_write.is_some(), stats.pages > 0, "{stats:?}");
+        }
+    }
+}
+
+#[test]
+fn p3_p4_what_was_held_when_a_session_ended_is_in_the_next_ones_first_record() {
+    for at in 0..8 {
+        let rig = copying_on_write(Setting { period: Duration::ZERO, ..Setting::default() });
+        let rig = over_another_session(rig, at * 31_337);
+        let rig = over_another_session(rig, (8 - at) * 17_011);
+        rig.catch_and_check();
+    }
+}
+
+#[test]
+fn an_epoch_larger_than_its_slots_streams_through_them_with_the_guest_running() {
+    let pages = 256;
+    let setting = Setting {
+        pages,
+        slot_bytes: 16 * 4224,
+        period: Duration::from_secs(100),
+        overflow: largest_record(pages),
+        ..Setting::default()
+    };
+    let rig = copying_on_write(setting);
+    while rig.model.world().steps < 4 * pages {
+        std::thread::yield_now();
+    }
+    rig.tether.checkpoint_now(soon()).unwrap();
+    let first = rig.tether.stats().last;
+    assert!(first.parts > 1 && first.pages > 200, "{first:?}");
+    assert_eq!(first.copied_on_write, Some(0));
+    assert!(rig.model.world().taken_running > 0, "it ran while its epoch was staged");
+    rig.tether.checkpoint_now(soon()).unwrap();
+    rig.catch_and_check();
+}
+
+#[test]
+fn copying_on_write_is_refused_where_pages_cannot_be_held_or_the_guest_must_be_watched() {
+    let start = |holds, overflow| {
+        let mut setting = Setting { pages: 256, overflow, ..Setting::default() };
+        setting.config.staging = Staging::Cow;
+        let tracker = |guest: &mut Model| {
+            guest.world().holds = holds;
+            guest.tracker(TrackerKind::KvmRing).unwrap()
+        };
+        setting.try_start(tracker).map(drop)
+    };
+    let whole = largest_record(256);
+    assert!(matches!(start(false, whole), Err(TetherError::CannotHold { watched: false, .. })));
+    assert!(matches!(start(true, whole - 1), Err(TetherError::CannotHold { watched: true, .. })));
+    start(true, whole).unwrap();
 }
 
 #[test]

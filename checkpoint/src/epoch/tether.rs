@@ -1,6 +1,7 @@
 //! A tether: how it behaves, what it is made of, and what is left when it has ended. Its thread is in `tether/taking.rs`.
 
 mod pending;
+mod recording;
 mod shared;
 mod taking;
 
@@ -12,7 +13,7 @@ use crate::outbox::Outbox;
 use crate::policy::{EpochFacts, Policy};
 use crate::record::{RECORD_OVERHEAD_BYTES, RECORD_PAGE_BYTES, largest_record};
 use crate::ring::RingWriter;
-use crate::staging::Slot;
+use crate::staging::{Slot, Staging};
 use belay_transport::{Deadline, PAGE_SIZE};
 use crossbeam_channel::bounded;
 use pending::Pending;
@@ -44,6 +45,7 @@ pub struct TetherConfig {
     pub commit_bound: Duration,
     /// Bytes the source has reserved for one record (`--overflow`, from the handshake).
     pub overflow_bytes: u64,
+    pub staging: Staging,
 }
 
 impl Default for TetherConfig {
@@ -53,6 +55,7 @@ impl Default for TetherConfig {
             stop_tries: 20,
             commit_bound: Duration::from_secs(10),
             overflow_bytes: 0,
+            staging: Staging::Auto,
         }
     }
 }
@@ -97,11 +100,17 @@ pub struct Tether {
 }
 
 impl Tether {
-    /// Begins. Refuses a reservation that cannot be kept to ([`TetherError::OverflowUnwatched`]).
+    /// Begins. Refuses a reservation that cannot be kept to ([`TetherError::OverflowUnwatched`]), and copying on write where it cannot be
+    /// done ([`TetherError::CannotHold`]).
     pub fn start(config: TetherConfig, parts: TetherParts) -> Result<Self, TetherError> {
         let TetherParts { guest, mut tracker, arrivals, policy, outbox, writer, slots, observer, carried } = parts;
         let pages: u64 = guest.memory().iter().map(|block| (block.alias.len() / PAGE_SIZE) as u64).sum();
         let page_limit = page_limit(&config, pages, tracker.as_mut())?;
+        // Whoever has to be stopped before too much is dirty, or held, must not run while the thread that stops it is copying.
+        let may_hold = tracker.can_hold() && page_limit.is_none() && guest.parks_itself();
+        if config.staging == Staging::Cow && !may_hold {
+            return Err(TetherError::CannotHold { tracker: tracker.kind(), watched: page_limit.is_some() });
+        }
         let state = State::at(writer.committed());
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), observer: observer.clone() });
         let (parts_in, parts_out) = bounded(slots.len());
@@ -124,6 +133,7 @@ impl Tether {
         let tether = TetherLoop {
             config,
             page_limit,
+            may_hold,
             guest,
             tracker,
             arrivals,

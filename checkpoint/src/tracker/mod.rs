@@ -6,7 +6,7 @@ mod scanners;
 mod uffd_sync;
 mod uffd_wp;
 
-pub use uffd_sync::{GroupSize, Groups, SYNC_FEATURES, UffdSyncTracker, WriteFaults};
+pub use uffd_sync::{GroupSize, Groups, HELD_PAGES, SYNC_FEATURES, UffdSyncTracker, WriteFaults};
 pub use uffd_wp::{REQUIRED_FEATURES, UffdWpTracker, WhoseMemory};
 
 use crate::guest::TrackerKind;

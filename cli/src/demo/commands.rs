@@ -75,6 +75,9 @@ impl Demo {
         if let Some(drive) = self.args.guest.drive {
             command.args(["--drive", &drive.to_string()]);
         }
+        if let Some(staging) = self.args.receive.staging {
+            command.args(["--staging", &staging.to_string()]);
+        }
         match self.args.kill_at {
             // Hold the background pull where the kill is due, so that the moment can be met on a machine of any speed.
             KillAt::Percent(percent) => command.args(["--hold-pull-at", &percent.to_string()]),

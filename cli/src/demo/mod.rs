@@ -8,7 +8,8 @@ pub mod timeline;
 
 use crate::exit::Exit;
 use crate::options::{
-    ConfigFile, FabricChoice, FabricOptions, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, TetherOptions,
+    ConfigFile, FabricChoice, FabricOptions, GuestOptions, OutputChoice, PolicyChoice, ProgramChoice, StagingOptions,
+    TetherOptions,
 };
 use crate::quantity::{Bytes, Span};
 use crate::{fabric, report};
@@ -33,6 +34,8 @@ pub struct DemoArgs {
     guest: GuestOptions,
     #[command(flatten)]
     tether: TetherOptions,
+    #[command(flatten)]
+    receive: StagingOptions,
     #[command(flatten)]
     fabric: FabricOptions,
     /// Encrypt TCP with a pair of certificates made for this run
@@ -97,6 +100,7 @@ pub fn run(mut args: DemoArgs) -> Exit {
             Ok(file) => {
                 args.guest = args.guest.or(file.guest);
                 args.tether = args.tether.or(file.tether);
+                args.receive = args.receive.or(file.receive);
                 args.fabric = args.fabric.or(file.fabric);
             }
             Err(error) => return usage(&explain(&error)),

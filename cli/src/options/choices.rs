@@ -5,6 +5,7 @@ use crate::quantity::Span;
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::policy::PolicySpec;
+use belay_checkpoint::staging::Staging;
 use belay_transport::PageSize;
 use belay_transport::numa::NumaChoice;
 use clap::ValueEnum;
@@ -142,6 +143,17 @@ choice! {
     }
 }
 choice! {
+    /// When a checkpoint's pages are copied.
+    StagingChoice {
+        /// On write where the tracker can (uffd-sync) and there are many, else in the pause
+        Auto,
+        /// In the pause
+        Copy,
+        /// When the guest has gone on, or before it writes one; needs --tracker uffd-sync at the source
+        Cow,
+    }
+}
+choice! {
     /// Programs of the proof guest.
     ProgramChoice {
         /// Scattered writes, each depending on what was there before
@@ -226,6 +238,16 @@ impl From<OutputChoice> for OutputMode {
         match choice {
             OutputChoice::Commit => Self::Commit,
             OutputChoice::Lease => Self::Lease,
+        }
+    }
+}
+
+impl From<StagingChoice> for Staging {
+    fn from(choice: StagingChoice) -> Self {
+        match choice {
+            StagingChoice::Auto => Self::Auto,
+            StagingChoice::Copy => Self::Copy,
+            StagingChoice::Cow => Self::Cow,
         }
     }
 }

@@ -99,6 +99,7 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
                 held_back_us: 0,
                 commit_us: 1,
                 age_us: 1,
+                copied_on_write: None,
             };
             add(&mut evidence.destination.events, later);
         }

@@ -12,7 +12,7 @@
 use super::plan::LandingPlan;
 use super::shared::{PullFailure, Shared, drain, signal};
 use crate::uffd::{Event, Faults, Features, Installed, OpenMode, RegisterModes, Stop, Uffd, UffdError};
-use crate::units::{FrameIndex, PageSize};
+use crate::units::{FrameIndex, PAGE_SHIFT, PageIndex, PageSize};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -87,6 +87,8 @@ impl Guard {
             };
             let page_size = region.plan.page_size;
             let frame = FrameIndex::containing(offset as usize, page_size);
+            let page = PageIndex(frame.0 << (page_size.shift() - PAGE_SHIFT));
+            self.shared.observer.given_up(region.plan.id, page);
             self.shared.states.discard(index, frame);
             self.shared.discards.suspect(index, frame);
             let start = alias.address() + frame.offset(page_size) as u64;

@@ -110,8 +110,10 @@ impl Shard {
     /// Puts a zero frame where there is none and takes that for the discard it is; else wakes who waits. It is suspected
     /// first: a guest that has seen the zeroes must not be harvested without them, and this may be an old event.
     fn zero_if_missing(&mut self, waiting: Waiting) -> Result<(), PullFailure> {
-        self.shared.discards.suspect(waiting.region, FrameIndex(waiting.frame));
         let region = &self.shared.regions[waiting.region];
+        let page = PageIndex(waiting.frame << (region.shift() - PAGE_SHIFT));
+        self.shared.observer.given_up(region.plan.id, page);
+        self.shared.discards.suspect(waiting.region, FrameIndex(waiting.frame));
         let start = region.plan.vmm_address + (waiting.frame << region.shift());
         let outcome =
             zero_missing(&self.uffd, start, region.plan.page_size, &self.zeroes, self.shared.install.always_protects())

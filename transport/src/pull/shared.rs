@@ -25,6 +25,10 @@ pub trait Observer: Send + Sync {
     /// may have been written before it was lost.
     fn shown_again(&self, _region: RegionId, _page: PageIndex) {}
 
+    /// A frame that had landed is a hole, and is about to be filled with zeroes; this is its first page. Told by whoever meets it first, the
+    /// thread that watches the alias included: it must not wait for anybody who may be reading there.
+    fn given_up(&self, _region: RegionId, _page: PageIndex) {}
+
     /// A write to a write-protected page (synchronous tracking). Whether it was taken care of: unless the observer has lifted
     /// the protection through `uffd` and says so, it is [`PullFailure::UnhandledWriteFault`].
     fn write_fault(&self, _uffd: &Uffd, _region: RegionId, _page: PageIndex) -> bool {

@@ -116,6 +116,9 @@ pub enum Kind {
         held_back_us: u64,
         commit_us: u64,
         age_us: u64,
+        /// Where its pages were copied when the guest had gone on (`--staging`): how many before that, because it was about to write them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        copied_on_write: Option<u64>,
     },
     /// A checkpoint has been taken into the source's RAM.
     Folded { epoch: u64, pages: u64, took_us: u64 },

@@ -13,9 +13,10 @@ use belay_checkpoint::epoch::{
 };
 use belay_checkpoint::guest::{DirtyTracker, Epoch, Guest, GuestError, RamBlock, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, LeaseClock, Outbox, OutputMode};
+use belay_checkpoint::record::largest_record;
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
-use belay_checkpoint::staging::{Slot, StageError};
-use belay_checkpoint::tracker::{Groups, UffdSyncTracker, UffdWpTracker, WhoseMemory, WriteFaults};
+use belay_checkpoint::staging::{Slot, StageError, Staging};
+use belay_checkpoint::tracker::{Groups, HELD_PAGES, UffdSyncTracker, UffdWpTracker, WhoseMemory, WriteFaults};
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
 use belay_transport::pull::{Discard, Engine, ShardRange};
 use belay_transport::uffd::Uffd;
@@ -44,6 +45,11 @@ pub enum TetheringError {
     Tether(#[from] TetherError),
     #[error(transparent)]
     Guest(#[from] GuestError),
+    #[error(
+        "checkpoints cannot be copied on write (--staging cow) when the source reserves {reserved} bytes for one (--overflow): this guest's \
+         can have {needed}, and it would have to be watched while they leave"
+    )]
+    CowWatched { reserved: u64, needed: u64 },
     #[error("cannot start the heartbeat")]
     Heartbeat(#[source] std::io::Error),
 }
@@ -51,26 +57,32 @@ pub enum TetheringError {
 /// What has to be registered with the fabric before its lanes open.
 pub struct Reserved {
     settings: TetherSettings,
+    staging: Staging,
     keys: RingKeys,
     offer: RingOffer,
     slots: [Slot; 2],
     mailboxes: [Mailbox; 2],
 }
 
-/// Takes staging memory and mailboxes.
+/// Takes staging memory and mailboxes, for a guest of so many bytes whose checkpoints are staged so.
 pub fn reserve(
     initiator: &mut dyn Initiator,
     settings: &TetherSettings,
+    (staging, guest_bytes): (Staging, u64),
     keys: RingKeys,
     offer: RingOffer,
 ) -> Result<Reserved, TetheringError> {
+    let (reserved, needed) = (offer.overflow_bytes, largest_record(guest_bytes / PAGE_SIZE as u64));
+    if staging == Staging::Cow && reserved < needed {
+        return Err(TetheringError::CowWatched { reserved, needed });
+    }
     let offered = offer.bytes;
     let shape = RingShape::of(offered as usize).map_err(|source| TetheringError::Ring { offered, source })?;
     let slot_bytes = (offered as usize).min(MOST_STAGING);
     let mut slot = || Slot::new(initiator, slot_bytes, shape);
     let slots = [slot()?, slot()?];
     let mailboxes = [Mailbox::new(initiator)?, Mailbox::new(initiator)?];
-    Ok(Reserved { settings: settings.clone(), keys, offer, slots, mailboxes })
+    Ok(Reserved { settings: settings.clone(), staging, keys, offer, slots, mailboxes })
 }
 
 /// Larger slots than this only make a pause longer; what does not fit is shipped in parts.
@@ -79,6 +91,7 @@ const MOST_STAGING: usize = 64 << 20;
 /// A tether whose lanes are open and whose heart beats. The guest does not run yet.
 pub struct Tethering {
     settings: TetherSettings,
+    staging: Staging,
     overflow_bytes: u64,
     stop_bound: Duration,
     heartbeat: Heartbeat,
@@ -116,7 +129,7 @@ impl Reserved {
         happened: Sender<Happening>,
         deadline: Deadline,
     ) -> Result<Tethering, TetheringError> {
-        let Self { settings, keys, offer, slots, mailboxes: [for_records, for_beats] } = self;
+        let Self { settings, staging, keys, offer, slots, mailboxes: [for_records, for_beats] } = self;
         let LeaseSettings { length, heartbeat, .. } = settings.lease;
         let writer = RingWriter::new(records, keys, offer.bytes as usize, offer.nonce, for_records, deadline)?;
         let writer = writer.going_on_from(committed);
@@ -124,6 +137,7 @@ impl Reserved {
         let heartbeat = Heartbeat::start(beats, keys, for_beats, config).map_err(TetheringError::Heartbeat)?;
         Ok(Tethering {
             settings,
+            staging,
             overflow_bytes: offer.overflow_bytes,
             stop_bound,
             heartbeat,
@@ -151,7 +165,8 @@ impl Tethering {
     /// Begins to track before there is a guest, where that takes long and needs none: write protection marks every page of RAM, a
     /// millisecond for 60 MiB. [`Tethering::arm`] does it where this has not.
     pub(super) fn track_ahead(&mut self, guest: &dyn Guest, of: Tracked<'_>) -> Result<(), TetheringError> {
-        if let Some(mut tracker) = protecting(self.settings.tracker, guest.memory(), of)? {
+        let how = (self.settings.tracker, self.staging);
+        if let Some(mut tracker) = protecting(how, guest.memory(), of)? {
             tracker.start()?;
             self.ready.as_mut().expect("not started yet").tracker = Some(tracker);
         }
@@ -168,7 +183,7 @@ impl Tethering {
         let ready = self.ready.as_mut().expect("armed once, before it starts");
         if ready.tracker.is_none() {
             let kind = self.settings.tracker;
-            let mut tracker = match protecting(kind, guest.memory(), of)? {
+            let mut tracker = match protecting((kind, self.staging), guest.memory(), of)? {
                 Some(tracker) => tracker,
                 None => guest.tracker(kind)?,
             };
@@ -242,6 +257,7 @@ impl Tethering {
         let config = TetherConfig {
             stop_bound: self.stop_bound,
             overflow_bytes: self.overflow_bytes,
+            staging: self.staging,
             ..TetherConfig::default()
         };
         self.tether = Some(Tether::start(config, parts)?);
@@ -299,13 +315,16 @@ pub(super) type Tracked<'a> = (u32, Option<&'a Arc<WriteFaults>>);
 
 /// The trackers that belong to whoever serves the guest's pages, and not to its VMM.
 fn protecting(
-    kind: TrackerKind,
+    (kind, staging): (TrackerKind, Staging),
     blocks: &[RamBlock],
     (vmm_pid, faults): Tracked<'_>,
 ) -> Result<Option<Box<dyn DirtyTracker>>, GuestError> {
     Ok(match (kind, faults) {
         (TrackerKind::UffdWp, _) => Some(Box::new(UffdWpTracker::new(whose(vmm_pid), blocks)?)),
-        (TrackerKind::UffdSync, Some(faults)) => Some(Box::new(UffdSyncTracker::new(blocks, Arc::clone(faults))?)),
+        (TrackerKind::UffdSync, Some(faults)) => {
+            let tracker = UffdSyncTracker::new(blocks, Arc::clone(faults))?;
+            Some(Box::new(if staging == Staging::Copy { tracker } else { tracker.holding(HELD_PAGES)? }))
+        }
         _ => None,
     })
 }
@@ -389,6 +408,7 @@ impl EpochObserver for Ears {
                 held_back_us: us(stats.held_back),
                 commit_us: us(stats.commit),
                 age_us: us(stats.age),
+                copied_on_write: stats.copied_on_write,
             },
         );
     }

@@ -4,6 +4,7 @@
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds as OutboxBounds, Emitter, Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
+use belay_checkpoint::staging::Staging;
 use belay_checkpoint::tracker::write_protection;
 use belay_transport::PageSize;
 use belay_transport::numa::NumaChoice;
@@ -128,6 +129,7 @@ pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> Destinatio
         numa: NumaChoice::Off,
         hold_pull_at,
         bounds: Bounds::default(),
+        staging: Staging::Auto,
         arbiter: None,
     }
 }

@@ -3,15 +3,13 @@
 use super::pending::Pending;
 use super::shared::Shared;
 use super::{FLOOD_LOOK, LOOK, TetherConfig};
-use crate::clock::boottime_ns;
 use crate::dirty::{DirtySet, Harvested};
 use crate::epoch::ship::{Part, Taken};
 use crate::epoch::{Arrivals, EpochObserver, EpochStats, PauseParts, TetherError, harvest};
-use crate::guest::{DirtyTracker, Epoch, Guest, GuestError, Packet};
+use crate::guest::{DirtyTracker, Epoch, Guest, GuestError};
 use crate::outbox::Outbox;
 use crate::policy::{Decision, EpochFacts, Open, Policy};
-use crate::record::{DEVICE_VMM, Limits, PacketHeader, kind};
-use crate::staging::{Exchange, Slot, StageError, Stager};
+use crate::staging::{Exchange, Slot, StageError};
 use crate::storage::DiskWrites;
 use belay_transport::stop_point::reached;
 use belay_transport::{Deadline, RegionId};
@@ -19,7 +17,6 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use zerocopy::IntoBytes;
 
 /// The tether thread's side of the two queues.
 pub(super) struct Slots {
@@ -48,6 +45,8 @@ impl Exchange for Slots {
 pub(super) struct TetherLoop {
     pub config: TetherConfig,
     pub page_limit: Option<u64>,
+    /// Whether epochs may be put together after the pause.
+    pub may_hold: bool,
     pub guest: Box<dyn Guest>,
     pub tracker: Box<dyn DirtyTracker>,
     pub arrivals: Box<dyn Arrivals>,
@@ -237,37 +236,47 @@ impl TetherLoop {
         reached("epoch-harvested");
         pause.harvest = clock.lap();
         let output_since = self.outbox.open_since();
-        let (slot, mut stats) = self.stage(slot, epoch)?;
+        let mut begun = self.begin_record(slot, epoch)?;
+        if begun.held.is_none() {
+            self.add_pages(&mut begun)?;
+        }
         let next = self.emptied.pop().unwrap_or_else(|| Harvested::new(self.sizes.iter().copied()));
         self.outstanding.push_back((epoch, std::mem::replace(&mut self.pages, next)));
         self.harvesting = false;
         reached("epoch-staged");
         pause.stage = clock.lap();
-        stats.lasted = instant - self.closed_at;
-        stats.held_back = std::mem::take(&mut self.held_back);
+        let lasted = instant - self.closed_at;
+        begun.stats.lasted = lasted;
+        begun.stats.held_back = std::mem::take(&mut self.held_back);
         self.closed_at = instant;
         self.facts = EpochFacts {
             closed: self.facts.closed + 1,
-            lasted: stats.lasted,
-            dirty_pages: stats.pages,
+            lasted,
+            dirty_pages: begun.stats.pages,
             ran: began.saturating_duration_since(self.resumed_at),
             pause: pause.total(),
             committed: self.facts.committed,
         };
         let on_its_way = self.pending.on_its_way(&self.shared.lock());
         let hold = self.policy.hold_back(&self.facts, on_its_way);
-        let (ran, packets) = (self.facts.ran, stats.packets);
+        let (ran, packets) = (self.facts.ran, begun.stats.packets);
         let taken =
-            |pause| Taken { instant, resumed: Instant::now(), output_since, stats: EpochStats { pause, ..stats } };
+            |resumed, pause, stats| Taken { instant, resumed, output_since, stats: EpochStats { pause, ..stats } };
         let resume_failed = guest_error("resuming the guest after the checkpoint");
         if hold.is_zero() {
             self.resume().map_err(resume_failed)?;
             pause.resume = clock.lap();
             self.facts.pause = pause.total();
-            self.ship(slot, epoch, taken(pause));
+            let resumed = Instant::now();
+            self.add_held_pages(&mut begun)?;
+            let (slot, stats) = self.end_record(begun)?;
+            self.ship(slot, epoch, taken(resumed, pause, stats));
         } else {
-            self.ship(slot, epoch, taken(pause));
-            self.hold_back(hold);
+            let began = Instant::now();
+            self.add_held_pages(&mut begun)?;
+            let (slot, stats) = self.end_record(begun)?;
+            self.ship(slot, epoch, taken(Instant::now(), pause, stats));
+            self.hold_back(began, hold);
             if self.shared.lock().failed.is_some() {
                 // It stays stopped: nothing it did from here on could be caught.
                 return Ok(());
@@ -296,10 +305,9 @@ impl TetherLoop {
         let _ = self.slots.ship(Part { slot, taken: Some(taken) });
     }
 
-    /// Leaves the guest stopped for so long, or until the tether is over.
-    fn hold_back(&mut self, hold: Duration) {
-        let began = Instant::now();
-        let end = Deadline::after(hold);
+    /// Leaves the guest stopped for so long from when that `began`, or until the tether is over.
+    fn hold_back(&mut self, began: Instant, hold: Duration) {
+        let end = Deadline::after(hold.saturating_sub(began.elapsed()));
         let over = self.shared.changed.wait_timeout_while(self.shared.lock(), end.left(), |state| !state.is_over());
         drop(over);
         self.held_back = began.elapsed();
@@ -358,65 +366,6 @@ impl TetherLoop {
             return Ok(());
         }
         Err(TetherError::StopTimedOut { tries: self.tries, source })
-    }
-
-    /// Puts the epoch into slots; gives the last one and what it holds.
-    fn stage(&mut self, slot: Slot, epoch: Epoch) -> Result<(Slot, EpochStats), TetherError> {
-        let flushed = self.disk_writes.iter().any(|writes| writes.flushed);
-        let packets = self.outbox.close_epoch(epoch, flushed);
-        output_stream(&packets, &mut self.output);
-        let released = self.outbox.released_up_to();
-        let too_large = |what, bytes, limit| Err(TetherError::TooLarge { what, epoch, bytes, limit });
-        if self.device_state.len() > Limits::DEVICE_STATE_BYTES {
-            return too_large("device state", self.device_state.len(), Limits::DEVICE_STATE_BYTES);
-        }
-        if self.output.len() > Limits::OUTPUT_BYTES {
-            return too_large("held output", self.output.len(), Limits::OUTPUT_BYTES);
-        }
-        for writes in &self.disk_writes {
-            if writes.bytes.len() > Limits::DISK_BYTES {
-                return too_large("writes to a disk", writes.bytes.len(), Limits::DISK_BYTES);
-            }
-        }
-        let memory = self.guest.memory();
-        let Harvested { dirty, discards } = &mut self.pages;
-        let limit = self.config.overflow_bytes;
-        let stage = || -> Result<(Slot, EpochStats), StageError> {
-            let mut stager = Stager::begin(slot, &mut self.slots, epoch, memory.len(), boottime_ns(), limit)?;
-            stager.stream(kind::DEVICE_STATE, DEVICE_VMM, &self.device_state)?;
-            stager.stream(kind::HELD_OUTPUT, 0, &self.output)?;
-            if let Some(released) = released {
-                stager.stream(kind::RELEASED_UP_TO, 0, &released.to_le_bytes())?;
-            }
-            for DiskWrites { device, bytes, .. } in &self.disk_writes {
-                stager.stream(kind::DISK_WRITES, *device, bytes)?;
-            }
-            stager.discards(discards, memory)?;
-            stager.pages(dirty, memory)?;
-            let pages = stager.page_count();
-            let (slot, bytes) = stager.finish()?;
-            let stats = EpochStats {
-                epoch: epoch.0,
-                pages,
-                discards: discards.len(),
-                bytes,
-                packets: packets.len(),
-                ..EpochStats::default()
-            };
-            Ok((slot, stats))
-        };
-        stage().map_err(|source| TetherError::Stage { epoch, source })
-    }
-}
-
-/// Writes packets as the held-output stream.
-fn output_stream(packets: &[Packet], into: &mut Vec<u8>) {
-    into.clear();
-    for packet in packets {
-        let len = u32::try_from(packet.bytes.len()).expect("an outbox is bounded far below 4 GiB");
-        let header = PacketHeader { sequence: packet.sequence.into(), len: len.into() };
-        into.extend_from_slice(header.as_bytes());
-        into.extend_from_slice(&packet.bytes);
     }
 }
 

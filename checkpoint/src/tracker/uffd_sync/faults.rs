@@ -7,30 +7,36 @@
 //!   faults again. The thread that harvests waits for a fault to be answered, with a bound: one system call.
 //! * A page is shown protected, always (`Install::Protected`). One that is shown *again* may have lost what told it from a clean one,
 //!   and counts as written.
+//! * A page that is held ([`super::held`]) is copied aside before its protection is lifted.
 
 use super::groups::{CHUNK, Groups, group, widened};
+use super::held::Pool;
 use crate::guest::{GuestError, RamBlock};
 use belay_transport::pull::ShardRange;
+use belay_transport::region::Mapping;
 use belay_transport::uffd::{Stop, Uffd, UffdError};
 use belay_transport::{Deadline, PAGE_SHIFT, PAGE_SIZE, PageIndex, RegionId};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// Longest that a harvest waits for one fault to be answered, or for an address space that is changing.
-const BOUND: Duration = Duration::from_secs(5);
+pub(super) const BOUND: Duration = Duration::from_secs(5);
 /// Chunks that are locked at once while a run of them is protected.
 const RUN_CHUNKS: usize = 64;
-/// Shut units between two open ones that are protected along with them: cheaper than a system call more.
-const GAP: u64 = 8;
+/// Shut units between two open ones that are protected along with them: a system call more costs as much as some dozens of them, because
+/// every CPU that runs one of the VMM's threads then has to forget what it knew.
+const GAP: u64 = 32;
 
-/// What is known of 64 units. The size of all of them is accounted for: below a byte a page.
+/// What is known of 64 units. The size of all of them is accounted for: a byte a page.
 #[derive(Debug)]
-struct Chunk {
+pub(super) struct Chunk {
     state: Mutex<State>,
     /// Shown again since the last harvest.
     shown: AtomicU64,
+    /// Held where they are: what they hold is still to be taken. Changed under the lock.
+    pub(super) pending: AtomicU64,
 }
 
 const _: () = assert!(size_of::<Chunk>() <= CHUNK as usize);
@@ -39,7 +45,7 @@ const _: () = assert!(size_of::<Chunk>() <= CHUNK as usize);
 #[derive(Debug, Clone, Copy)]
 pub(super) struct State {
     /// Writable, and to be taken for written.
-    open: u64,
+    pub(super) open: u64,
     /// Of those, the ones that were opened by themselves: written for certain.
     alone: u64,
     /// What was written in the last epoch that wrote here.
@@ -51,15 +57,45 @@ pub(super) struct State {
 }
 
 #[derive(Debug)]
-struct Region {
-    id: RegionId,
+pub(super) struct Region {
+    pub(super) id: RegionId,
+    pub(super) alias: Arc<Mapping>,
     /// Address in the VMM.
     start: u64,
-    unit_shift: u32,
+    pub(super) unit_shift: u32,
     units: u64,
-    chunks: Box<[Chunk]>,
+    pub(super) chunks: Box<[Chunk]>,
     /// A bit a chunk: something is open in it, or was shown again.
-    touched: Box<[AtomicU64]>,
+    touched: ChunkBits,
+    /// A page of it was given up since tracking began.
+    pub(super) given_up: ChunkBits,
+    /// Somebody waits there until a page that is held has been taken. Set under its lock.
+    pub(super) waited_for: ChunkBits,
+}
+
+/// A bit a chunk.
+#[derive(Debug)]
+pub(super) struct ChunkBits(Box<[AtomicU64]>);
+
+impl ChunkBits {
+    fn new(chunks: u64) -> Self {
+        Self(std::iter::repeat_with(AtomicU64::default).take(chunks.div_ceil(64) as usize).collect())
+    }
+
+    pub(super) fn set(&self, chunk: u64) {
+        self.0[(chunk / 64) as usize].fetch_or(1 << (chunk % 64), Ordering::AcqRel);
+    }
+
+    pub(super) fn is_set(&self, chunk: u64) -> bool {
+        self.0[(chunk / 64) as usize].load(Ordering::Acquire) >> (chunk % 64) & 1 == 1
+    }
+
+    /// Clears it; whether it was set.
+    pub(super) fn take(&self, chunk: u64) -> bool {
+        // Seldom set: most who ask need not write.
+        self.is_set(chunk)
+            && self.0[(chunk / 64) as usize].fetch_and(!(1 << (chunk % 64)), Ordering::AcqRel) >> (chunk % 64) & 1 == 1
+    }
 }
 
 /// Units of a region that one userfaultfd watches.
@@ -84,8 +120,10 @@ pub(super) struct Found {
 #[derive(Debug)]
 pub struct WriteFaults {
     groups: Groups,
-    regions: Vec<Region>,
+    pub(super) regions: Vec<Region>,
     areas: Vec<Area>,
+    /// Where pages that are held go when they are about to be written.
+    pub(super) pool: OnceLock<Pool>,
     answered: AtomicU64,
     /// Pages opened since the last harvest.
     opened: AtomicU64,
@@ -112,7 +150,8 @@ impl WriteFaults {
                 areas.push(Area { uffd, region, units: range.frames.clone() });
             }
         }
-        Ok(Self { groups, regions, areas, answered: AtomicU64::new(0), opened: AtomicU64::new(0) })
+        let (pool, answered, opened) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { groups, regions, areas, pool, answered, opened })
     }
 
     pub(super) fn groups(&self) -> Groups {
@@ -137,6 +176,7 @@ impl WriteFaults {
         let area = self.areas.iter().find(|area| area.region == region_at && area.units.contains(&unit));
         let Some(area) = area else { return false };
         let (chunk, bit) = (unit / CHUNK, (unit % CHUNK) as u32);
+        let held = &region.chunks[chunk as usize].pending;
         let mut state = match region.chunks[chunk as usize].state.try_lock() {
             Ok(state) => state,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -148,7 +188,20 @@ impl WriteFaults {
             Groups::Adaptive if region.unit_shift == PAGE_SHIFT => widened(state.order, bit, state.open),
             _ => state.order,
         };
-        let units = group(order, bit) & within(&area.units, chunk);
+        let mut units = group(order, bit) & within(&area.units, chunk);
+        let pending = units & held.load(Ordering::Acquire);
+        if pending != 0 {
+            let room = self.pool.get().map_or(0, |pool| pool.put_aside((region_at, region), chunk, pending, bit));
+            let left = held.fetch_and(!room, Ordering::AcqRel) & pending & !room;
+            if left >> bit & 1 == 1 {
+                // No room (P7): it goes on when the page has been taken, which does not wait for anything the guest does.
+                region.waited_for.set(chunk);
+                return true;
+            }
+            if left != 0 {
+                units = 1 << bit;
+            }
+        }
         let new = units & !state.open;
         if units.count_ones() == 1 {
             state.alone |= units;
@@ -177,6 +230,19 @@ impl WriteFaults {
         region.touch(unit / CHUNK);
     }
 
+    /// A page that had landed is a hole, and is about to be filled with zeroes. If it is held, what it held is lost; and from now on
+    /// nothing near it is held where it is. Waits for nothing: whoever takes a page may be waiting for this very hole to be filled.
+    pub fn given_up(&self, region: RegionId, page: PageIndex) {
+        let Some((_, region)) = self.find(region) else { return };
+        let unit = page.0 >> (region.unit_shift - PAGE_SHIFT);
+        let chunk = unit / CHUNK;
+        region.given_up.set(chunk);
+        let pending = region.chunks[chunk as usize].pending.load(Ordering::Acquire);
+        if let Some(pool) = self.pool.get().filter(|_| pending >> (unit % CHUNK) & 1 == 1) {
+            pool.lost(region.id, page);
+        }
+    }
+
     /// Shuts all of guest RAM and forgets what was open. Guest paused.
     pub(super) fn shut_all(&self) -> Result<(), GuestError> {
         for (index, region) in self.regions.iter().enumerate() {
@@ -187,9 +253,10 @@ impl WriteFaults {
                 let locked: Result<Vec<_>, _> = (chunk..end).map(|chunk| region.lock(chunk, deadline)).collect();
                 let mut locked = locked?;
                 self.protect(index, chunk * CHUNK..(end * CHUNK).min(region.units), deadline)?;
-                for (state, chunk) in locked.iter_mut().zip(&region.chunks[chunk as usize..]) {
+                for (state, at) in locked.iter_mut().zip(chunk..) {
                     (state.open, state.alone, state.before, state.hashed) = (0, 0, 0, 0);
-                    chunk.shown.store(0, Ordering::Release);
+                    region.chunks[at as usize].shown.store(0, Ordering::Release);
+                    region.given_up.take(at);
                 }
                 chunk = end;
             }
@@ -214,7 +281,7 @@ impl WriteFaults {
     fn shut_region(&self, index: usize, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
         let region = &self.regions[index];
         let mut run = Run { locked: Vec::with_capacity(RUN_CHUNKS), units: 0..0 };
-        for (word, touched) in region.touched.iter().enumerate() {
+        for (word, touched) in region.touched.0.iter().enumerate() {
             let mut bits = touched.swap(0, Ordering::AcqRel);
             while bits != 0 {
                 let chunk = word as u64 * 64 + u64::from(bits.trailing_zeros());
@@ -289,6 +356,19 @@ impl WriteFaults {
         Ok(())
     }
 
+    /// Has whoever waits in a chunk come again.
+    pub(super) fn wake(&self, region: usize, chunk: u64) -> Result<(), GuestError> {
+        for area in self.areas.iter().filter(|area| area.region == region) {
+            let (start, end) = (area.units.start.max(chunk * CHUNK), area.units.end.min((chunk + 1) * CHUNK));
+            if start < end {
+                let region = &self.regions[region];
+                let (at, len) = (region.address(start), (end - start) << region.unit_shift);
+                area.uffd.wake(at, len).map_err(io("wake who waits in guest RAM"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What is known of a chunk, for whoever compares contents.
     pub(super) fn state(&self, region: usize, chunk: u64) -> Result<MutexGuard<'_, State>, GuestError> {
         self.regions[region].lock(chunk, Deadline::after(BOUND))
@@ -327,14 +407,17 @@ impl Region {
         // A huge page is a group by itself: the kernel does not protect parts of one.
         let order = if unit_shift == PAGE_SHIFT { order } else { 0 };
         let state = State { open: 0, alone: 0, before: 0, hashed: 0, order };
-        let chunk = || Chunk { state: Mutex::new(state), shown: AtomicU64::new(0) };
+        let chunk = || Chunk { state: Mutex::new(state), shown: AtomicU64::new(0), pending: AtomicU64::new(0) };
         Self {
             id: block.id,
+            alias: Arc::clone(&block.alias),
             start: block.vmm_address,
             unit_shift,
             units,
             chunks: std::iter::repeat_with(chunk).take(chunks as usize).collect(),
-            touched: std::iter::repeat_with(AtomicU64::default).take(chunks.div_ceil(64) as usize).collect(),
+            touched: ChunkBits::new(chunks),
+            given_up: ChunkBits::new(chunks),
+            waited_for: ChunkBits::new(chunks),
         }
     }
 
@@ -343,17 +426,17 @@ impl Region {
     }
 
     fn touch(&self, chunk: u64) {
-        self.touched[(chunk / 64) as usize].fetch_or(1 << (chunk % 64), Ordering::AcqRel);
+        self.touched.set(chunk);
     }
 
     fn touch_all(&self) {
-        for (word, touched) in self.touched.iter().enumerate() {
+        for (word, touched) in self.touched.0.iter().enumerate() {
             touched.fetch_or(within(&(0..self.chunks.len() as u64), word as u64), Ordering::AcqRel);
         }
     }
 
     /// A thread that died with the lock left nothing half done that a harvest could not take.
-    fn lock(&self, chunk: u64, deadline: Deadline) -> Result<MutexGuard<'_, State>, GuestError> {
+    pub(super) fn lock(&self, chunk: u64, deadline: Deadline) -> Result<MutexGuard<'_, State>, GuestError> {
         loop {
             match self.chunks[chunk as usize].state.try_lock() {
                 Ok(state) => return Ok(state),

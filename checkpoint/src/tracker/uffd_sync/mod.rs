@@ -12,10 +12,14 @@
 //! Pages of a group that were not written are told from those that were by a hash of what they held last ([`super::hashes`]). A page that was
 //! opened by itself was written for certain, and is not hashed.
 //!
-//! Memory: less than a byte a page of state (`faults`), and 16 bytes for each page that has ever been hashed.
+//! What it protects it can also hold while an epoch leaves, the guest running ([`held`]: copy-on-write staging).
+//!
+//! Memory: a byte a page of state (`faults`), 16 bytes for each page that has ever been hashed, and where pages may be held room for
+//! [`HELD_PAGES`] of them.
 
 mod faults;
 mod groups;
+mod held;
 
 pub use faults::WriteFaults;
 pub use groups::{GroupSize, Groups};
@@ -23,17 +27,22 @@ pub use groups::{GroupSize, Groups};
 use super::hashes::{Content, Hashes};
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
+use crate::staging::{HeldPages, StageError};
 use belay_transport::PageIndex;
 use belay_transport::region::Mapping;
 use belay_transport::uffd::Features;
 use faults::Found;
 use groups::{CHUNK, order_for};
+use held::{Held, Pool};
 use std::sync::Arc;
 
 /// What the VMM's userfaultfd must have been opened with, beside registering guest RAM for write-protect faults. WP_UNPOPULATED is of
 /// the same kernel as CONTINUE with write protection, which has no feature of its own. WP_ASYNC must not be among its features: the
 /// kernel would answer by itself.
 pub const SYNC_FEATURES: Features = Features::WP_SHMEM.union(Features::WP_UNPOPULATED);
+
+/// Pages that the guest may write before they are taken, in one epoch; a writer of one more waits until its page has been.
+pub const HELD_PAGES: u32 = 8192;
 
 /// See the module.
 pub struct UffdSyncTracker {
@@ -60,6 +69,16 @@ impl UffdSyncTracker {
             found: Vec::new(),
             same: DirtySet::new(blocks.iter().map(|block| (block.id, pages(block)))),
         })
+    }
+
+    /// As this, and able to hold pages ([`DirtyTracker::hold`]), of which `pages` may be written before they are taken. Takes the memory for them,
+    /// unless a tracker before this one has.
+    pub fn holding(self, pages: u32) -> Result<Self, GuestError> {
+        if self.faults.pool.get().is_none() {
+            // Should another have been faster, that one is as good.
+            let _ = self.faults.pool.set(Pool::new(pages)?);
+        }
+        Ok(self)
     }
 
     /// Compares the pages of one chunk with what they were; those that are the same go into `same`. Then the chunk learns.
@@ -148,6 +167,14 @@ impl DirtyTracker for UffdSyncTracker {
             }
         }
         Ok(())
+    }
+
+    fn can_hold(&self) -> bool {
+        self.faults.pool.get().is_some()
+    }
+
+    fn hold(&mut self, dirty: &DirtySet) -> Result<Option<Box<dyn HeldPages>>, StageError> {
+        Ok(Held::hold(&self.faults, dirty)?.map(|held| Box::new(held) as Box<dyn HeldPages>))
     }
 
     fn dirty_so_far(&mut self) -> Option<u64> {

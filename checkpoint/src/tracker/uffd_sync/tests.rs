@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Barrier, RwLock};
 use std::thread::JoinHandle;
 
+mod held;
+
 const ID: RegionId = RegionId(7);
 
 /// Guest memory as a VMM has it, and a thread that serves its faults as the pull engine does.

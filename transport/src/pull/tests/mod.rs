@@ -357,12 +357,19 @@ fn protected_pages_are_protected_at_every_showing_and_a_write_is_told_each_time(
     assert_eq!(*rig.told.shown_again.lock().unwrap(), [7]);
     write(7);
     assert_eq!(written(), [7]);
-    // Given up: the zeroes that answer are protected too.
+    // Given up: the zeroes that answer are protected too, and it was told of before there were any.
+    assert_eq!(*rig.told.given_up.lock().unwrap(), [0; 0]);
     rig.punch(9);
     assert_eq!(joined(rig.touch(9)), 0);
+    assert_eq!(*rig.told.given_up.lock().unwrap(), [9]);
     assert_eq!(rig.discards(), [9]);
     write(9);
     assert_eq!(written(), [9]);
+    // Whoever reads it where the engine's reads land meets the hole too.
+    rig.punch(11);
+    let alias = rig.alias.clone().unwrap();
+    assert_eq!(joined(std::thread::spawn(move || alias.load_u64(11 * 4096, Ordering::Acquire))), 0);
+    assert_eq!(*rig.told.given_up.lock().unwrap(), [9, 11]);
     rig.stop();
 }
 

@@ -144,6 +144,7 @@ pub struct Told {
     /// Pages whose protection was lifted because they were written.
     pub written: std::sync::Mutex<Vec<u64>>,
     pub shown_again: std::sync::Mutex<Vec<u64>>,
+    pub given_up: std::sync::Mutex<Vec<u64>>,
 }
 
 struct Tell(std::sync::Mutex<mpsc::Sender<String>>, Arc<Told>, u64);
@@ -156,6 +157,11 @@ impl Observer for Tell {
     fn shown_again(&self, region: RegionId, page: PageIndex) {
         assert_eq!(region, REGION);
         self.1.shown_again.lock().unwrap().push(page.0);
+    }
+
+    fn given_up(&self, region: RegionId, page: PageIndex) {
+        assert_eq!(region, REGION);
+        self.1.given_up.lock().unwrap().push(page.0);
     }
 
     fn write_fault(&self, uffd: &Uffd, region: RegionId, page: PageIndex) -> bool {

@@ -40,6 +40,12 @@ impl pull::Observer for EngineEars {
         }
     }
 
+    fn given_up(&self, region: RegionId, page: PageIndex) {
+        if let Some(writes) = &self.writes {
+            writes.given_up(region, page);
+        }
+    }
+
     fn write_fault(&self, _: &Uffd, region: RegionId, page: PageIndex) -> bool {
         self.writes.as_ref().is_some_and(|writes| writes.answer(region, page))
     }

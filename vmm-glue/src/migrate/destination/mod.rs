@@ -31,6 +31,7 @@ use belay_checkpoint::guest::{Guest, GuestError, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Emitter, Outbox};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State, step};
+use belay_checkpoint::staging::Staging;
 use belay_checkpoint::storage::Storage;
 use belay_checkpoint::tracker::WriteFaults;
 use belay_transport::Deadline;
@@ -71,6 +72,8 @@ pub struct DestinationConfig {
     /// Where what a tethered guest writes and sends is recorded, if anywhere.
     pub recording: Option<Arc<Recording>>,
     pub bounds: Bounds,
+    /// When a checkpoint's pages are copied.
+    pub staging: Staging,
     /// Who says whose the guest is once the source is lost, where somebody does.
     pub arbiter: Option<DestinationArbiter>,
 }
@@ -233,7 +236,7 @@ pub fn run(
     observer: &Observer,
     words: &Words,
 ) -> Result<Ended, DestinationError> {
-    let Some((session, proposal)) = await_source(listener, config.bounds, observer, words)? else {
+    let Some((session, proposal)) = await_source(listener, (config.bounds, config.staging), observer, words)? else {
         return Ok(Ended {
             outcome: Outcome::Interrupted,
             why: "ended by a signal while it waited for a guest".to_owned(),

@@ -16,9 +16,10 @@ use crate::migrate::settings::{Bounds, Proposal};
 use crate::migrate::source::lanes;
 use crate::migrate::tethering::Tethering;
 use crate::migrate::{protocol, tethering};
-use belay_checkpoint::guest::Epoch;
+use belay_checkpoint::guest::{Epoch, TrackerKind};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::State;
+use belay_checkpoint::staging::Staging;
 use belay_transport::fabric::{Initiator, Lane, LaneId, LaneKind, LocalKey, ReadKey, RingKeys};
 use belay_transport::numa::Placement;
 use belay_transport::pull::{ShardParts, ShardRange};
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 /// Waits for a source that may come in, and says whom it turned away. Nobody who only knows the address can end the wait.
 pub(super) fn await_source(
     listener: &Listener,
-    bounds: Bounds,
+    (bounds, staging): (Bounds, Staging),
     observer: &Observer,
     words: &Words,
 ) -> Result<Option<(DestinationSession, Proposal)>, DestinationError> {
@@ -52,7 +53,7 @@ pub(super) fn await_source(
             turned_away(protocol::explain(&rejection.error));
         }
         match incoming {
-            Ok(incoming) => match agree(incoming, bounds) {
+            Ok(incoming) => match agree(incoming, bounds, staging) {
                 Ok(agreed) => return Ok(Some(agreed)),
                 Err(error) => turned_away(protocol::explain(&error)),
             },
@@ -65,7 +66,11 @@ pub(super) fn await_source(
 /// Largest guest this version takes: a limit on what a peer can make this host allocate by a word.
 pub(super) const MOST_RAM: u64 = 1 << 40;
 
-pub(super) fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSession, Proposal), DestinationError> {
+pub(super) fn agree(
+    incoming: Incoming,
+    bounds: Bounds,
+    staging: Staging,
+) -> Result<(DestinationSession, Proposal), DestinationError> {
     let deadline = Deadline::after(bounds.handshake);
     let hello = incoming.hello();
     let ram: u64 = hello.geometry.iter().map(|region| region.bytes).fold(0, u64::saturating_add);
@@ -77,6 +82,7 @@ pub(super) fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSe
             Some(format!("a guest of {ram} bytes of RAM; {} are available here", available().unwrap_or(0)))
         }
         Ok(proposal) if proposal.check().is_err() => proposal.check().err(),
+        Ok(proposal) if !stages(staging, &proposal) => Some(COW_NEEDS.to_owned()),
         Ok(proposal) => {
             let session = incoming.accept(&[], deadline)?;
             return Ok((session, proposal));
@@ -85,6 +91,15 @@ pub(super) fn agree(incoming: Incoming, bounds: Bounds) -> Result<(DestinationSe
     let reason = refusal.unwrap_or_default();
     incoming.refuse(&reason, deadline)?;
     Err(DestinationError::Refused(reason))
+}
+
+/// What is wrong with a proposal that [`stages`] says no to.
+const COW_NEEDS: &str = "a tracker that cannot hold pages; checkpoints are copied on write here (--staging cow), which takes uffd-sync (--tracker at the source)";
+
+/// Whether checkpoints of such a guest can be staged as this host's operator wants it.
+fn stages(staging: Staging, proposal: &Proposal) -> bool {
+    let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
+    staging != Staging::Cow || tracker.is_none_or(|tracker| tracker == TrackerKind::UffdSync)
 }
 
 /// Bytes that could be allocated without swapping, if this host says: more than that asked for by a word must not end in the
@@ -120,6 +135,7 @@ pub(super) struct Joined {
     pub offer: RingOffer,
     /// Newest epoch that the source has.
     pub committed: Epoch,
+    pub staging: Staging,
     /// Longest wait for one lane.
     pub bound: Duration,
     pub deadline: Deadline,
@@ -144,7 +160,7 @@ pub(super) fn open_lanes(
     (placement, happened): (&Placement, &Sender<Happening>),
     (observer, because): (&Observer, &ObservationId),
 ) -> Result<Opened, DestinationError> {
-    let Joined { ring, offer, committed, bound, deadline } = joined;
+    let Joined { ring, offer, committed, staging, bound, deadline } = joined;
     let registrations = Registrations::new(observer, because);
     initiator.observe_registration(registrations.ears());
     let registering = Instant::now();
@@ -153,7 +169,10 @@ pub(super) fn open_lanes(
         landing.push(initiator.register_local(&ram.alias)?);
     }
     let reserved = match &proposal.tether {
-        Some(tether) => Some(placement.run_near(|| tethering::reserve(initiator, tether, ring, offer))?),
+        Some(tether) => {
+            let bytes = ram.iter().map(|ram| ram.alias.len() as u64).sum();
+            Some(placement.run_near(|| tethering::reserve(initiator, tether, (staging, bytes), ring, offer))?)
+        }
         None => None,
     };
     if let Some(registered) = registrations.take(registering.elapsed()) {
@@ -233,7 +252,8 @@ impl<'a> Destination<'a> {
         let ram = allocate(&session.hello.geometry, files, &placement, observer, &last)?;
         let tracker = proposal.tether.as_ref().map(|tether| tether.tracker);
         let (happened, happenings) = bounded(64);
-        let joined = Joined { ring, offer, committed: Epoch(0), bound: bounds.handshake, deadline };
+        let (committed, staging, bound) = (Epoch(0), config.staging, bounds.handshake);
+        let joined = Joined { ring, offer, committed, staging, bound, deadline };
         let opened = open_lanes(&mut *initiator, &proposal, &ram, joined, (&placement, &happened), (observer, &last))?;
         let Opened { landing, lane_pairs, mut tethering } = opened;
         let address = config.output_to.as_deref().or(proposal.output_to.as_deref());

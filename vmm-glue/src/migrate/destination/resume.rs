@@ -179,7 +179,8 @@ impl Destination<'_> {
         let agreed = proved.session.agreed.fabric;
         self.placement = place(self.config.numa, agreed, initiator.numa_node(), self.observer, &self.last)?;
         let own: Vec<_> = self.ram.iter().map(|(ram, ..)| ram.clone()).collect();
-        let joined = Joined { ring, offer, committed, bound: bounds.handshake, deadline };
+        let (staging, bound) = (self.config.staging, bounds.handshake);
+        let joined = Joined { ring, offer, committed, staging, bound, deadline };
         let (whereabouts, told) = ((&self.placement, &happened), (self.observer, &self.last));
         let opened = open_lanes(&mut *initiator, &self.proposal, &own, joined, whereabouts, told)?;
         let Opened { landing, lane_pairs, tethering } = opened;

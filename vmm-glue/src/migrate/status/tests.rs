@@ -49,7 +49,8 @@ fn commits_make_age_rate_and_pause() {
     for epoch in 1..=100_u64 {
         let held_back_us = if epoch % 10 == 0 { 2000 } else { 0 };
         let (pages, bytes, pause_us, commit_us, age_us) = (200, 4096, 600, 900, 1500);
-        let kind = Kind::Committed { epoch, pages, bytes, pause_us, held_back_us, commit_us, age_us };
+        let copied_on_write = None;
+        let kind = Kind::Committed { epoch, pages, bytes, pause_us, held_back_us, commit_us, age_us, copied_on_write };
         let id = ObservationId(format!("destination-1-{epoch}"));
         board.heard(&Observation { id, parent: None, at_us: now - 1_000_000 + epoch * 10_000, kind });
     }
