@@ -328,7 +328,7 @@ mod tests {
         let known = std::fs::metadata(&file).expect("its numbers");
         let mut real = mapping("/elsewhere", 8192);
         real.file = (libc::major(known.dev()), libc::minor(known.dev()), known.ino());
-        assert_eq!(mapping_of(&[real.clone()], link.to_str().expect("text"), "m", 8192), Some(real));
+        assert_eq!(mapping_of(std::slice::from_ref(&real), link.to_str().expect("text"), "m", 8192), Some(real));
     }
 
     #[test]

@@ -167,10 +167,10 @@ mod tests {
         let told = |there: &[QemuDisk], here: &[QemuDisk]| disks_differ(there, here).expect("they differ");
         let (renamed, longer) = (disk("uno", 512), disk("one", 1024));
         assert!(
-            told(std::slice::from_ref(&one), &[renamed])
+            told(&[disk("one", 512)], &[renamed])
                 .contains("are one of 512 bytes at the source and uno of 512 bytes here")
         );
-        assert!(told(std::slice::from_ref(&one), &[longer]).contains("and one of 1024 bytes here"));
+        assert!(told(&[disk("one", 512)], &[longer]).contains("and one of 1024 bytes here"));
         assert!(told(&[one.clone(), two], &[one]).contains("one of 512 bytes, two of 1024 bytes at the source"));
         assert!(told(&[disk("d", 1)], &[]).contains("and none here"));
         assert!(check_disks(&vec![disk("d", 1); 65]).is_err() && check_disks(&[disk("\u{1b}[2J", 1)]).is_err());
