@@ -94,7 +94,7 @@ impl Scale {
 
 /// 1, 2, 5 and tens: at most seven.
 fn linear_ticks(from: f64, to: f64) -> Vec<(f64, String)> {
-    let rough = (to - from) / 5.0;
+    let rough = (to - from) / 6.5;
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|step| step * power).find(|step| *step >= rough).unwrap_or(rough);
     let first = (from / step).ceil() as i64;
