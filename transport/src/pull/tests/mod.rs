@@ -368,7 +368,7 @@ fn protected_pages_are_protected_at_every_showing_and_a_write_is_told_each_time(
     // Whoever reads it where the engine's reads land meets the hole too.
     rig.punch(11);
     let alias = rig.alias.clone().unwrap();
-    assert_eq!(joined(std::thread::spawn(move || alias.load_u64(11 * 4096, std::sync::atomic::Ordering::Acquire))), 0);
+    assert_eq!(joined(std::thread::spawn(move || alias.load_u64(11 * 4096, Ordering::Acquire))), 0);
     assert_eq!(*rig.told.given_up.lock().unwrap(), [9, 11]);
     rig.stop();
 }
