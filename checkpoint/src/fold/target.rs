@@ -77,19 +77,13 @@ impl FoldTarget {
     }
 }
 
-/// Copies runs that were checked and whose pages are allocated. Where the one after the next goes is fetched while one is copied: pages
-/// from all over memory are cold, and so are the page tables above them.
+/// Copies runs that were checked and whose pages are allocated.
 fn copy(blocks: &[Block], runs: &[PageBytes<'_>], between: &mut impl FnMut()) {
-    let place = |run: &PageBytes<'_>| {
-        let block = blocks.iter().find(|block| block.ram.id == run.region);
-        &block.expect("the record was checked against these regions").ram.alias
-    };
     let mut pages = 0;
     for (at, run) in runs.iter().enumerate() {
-        if let Some(ahead) = runs.get(at + 2) {
-            place(ahead).prefetch(ahead.first.offset());
-        }
-        place(run).write(run.first.offset(), run.bytes);
+        let block = blocks.iter().find(|block| block.ram.id == run.region);
+        let block = block.expect("the record was checked against these regions");
+        block.ram.alias.write(run.first.offset(), run.bytes);
         if at == 0 {
             reached("fold-mid");
         }
