@@ -2,6 +2,7 @@
 
 use crate::error::BenchError;
 use belay_transport::fabric::FabricKind;
+use belay_transport::stop_point::ANNOUNCED;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::io::{BufRead, BufReader};
@@ -66,10 +67,19 @@ impl Belay {
 
     /// Starts it with these words. It ends with this process.
     pub fn start(&self, words: &[&str]) -> Result<Told, BenchError> {
-        let mut command = Command::new(&self.program);
         // Not --json: a line a checkpoint would cost as much as the checkpoint.
+        self.start_telling("belay::observation=info", words)
+    }
+
+    /// As [`Self::start`], and it tells of everything, each checkpoint too.
+    pub fn start_telling_all(&self, words: &[&str]) -> Result<Told, BenchError> {
+        self.start_telling("belay::observation=trace", words)
+    }
+
+    fn start_telling(&self, what: &str, words: &[&str]) -> Result<Told, BenchError> {
+        let mut command = Command::new(&self.program);
         let (command_word, words) = words.split_first().expect("there is a command");
-        command.arg(command_word).args(["--log", "belay::observation=info", "--log-format", "json"]).args(words);
+        command.arg(command_word).args(["--log", what, "--log-format", "json"]).args(words);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let die_with_the_bench = || set_parent_process_death_signal(Some(Signal::TERM)).map_err(Into::into);
         // SAFETY: prctl(2) may be called between fork and exec.
@@ -190,15 +200,43 @@ impl Told {
         }
     }
 
+    /// Waits until it has stopped itself (SIGSTOP) at this point, where `--stop-at` told it to.
+    pub fn stopped_at(&mut self, point: &str, bound: Duration) -> Result<(), BenchError> {
+        let (wanted, end) = (format!("{ANNOUNCED}{point}"), Instant::now() + bound);
+        loop {
+            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok((_, Line::Said(line))) if line == wanted => return Ok(()),
+                Ok((_, line)) => {
+                    self.take(line);
+                }
+                Err(_) => {
+                    let why =
+                        format!("belay did not come to {point} within {} s: {}", bound.as_secs(), self.complaint());
+                    return Err(BenchError::Refused { why });
+                }
+            }
+        }
+    }
+
+    /// Lets it go on from there.
+    pub fn go_on(&self) -> Result<(), BenchError> {
+        kill_process(self.pid(), Signal::CONT).map_err(|errno| BenchError::io("let belay go on")(errno.into()))
+    }
+
     /// Waits until it has ended by itself, and well.
     pub fn end(&mut self) -> Result<(), BenchError> {
+        self.end_with(0)
+    }
+
+    /// Waits until it has ended by itself, with this exit code (`belay help exit-codes`).
+    pub fn end_with(&mut self, code: i32) -> Result<(), BenchError> {
         let end = Instant::now() + ANSWER;
         while let Ok((_, line)) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
             self.take(line);
         }
         loop {
             match self.child.try_wait().map_err(BenchError::io("wait for belay"))? {
-                Some(status) if status.success() => return Ok(()),
+                Some(status) if status.code() == Some(code) => return Ok(()),
                 Some(status) => {
                     return Err(BenchError::Refused {
                         why: format!("belay ended with {status}: {}", self.complaint()),

@@ -6,13 +6,19 @@
 //! * memcpy and stream: the same bytes without userfaultfd.
 //! * scattered: copy pages from all over a guest's memory, as the staging of a checkpoint must.
 
+mod scan;
+mod scattered;
+
 use linux_raw_sys::general as raw;
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_REGISTER};
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+pub use scan::Scan;
+pub use scattered::Scattered;
 
 pub const PAGE: usize = 4096;
 /// Empty looks at the userfaultfd before the fault loop sleeps.
@@ -46,7 +52,7 @@ unsafe impl Sync for Map {}
 unsafe impl Send for Map {}
 
 impl Map {
-    fn new(fd: &OwnedFd, len: usize, populate: bool) -> io::Result<Self> {
+    fn new(fd: BorrowedFd<'_>, len: usize, populate: bool) -> io::Result<Self> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a null hint replaces no mapping.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
@@ -103,7 +109,7 @@ pub struct Source(Map);
 
 impl Source {
     pub fn new(len: usize) -> io::Result<Self> {
-        Map::new(&memfd(len)?, len, true).map(Self)
+        Map::new(memfd(len)?.as_fd(), len, true).map(Self)
     }
 }
 
@@ -130,7 +136,7 @@ pub const SMALL: Fault = Fault { page: PAGE, copy: false };
 impl Memory {
     fn new(len: usize, fault: Fault) -> io::Result<Self> {
         let file = memfd_of(len, fault.page)?;
-        let (alias, guest) = (Map::new(&file, len, !fault.copy)?, Map::new(&file, len, false)?);
+        let (alias, guest) = (Map::new(file.as_fd(), len, !fault.copy)?, Map::new(file.as_fd(), len, false)?);
         // SAFETY: the system call takes its flags by value.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         // SAFETY: checked to be a descriptor the kernel just made.
@@ -324,7 +330,7 @@ pub fn sweep(wire: Wire, Source(source): &Source, chunk: usize, page: usize) -> 
 /// The same bytes, copied or streamed only.
 pub fn plain(wire: Wire, Source(source): &Source, chunk: usize) -> io::Result<Duration> {
     let len = source.len;
-    let target = Map::new(&memfd(len)?, len, true)?;
+    let target = Map::new(memfd(len)?.as_fd(), len, true)?;
     let start = Instant::now();
     match wire {
         Wire::Memory => {
@@ -360,45 +366,6 @@ fn streamed(
         }
         Ok(start.elapsed())
     })
-}
-
-/// Memory of a guest's size and a buffer to copy scattered pages of it into.
-pub struct Scattered {
-    memory: Map,
-    /// Two, by turns, like staging slots.
-    buffers: [Map; 2],
-    state: u64,
-    turn: usize,
-}
-
-impl Scattered {
-    pub fn new(len: usize, pages: usize) -> io::Result<Self> {
-        let buffer = || Map::new(&memfd(pages * PAGE)?, pages * PAGE, true);
-        Ok(Self { memory: Map::new(&memfd(len)?, len, true)?, buffers: [buffer()?, buffer()?], state: 1, turn: 0 })
-    }
-
-    /// Writes a word of as many scattered pages as a buffer takes, then copies those pages, in ascending order.
-    pub fn copy(&mut self) -> Duration {
-        let pages = self.memory.len / PAGE;
-        self.turn += 1;
-        let buffer = &self.buffers[self.turn % 2];
-        let mut chosen: Vec<usize> = (0..buffer.len / PAGE)
-            .map(|_| {
-                self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                (self.state >> 33) as usize % pages
-            })
-            .collect();
-        for page in &chosen {
-            // SAFETY: `page` gives a whole page of a mapping that nobody else uses.
-            unsafe { self.memory.page(page * PAGE, PAGE).cast::<u64>().write_volatile(*page as u64) };
-        }
-        chosen.sort_unstable();
-        let start = Instant::now();
-        for (at, page) in chosen.into_iter().enumerate() {
-            copy(self.memory.page(page * PAGE, PAGE), buffer.page(at * PAGE, PAGE), PAGE);
-        }
-        start.elapsed()
-    }
 }
 
 fn receive(stream: &TcpStream, to: *mut u8, len: usize) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 mod belay;
 mod carrier;
+mod catch;
 mod checkpoint;
 mod envelope;
 mod error;
@@ -15,6 +16,7 @@ mod pull;
 mod quantity;
 mod report;
 mod rig;
+mod scale;
 mod suspicion;
 mod sweep;
 mod table;
@@ -23,10 +25,10 @@ mod tracking;
 mod wire;
 
 use belay_transport::fabric::FabricKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use error::BenchError;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// Measures belay beside floors that use nothing of it.
@@ -41,8 +43,9 @@ struct Cli {
 enum Command {
     Fault(fault::FaultArgs),
     Pull(pull::PullArgs),
-    /// The pause of a checkpoint at 1,000 scattered dirty pages, as the guest's own clock sees it
-    Checkpoint(Options),
+    Checkpoint(Box<checkpoint::CheckpointArgs>),
+    Catch(Box<catch::CatchArgs>),
+    Scale(Box<scale::ScaleArgs>),
     Migrate(Box<migrate::MigrateArgs>),
     Sweep(Box<sweep::SweepArgs>),
     Suspicion(Box<suspicion::SuspicionArgs>),
@@ -52,21 +55,6 @@ enum Command {
     Envelope(Box<envelope::Envelope>),
     Html(report::HtmlArgs),
     Compare(report::CompareArgs),
-}
-
-#[derive(Args)]
-struct Options {
-    /// What carries the pages; verbs goes through the RDMA device, out and in again
-    #[arg(long, value_enum, default_value = "local")]
-    fabric: Fabric,
-    #[command(flatten)]
-    device: carrier::Device,
-    /// Fewer rounds and less memory
-    #[arg(long)]
-    quick: bool,
-    /// Also write the report as JSON
-    #[arg(long, value_name = "FILE")]
-    out_json: Option<PathBuf>,
 }
 
 /// What carries the pages.
@@ -109,10 +97,9 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Fault(args) => fault::run(&args),
         Command::Pull(args) => pull::run(&args),
-        Command::Checkpoint(options) => {
-            let (fabric, device) = (options.fabric.into(), options.device.clone());
-            checkpoint::run(fabric, device, options.quick).and_then(|report| options.save(&report))
-        }
+        Command::Checkpoint(args) => checkpoint::run(&args),
+        Command::Catch(args) => catch::run(&args),
+        Command::Scale(args) => scale::run(&args),
         Command::Migrate(args) => migrate::run(&args),
         Command::Sweep(args) => sweep::run(&args),
         Command::Suspicion(args) => suspicion::run(&args),
@@ -135,12 +122,6 @@ fn main() -> ExitCode {
             eprintln!("belay-bench: {}", error.with_causes());
             ExitCode::FAILURE
         }
-    }
-}
-
-impl Options {
-    fn save(&self, report: &impl serde::Serialize) -> Result<ExitCode, BenchError> {
-        save(self.out_json.as_deref(), report)
     }
 }
 

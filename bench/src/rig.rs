@@ -7,7 +7,8 @@ use belay_transport::fabric::{
 };
 use belay_transport::pages::{PageStates, RegionGeometry};
 use belay_transport::pull::{
-    ClassRun, Engine, Install, LandingPlan, NoObserver, PageClass, PullPlan, RegionPlan, ShardParts, ShardRange, Tuning,
+    ClassRun, Engine, Install, LandingPlan, NoObserver, Observer, PageClass, PullPlan, RegionPlan, ShardParts,
+    ShardRange, Tuning,
 };
 use belay_transport::region::{Extent, Mapping, RamFile};
 use belay_transport::session::{Address, DestinationSession, Listener, Offer, Security, SourceSession, connect};
@@ -54,7 +55,13 @@ impl Source {
 pub struct Ends {
     pub owner: Box<dyn Owner>,
     pub initiator: Box<dyn Initiator>,
-    _session: (SourceSession, DestinationSession, Listener, SocketPath),
+    destination: DestinationSession,
+    source: AtSource,
+}
+
+/// What the source has of a session beside its data path.
+pub struct AtSource {
+    _session: (SourceSession, Listener, SocketPath),
 }
 
 /// A socket's path, removed when dropped.
@@ -87,7 +94,13 @@ impl Ends {
         let dialled = dialled.map_err(|_| BenchError::Thread("dialling"))??;
         let destination = destination?;
         let (owner, initiator) = (owner(&dialled)?, initiator(&destination)?);
-        Ok(Self { owner, initiator, _session: (dialled, destination, listener, path) })
+        Ok(Self { owner, initiator, destination, source: AtSource { _session: (dialled, listener, path) } })
+    }
+
+    /// The destination's end goes away, as when its process dies.
+    pub fn lose_destination(self) -> (Box<dyn Owner>, AtSource) {
+        drop((self.initiator, self.destination));
+        (self.owner, self.source)
     }
 
     /// Opens a lane at both ends. What the initiator reads into and writes from is registered before the first one.
@@ -123,20 +136,23 @@ impl Landing {
     }
 }
 
-/// Starts to pull all of `source`, one shard, with its background paused.
-pub fn pull(ends: &mut Ends, source: &Source, landing: Landing) -> Result<Engine, BenchError> {
-    let bytes = source.mapping.len() as u64;
-    let remote = ends.owner.export_read(&source.file, &source.mapping, &[Extent { offset: 0, len: bytes }])?;
-    let lanes = (ends.lane(LaneKind::Fault, 0)?, ends.lane(LaneKind::Bulk, 0)?);
-    engine(lanes, remote, landing, Tuning::default())
-}
-
 /// Starts an engine of one shard, with its background paused, over a lane for demand and one for the background.
 pub fn engine(
+    lanes: (Box<dyn Lane>, Box<dyn Lane>),
+    remote: ReadKey,
+    landing: Landing,
+    tuning: Tuning,
+) -> Result<Engine, BenchError> {
+    engine_told(lanes, remote, landing, tuning, Arc::new(NoObserver))
+}
+
+/// As [`engine`], and `observer` hears of it.
+pub fn engine_told(
     (fault, bulk): (Box<dyn Lane>, Box<dyn Lane>),
     remote: ReadKey,
     landing: Landing,
     tuning: Tuning,
+    observer: Arc<dyn Observer>,
 ) -> Result<Engine, BenchError> {
     let Landing { alias, key, guest_address, uffd, install } = landing;
     let bytes = alias.len() as u64;
@@ -160,7 +176,7 @@ pub fn engine(
     };
     let geometry = RegionGeometry { id: RegionId(0), page_size: PageSize::Small, frames };
     let states = Arc::new(PageStates::in_memory(&[geometry])?);
-    Ok(Engine::start(plan, vec![shard], states, Arc::new(NoObserver))?)
+    Ok(Engine::start(plan, vec![shard], states, observer)?)
 }
 
 /// How the memory of a pull's destination is made, and how it is pulled.
