@@ -28,6 +28,10 @@ const RUN_CHUNKS: usize = 64;
 /// Shut units between two open ones that are protected along with them: a system call more costs as much as some dozens of them, because
 /// every CPU that runs one of the VMM's threads then has to forget what it knew.
 const GAP: u64 = 32;
+/// From so many touched chunks on, other threads protect a share of them: the guest's own are idle in a pause, and the kernel walks page tables
+/// for each as long as for the first. Below, starting a thread costs as much as it saves.
+const PARALLEL_CHUNKS: u64 = 256;
+const MOST_THREADS: usize = 8;
 
 /// What is known of 64 units. The size of all of them is accounted for: a byte a page.
 #[derive(Debug)]
@@ -90,6 +94,28 @@ impl ChunkBits {
         self.0[(chunk / 64) as usize].load(Ordering::Acquire) >> (chunk % 64) & 1 == 1
     }
 
+    /// Words with about the same number of bits set each, in order: one share where there are few, one a thread where there are many, none of
+    /// nothing.
+    fn shares(&self, threads: usize) -> Vec<Range<usize>> {
+        let set = |word: &AtomicU64| u64::from(word.load(Ordering::Acquire).count_ones());
+        let all: u64 = self.0.iter().map(set).sum();
+        let share = if all < PARALLEL_CHUNKS { all } else { all.div_ceil(threads as u64) };
+        let (mut shares, mut first, mut taken) = (Vec::with_capacity(threads), 0, 0);
+        for (at, word) in self.0.iter().enumerate() {
+            taken += set(word);
+            if taken >= share && taken > 0 {
+                shares.push(first..at + 1);
+                (first, taken) = (at + 1, 0);
+            }
+        }
+        match shares.last_mut() {
+            Some(last) if taken == 0 => last.end = self.0.len(),
+            _ if taken > 0 => shares.push(first..self.0.len()),
+            _ => {}
+        }
+        shares
+    }
+
     /// Clears it; whether it was set.
     pub(super) fn take(&self, chunk: u64) -> bool {
         // Seldom set: most who ask need not write.
@@ -127,6 +153,8 @@ pub struct WriteFaults {
     answered: AtomicU64,
     /// Pages opened since the last harvest.
     opened: AtomicU64,
+    /// That a large harvest is shared out to.
+    pub(super) threads: usize,
 }
 
 impl WriteFaults {
@@ -151,7 +179,8 @@ impl WriteFaults {
             }
         }
         let (pool, answered, opened) = (OnceLock::new(), AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { groups, regions, areas, pool, answered, opened })
+        let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_THREADS));
+        Ok(Self { groups, regions, areas, pool, answered, opened, threads })
     }
 
     pub(super) fn groups(&self) -> Groups {
@@ -280,9 +309,35 @@ impl WriteFaults {
 
     fn shut_region(&self, index: usize, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
         let region = &self.regions[index];
+        let shares = region.touched.shares(self.threads);
+        let Some((own, others)) = shares.split_first() else { return Ok(()) };
+        if others.is_empty() {
+            return self.shut_words(index, own.clone(), each);
+        }
+        let shut = |words: &Range<usize>| {
+            let mut found = Vec::with_capacity(words.len() * 64);
+            let outcome = self.shut_words(index, words.clone(), &mut |one| found.push(one));
+            (found, outcome)
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = others.iter().map(|words| scope.spawn(|| shut(words))).collect();
+            let mut outcome = self.shut_words(index, own.clone(), each);
+            for other in others {
+                let (found, ended) = other.join().expect("protecting pages does not panic");
+                // What was shut is told of, whatever became of the rest.
+                found.into_iter().for_each(&mut *each);
+                outcome = outcome.and(ended);
+            }
+            outcome
+        })
+    }
+
+    /// Shuts what is open in these words of touched chunks.
+    fn shut_words(&self, index: usize, words: Range<usize>, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
+        let region = &self.regions[index];
         let mut run = Run { locked: Vec::with_capacity(RUN_CHUNKS), units: 0..0 };
-        for (word, touched) in region.touched.0.iter().enumerate() {
-            let mut bits = touched.swap(0, Ordering::AcqRel);
+        for word in words {
+            let mut bits = region.touched.0[word].swap(0, Ordering::AcqRel);
             while bits != 0 {
                 let chunk = word as u64 * 64 + u64::from(bits.trailing_zeros());
                 bits &= bits - 1;
@@ -467,4 +522,32 @@ fn within(range: &Range<u64>, chunk: u64) -> u64 {
 
 fn io(doing: &'static str) -> impl FnOnce(UffdError) -> GuestError {
     move |error| GuestError::Io { doing: doing.into(), source: std::io::Error::other(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn touched_chunks_are_shared_out_whole_and_evenly_and_few_of_them_not_at_all() {
+        let bits = ChunkBits::new(10_000);
+        assert_eq!(bits.shares(4), []);
+        (0..PARALLEL_CHUNKS - 1).for_each(|chunk| bits.set(chunk * 39));
+        assert_eq!(bits.shares(4), [0..10_000_usize.div_ceil(64)], "one share of few");
+        (0..10_000).step_by(7).for_each(|chunk| bits.set(chunk));
+        for threads in [1, 2, 3, 8] {
+            let shares = bits.shares(threads);
+            assert!(shares.len() <= threads && shares[0].start == 0, "{shares:?}");
+            assert_eq!(shares.last().map(|last| last.end), Some(10_000_usize.div_ceil(64)));
+            assert!(shares.windows(2).all(|pair| pair[0].end == pair[1].start), "{shares:?}");
+            let sizes = shares.iter().map(|words| {
+                (words.start as u64 * 64..words.end as u64 * 64)
+                    .filter(|&chunk| chunk < 10_000 && bits.is_set(chunk))
+                    .count()
+            });
+            let sizes: Vec<usize> = sizes.collect();
+            let all: usize = sizes.iter().sum();
+            assert!(sizes.iter().all(|&size| size <= all.div_ceil(threads) + 64), "{sizes:?}");
+        }
+    }
 }

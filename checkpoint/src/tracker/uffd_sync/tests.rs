@@ -66,7 +66,9 @@ impl Memory {
             uffds.push((uffd, vec![ShardRange { region: ID, frames }]));
         }
         let block = RamBlock { id: ID, page_size, file, alias, vmm_address };
-        let write_faults = WriteFaults::new(std::slice::from_ref(&block), &uffds, groups).expect("write faults");
+        let mut write_faults = WriteFaults::new(std::slice::from_ref(&block), &uffds, groups).expect("write faults");
+        // However many processors there are: what is shared out is to be shared out here too.
+        write_faults.threads = 4;
         let (faults, stop) = (Arc::new(write_faults), Arc::new(AtomicBool::new(false)));
         let mut memory = Self { guest, block, uffds, faults, stop, server: None };
         memory.serve();
@@ -188,6 +190,21 @@ fn a_written_page_is_reported_once_and_again_only_if_written_again() {
         BTreeSet::from([5]),
         "alone in its group it is sent without a look at its content"
     );
+}
+
+#[test]
+fn p3_a_harvest_that_several_threads_share_reports_every_page_once_and_leaves_none_writable() {
+    let pages = 40_000;
+    let Some(memory) = Memory::of(pages as usize * PAGE_SIZE, PageSize::Small, fixed(1), 3, Faults::None) else {
+        return;
+    };
+    let mut tracker = memory.tracker();
+    for round in 1..4 {
+        let written: BTreeSet<u64> = (0..pages / 29).map(|at| at * 29 + at % round).collect();
+        written.iter().for_each(|&page| memory.write(page, round as u8));
+        assert_eq!(harvest(&mut tracker, pages), (written.clone(), written), "round {round}");
+        assert_eq!(harvest(&mut tracker, pages).0, BTreeSet::new(), "all of it is shut");
+    }
 }
 
 #[test]
