@@ -244,7 +244,7 @@ fn metronome(shape: &Shape) -> GuestSpec {
 /// Scattered steps that meet `pages` different ones of `of`, on average.
 pub fn steps_for(pages: u64, of: u64) -> u64 {
     let share = (pages as f64 / of as f64).min(0.999);
-    (-(of as f64) * (1.0 - share).ln()).ceil().max(1.0) as u64
+    (-(of as f64) * (1.0 - share).ln()).round().max(1.0) as u64
 }
 
 fn outbox() -> Result<Arc<Outbox>, BenchError> {
