@@ -3,8 +3,9 @@
 //!
 //! The guest is a thread that writes a word of one page after the other, tracked by synchronous userfaultfd write protection; another answers its
 //! faults. No KVM, and nothing is sent: a full slot is exchanged for an empty one at once, which is the best copying in the pause can have.
-//! One guest, one tracker; the ways take turns epoch by epoch. Where pages are copied on write the guest goes on before they are staged, and
-//! writes some of them again meanwhile: what that costs it is told too.
+//! One guest, one tracker; the ways take turns epoch by epoch. As in a tether, pages are protected ahead of the pause; the guest writes on
+//! meanwhile, anywhere, as fast as it can, and one way does without. Where pages are copied on write the guest goes on before they are staged, and
+//! writes some of them again: what that costs it is told too.
 
 use crate::carrier::{Carrier, Device};
 use crate::error::BenchError;
@@ -27,7 +28,7 @@ use belay_transport::{PAGE_SIZE, PageIndex, PageSize, RegionId};
 use clap::Args;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 const REGION: RegionId = RegionId(0);
@@ -51,20 +52,23 @@ pub struct StagingArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Harvested and protected again; no checkpoint.
+    /// Harvested and protected again in the pause; no checkpoint.
     Bare,
     Copy,
     Cow,
+    /// All of the harvest is in the pause.
+    CowUnprepared,
 }
 
 impl Way {
-    const ALL: [Self; 3] = [Self::Bare, Self::Copy, Self::Cow];
+    const ALL: [Self; 4] = [Self::Bare, Self::Copy, Self::Cow, Self::CowUnprepared];
 
     fn name(self) -> &'static str {
         match self {
             Self::Bare => "harvest and protect",
             Self::Copy => "copy",
             Self::Cow => "copy on write",
+            Self::CowUnprepared => "copy on write, nothing ahead of the pause",
         }
     }
 }
@@ -72,6 +76,8 @@ impl Way {
 /// Of one way, a value an epoch.
 #[derive(Default)]
 struct Samples {
+    ahead: Vec<f64>,
+    meanwhile: Vec<f64>,
     pause: Vec<f64>,
     harvest: Vec<f64>,
     after: Vec<f64>,
@@ -148,15 +154,43 @@ impl Rig {
         }
     }
 
+    /// The harvest is made ready, and the guest writes on meanwhile: how long that took, in µs, and the writes.
+    fn prepare(&mut self, value: u64) -> Result<(f64, u64), BenchError> {
+        let all = (self.guest.len() / PAGE_SIZE) as u64;
+        let (guest, stop) = (Arc::clone(&self.guest), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let (mut state, mut written) = (value, 0);
+                while !stop.load(Ordering::Acquire) {
+                    let page = PageIndex((random(&mut state) >> 33) % all);
+                    guest.store_u64(page.offset(), value, Ordering::Relaxed);
+                    written += 1;
+                }
+                written
+            });
+            let began = Instant::now();
+            let outcome = self.tracker.prepare();
+            let took = began.elapsed().as_nanos() as f64 / 1e3;
+            stop.store(true, Ordering::Release);
+            outcome?;
+            Ok((took, writer.join().expect("a thread that writes memory does not panic")))
+        })
+    }
+
     /// The guest writes `pages`, stands still, and is checkpointed that way.
     fn epoch(&mut self, way: Way, pages: &[u64], samples: &mut Samples) -> Result<(), BenchError> {
         self.epoch = self.epoch.next();
         let value = self.epoch.0;
         self.write(pages, value);
         self.dirty.clear();
+        let us = |since: Instant| since.elapsed().as_nanos() as f64 / 1e3;
+        if matches!(way, Way::Copy | Way::Cow) {
+            let (ahead, written) = self.prepare(value)?;
+            samples.ahead.push(ahead);
+            samples.meanwhile.push(written as f64);
+        }
         let stopped = Instant::now();
         self.tracker.harvest(&mut self.dirty)?;
-        let us = |since: Instant| since.elapsed().as_nanos() as f64 / 1e3;
         self.tracker.sift(&mut self.dirty, &self.none)?;
         samples.harvest.push(us(stopped));
         if way == Way::Bare {
@@ -195,13 +229,18 @@ impl Rig {
     }
 }
 
+/// The next of a sequence that its upper bits make look random (a linear congruential generator, Knuth's MMIX).
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state
+}
+
 /// So many different pages anywhere in `OF` times as many, in no order.
 fn scattered(pages: u64, seed: u64) -> Vec<u64> {
     let mut all: Vec<u64> = (0..pages * OF).collect();
     let mut state = seed | 1;
     for at in 0..pages as usize {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let other = at + ((state >> 33) as usize) % (all.len() - at);
+        let other = at + ((random(&mut state) >> 33) as usize) % (all.len() - at);
         all.swap(at, other);
     }
     all.truncate(pages as usize);
@@ -218,7 +257,7 @@ pub fn run(args: &StagingArgs) -> Result<ExitCode, BenchError> {
     // The first round is warm-up.
     for round in 0..=epochs {
         for (way, samples) in Way::ALL.into_iter().zip(&mut samples) {
-            let dirty = scattered(pages, round * 3 + way as u64);
+            let dirty = scattered(pages, round * Way::ALL.len() as u64 + way as u64);
             match round {
                 0 => rig.epoch(way, &dirty, &mut Samples::default())?,
                 _ => rig.epoch(way, &dirty, samples)?,
@@ -228,14 +267,14 @@ pub fn run(args: &StagingArgs) -> Result<ExitCode, BenchError> {
     }
     bar.finish_and_clear();
     let mut report = Report::new("staging", &args.output);
-    let [bare, copy, cow] = &samples;
+    let [bare, copy, cow, _] = &samples;
     for (way, of) in Way::ALL.into_iter().zip(&samples) {
         report.cases.push(case(way, pages, of, bare));
     }
     for case in &report.cases {
         case.print();
     }
-    let last = report.cases.last().expect("one a way");
+    let last = &report.cases[Way::Cow as usize];
     let ratio =
         |of: &Samples| median(&cow.pause.iter().zip(&of.pause).map(|(ours, theirs)| ours / theirs).collect::<Vec<_>>());
     report.goals = vec![
@@ -250,10 +289,12 @@ fn case(way: Way, pages: u64, of: &Samples, bare: &Samples) -> Case {
     let pause = Measure::new("pause", "us", Better::Lower, of.pause.clone());
     case.measures.push(match way {
         Way::Bare => pause,
-        Way::Copy | Way::Cow => pause.beside(Way::Bare.name(), bare.pause.clone()),
+        Way::Copy | Way::Cow | Way::CowUnprepared => pause.beside(Way::Bare.name(), bare.pause.clone()),
     });
     let more = [
         ("  harvest", "us", &of.harvest),
+        ("made ready before it", "us", &of.ahead),
+        ("writes meanwhile", "writes", &of.meanwhile),
         ("staged after the resume", "us", &of.after),
         ("first write meanwhile", "us", &of.write),
         ("copied on write", "pages", &of.copied),

@@ -107,6 +107,12 @@ pub trait DirtyTracker: Send {
     /// Starts tracking: what is written from now on is reported by the next harvest. Guest paused.
     fn start(&mut self) -> Result<(), GuestError>;
 
+    /// Does what can be done of the next harvest while the guest still runs, so that the pause is shorter: called right before the guest is
+    /// to be stopped, and perhaps again when it would not stop. What it finds is in the next harvest, whenever that comes.
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// Adds every page written since [`DirtyTracker::start`] or the last harvest to `into`, and tracks anew. Guest paused (P8). May
     /// report a page that was not written or not landed; never misses one that was.
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError>;
@@ -130,8 +136,8 @@ pub trait DirtyTracker: Send {
         Ok(None)
     }
 
-    /// Pages known to be dirty so far, without stopping the guest: a lower bound, for budget policies. `None` where the
-    /// tracker cannot tell cheaply.
+    /// Pages known to be dirty so far, without stopping the guest, for budget policies: a lower bound, but that pages which were written again
+    /// after [`DirtyTracker::prepare`] count twice. `None` where the tracker cannot tell cheaply.
     fn dirty_so_far(&mut self) -> Option<u64>;
 }
 

@@ -73,7 +73,8 @@ pub trait HeldPages: Send {
     ) -> Result<(), StageError>;
 
     /// Ends the holding once all are taken. How many had been copied aside, because the guest was about to write them;
-    /// [`StageError::GivenUp`] when one of them was lost before its turn, and what was taken is not what was held.
+    /// [`StageError::GivenUp`] when one of them was lost before its turn, and what was taken is not what was held;
+    /// [`StageError::NotTaken`] when not all are.
     fn end(self: Box<Self>) -> Result<u64, StageError>;
 }
 
@@ -130,6 +131,10 @@ pub enum StageError {
         "page {} of {region} was given up (a hole was punched) before it was in its checkpoint; --staging copy leaves no time for that", .page.0
     )]
     GivenUp { region: RegionId, page: PageIndex },
+    #[error(
+        "{left} pages of an epoch that was held are not in its record: this is a mistake of belay's, and the record is not sent"
+    )]
+    NotTaken { left: u64 },
     #[error("page {} of {region} is not held", .page.0)]
     NotHeld { region: RegionId, page: PageIndex },
 }

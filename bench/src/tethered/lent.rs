@@ -43,6 +43,9 @@ impl DirtyTracker for LentTracker {
     fn start(&mut self) -> Result<(), GuestError> {
         self.lock().tracker.start()
     }
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        self.lock().tracker.prepare()
+    }
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
         let Lent { tracker, taken } = &mut *self.lock();
         if !taken.is_empty() {

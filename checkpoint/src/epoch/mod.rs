@@ -1,9 +1,9 @@
 //! Epochs: the tether that takes, ships and commits reverse checkpoints for as long as the guest runs away from home.
 //!
 //! ```text
-//! tether thread    policy … | pause  save  harvest  stage  close output  resume | policy …
-//!                           | pause  save  harvest  hold   close output  resume | stage | policy …    (copy-on-write staging)
-//!                                                      └─ slot ─┐
+//! tether thread    policy … prepare | pause  save  harvest  stage  close output  resume | policy …
+//!                                   | pause  save  harvest  hold   close output  resume | stage | policy …    (copy-on-write staging)
+//!                                                              └─ slot ─┐
 //! shipping thread                          checksum, write, commit ─> outbox.committed ─> slot back
 //! heartbeat thread   counter ─> ring … owner's words ─> lease
 //! ```

@@ -66,6 +66,9 @@ pub fn steps_of(device_state: &[u8]) -> u64 {
 pub struct World {
     pub steps: u64,
     dirty: DirtySet,
+    /// Told ahead of a pause, and not yet harvested.
+    ahead: DirtySet,
+    pub prepared: u64,
     discards: DirtySet,
     landed: Vec<bool>,
     running: bool,
@@ -132,6 +135,8 @@ impl Model {
         let world = World {
             steps: 0,
             dirty: empty_set(&memory),
+            ahead: empty_set(&memory),
+            prepared: 0,
             discards: empty_set(&memory),
             landed: vec![false; pages as usize],
             running: true,
@@ -258,11 +263,22 @@ impl DirtyTracker for Model {
     fn start(&mut self) -> Result<(), GuestError> {
         Ok(())
     }
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        let mut world = self.world();
+        let World { dirty, ahead, prepared, .. } = &mut *world;
+        ahead.merge(dirty);
+        dirty.clear();
+        *prepared += 1;
+        Ok(())
+    }
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
         let mut world = self.world();
         assert!(!world.running, "harvested while it runs");
-        into.merge(&world.dirty);
-        world.dirty.clear();
+        let World { dirty, ahead, .. } = &mut *world;
+        for set in [dirty, ahead] {
+            into.merge(set);
+            set.clear();
+        }
         Ok(())
     }
     fn can_hold(&self) -> bool {
@@ -279,7 +295,8 @@ impl DirtyTracker for Model {
         Ok(Some(Box::new(Kept { pages: pages.collect(), world: Arc::clone(&self.world) })))
     }
     fn dirty_so_far(&mut self) -> Option<u64> {
-        Some(self.world().dirty.len())
+        let world = self.world();
+        Some(world.dirty.len() + world.ahead.len())
     }
 }
 

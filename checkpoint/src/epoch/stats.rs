@@ -43,6 +43,8 @@ pub struct EpochStats {
     pub packets: usize,
     /// Parts it was shipped in; more than one when it was larger than a slot.
     pub parts: u32,
+    /// What was spent on making its harvest ready, before the guest was stopped.
+    pub ahead: Duration,
     pub pause: PauseParts,
     /// From the close of the epoch before to the close of this one.
     pub lasted: Duration,

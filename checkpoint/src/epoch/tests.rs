@@ -414,6 +414,9 @@ fn a_guest_that_does_not_stop_goes_on_and_is_asked_again() {
     let committed = rig.tether.committed();
     rig.commits(committed.0 + 3);
     assert_eq!(rig.tether.stats().stop_timeouts, 5);
+    let world = rig.model.world();
+    assert!(world.prepared >= world.pauses + 5, "ready each time: {} for {}", world.prepared, world.pauses);
+    drop(world);
     rig.catch_and_check();
 }
 

@@ -41,6 +41,7 @@ const LEAST_RUN: u32 = 8;
 #[derive(Debug, Clone)]
 pub struct Adaptive {
     delay_bound: Duration,
+    ahead: Line,
     pause: Line,
     commit: Line,
     reserve: f64,
@@ -54,8 +55,8 @@ pub struct Adaptive {
 impl Adaptive {
     /// Output is to be delayed by no more than `delay_bound`, 99 times of 100.
     pub fn new(delay_bound: Duration) -> Self {
-        let (pause, commit) = Default::default();
-        Self { delay_bound, pause, commit, reserve: RESERVE_STEP, closed: 0, committed: 0, silent: u32::MAX }
+        let (ahead, pause, commit) = Default::default();
+        Self { delay_bound, ahead, pause, commit, reserve: RESERVE_STEP, closed: 0, committed: 0, silent: u32::MAX }
     }
 
     /// The longest an epoch may stay open under such a bound.
@@ -68,10 +69,15 @@ impl Adaptive {
         self.delay_bound.mul_f64(1.0 - self.reserve)
     }
 
-    /// From the close of an epoch with so many pages until it has committed. The link goes on with what is before it meanwhile.
+    /// From when it is decided to close an epoch with so many pages until it has committed. The link goes on with what is before it meanwhile.
     fn takes(&self, pages: u64, before: OnItsWay) -> Duration {
-        let pause = self.pause.likely_at_most(pages);
-        pause + self.left_of(before).saturating_sub(pause) + self.commit.likely_at_most(pages)
+        let closing = self.closing(pages);
+        closing + self.left_of(before).saturating_sub(closing) + self.commit.likely_at_most(pages)
+    }
+
+    /// Until the guest goes on: making the harvest ready, and the pause.
+    fn closing(&self, pages: u64) -> Duration {
+        self.ahead.likely_at_most(pages) + self.pause.likely_at_most(pages)
     }
 
     fn left_of(&self, on_its_way: OnItsWay) -> Duration {
@@ -84,6 +90,7 @@ impl Adaptive {
     fn learn(&mut self, last: &EpochFacts) {
         if last.closed != self.closed {
             self.closed = last.closed;
+            self.ahead.saw(last.dirty_pages, last.ahead);
             self.pause.saw(last.dirty_pages, last.pause);
         }
         let committed = last.committed;
@@ -136,7 +143,7 @@ impl Policy for Adaptive {
         let runs = room / LEAST_RUN;
         let pages = pages_at_rate(runs, &EpochFacts { lasted: last.ran, ..*last });
         let before = self.left_of(on_its_way) + self.commit.likely_at_most(last.dirty_pages);
-        let next = self.pause.likely_at_most(pages) + self.commit.likely_at_most(pages);
+        let next = self.closing(pages) + self.commit.likely_at_most(pages);
         (before + runs + next).saturating_sub(room).min(self.delay_bound)
     }
 }
@@ -189,6 +196,20 @@ mod tests {
         assert!((ms(33)..ms(43)).contains(&at), "{at:?}");
         let at = closes_at(&mut policy, &facts, 0, Some(ms(100)));
         assert!((ms(140)..=ms(150)).contains(&at), "{at:?}");
+    }
+
+    #[test]
+    fn what_making_the_harvest_ready_takes_is_part_of_what_output_waits_for() {
+        let (mut policy, mut facts) = taught();
+        let before = closes_at(&mut policy, &facts, 1000, Some(ms(2)));
+        for epoch in 51..=100_u64 {
+            let pages = epoch * 317 % 1000;
+            (facts.closed, facts.dirty_pages) = (epoch, pages);
+            (facts.ahead, facts.pause) = (Duration::from_micros(8 * pages), Duration::from_micros(pages));
+            policy.learn(&facts);
+        }
+        let after = closes_at(&mut policy, &facts, 1000, Some(ms(2)));
+        assert!((ms(6)..ms(11)).contains(&(before - after)), "{before:?} {after:?}");
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct EpochFacts {
     pub lasted: Duration,
     /// Pages its harvest found.
     pub dirty_pages: u64,
+    /// What of its time was spent on making its harvest ready, with the guest running, before it was closed.
+    pub ahead: Duration,
     /// How long the guest ran in it.
     pub ran: Duration,
     /// How long the guest was stopped for it.
@@ -101,9 +103,11 @@ pub trait Policy: Send {
 }
 
 /// When, after the last close, an epoch's time of `longest` is over. A guest that was stopped for most of it, or for longer than it, would be
-/// stopped again before it has come anywhere: it runs as long as it was stopped, and no longer than `longest`.
+/// stopped again before it has come anywhere: it runs as long as it was stopped, and no longer than `longest`. Making the harvest ready comes
+/// before the close and takes what it took last; at most half of the epoch is given to it.
 fn over_after(longest: Duration, last: &EpochFacts) -> Duration {
-    longest.max(last.pause.saturating_add(last.pause.min(longest)))
+    let over = longest.max(last.pause.saturating_add(last.pause.min(longest)));
+    over - last.ahead.min(over / 2)
 }
 
 /// Closes an epoch every `0`, whatever was dirtied.
@@ -203,6 +207,17 @@ mod tests {
         assert_eq!(policy.next(&open(ms(4), Some(1 << 40)), &facts), Decision::WaitAtMost(ms(6)));
         assert_eq!(policy.next(&open(ms(10), Some(0)), &facts), Decision::CloseNow);
         assert_eq!(policy.next(&open(ms(25), None), &facts), Decision::CloseNow);
+    }
+
+    #[test]
+    fn an_epoch_whose_harvest_is_made_ready_first_closes_when_its_period_is_over_all_the_same() {
+        let ready = |ahead| EpochFacts { lasted: ms(10), ahead, ..EpochFacts::default() };
+        let mut policy = FixedPeriod(ms(10));
+        assert_eq!(policy.next(&open(ms(6), Some(0)), &ready(ms(3))), Decision::WaitAtMost(ms(1)));
+        assert_eq!(policy.next(&open(ms(7), Some(0)), &ready(ms(3))), Decision::CloseNow);
+        // It runs for half of its period at least before that begins.
+        assert_eq!(policy.next(&open(ms(4), Some(0)), &ready(ms(300))), Decision::WaitAtMost(ms(1)));
+        assert_eq!(policy.next(&open(ms(5), Some(0)), &ready(ms(300))), Decision::CloseNow);
     }
 
     #[test]

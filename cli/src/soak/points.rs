@@ -47,6 +47,7 @@ pub fn of(phase: Phase) -> &'static [Point] {
         &[source("go-told"), destination("go-heard"), destination("resumed"), destination("tether-started")];
     const LANDING: &[Point] = &[often(destination("page-landed"), 24), often(destination("demand-posted"), 6)];
     const EPOCH: &[Point] = &[
+        often(destination("epoch-prepared"), 6),
         often(destination("epoch-stopped"), 6),
         often(destination("epoch-harvested"), 6),
         often(destination("epoch-staged"), 6),

@@ -207,6 +207,7 @@ impl TetherLoop {
             state.begun
         };
         let guest_error = |doing| move |source| TetherError::Guest { doing, epoch, source };
+        let ahead = self.prepare().map_err(guest_error("making the harvest ready"))?;
         // Where the guest was stopped to wait for this slot, that was part of the pause.
         let began = self.paused_since.take().unwrap_or_else(Instant::now);
         let mut clock = Lap(began);
@@ -247,12 +248,14 @@ impl TetherLoop {
         pause.stage = clock.lap();
         let lasted = instant - self.closed_at;
         begun.stats.lasted = lasted;
+        begun.stats.ahead = ahead;
         begun.stats.held_back = std::mem::take(&mut self.held_back);
         self.closed_at = instant;
         self.facts = EpochFacts {
             closed: self.facts.closed + 1,
             lasted,
             dirty_pages: begun.stats.pages,
+            ahead,
             ran: began.saturating_duration_since(self.resumed_at),
             pause: pause.total(),
             committed: self.facts.committed,
@@ -311,6 +314,20 @@ impl TetherLoop {
         let over = self.shared.changed.wait_timeout_while(self.shared.lock(), end.left(), |state| !state.is_over());
         drop(over);
         self.held_back = began.elapsed();
+    }
+
+    /// Does ahead of the pause what can be, unless the guest is stopped already; how long that took.
+    fn prepare(&mut self) -> Result<Duration, GuestError> {
+        if self.paused {
+            return Ok(Duration::ZERO);
+        }
+        let began = Instant::now();
+        if let Err(error) = self.tracker.prepare() {
+            self.carried = Some(Harvested::everything(self.sizes.iter().copied()));
+            return Err(error);
+        }
+        reached("epoch-prepared");
+        Ok(began.elapsed())
     }
 
     /// Fills `pages` with what the epoch holds. From here on only this thread knows of them.

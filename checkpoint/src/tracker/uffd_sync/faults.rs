@@ -11,6 +11,7 @@
 
 use super::groups::{CHUNK, Groups, group, widened};
 use super::held::Pool;
+use crate::dirty::DirtySet;
 use crate::guest::{GuestError, RamBlock};
 use belay_transport::pull::ShardRange;
 use belay_transport::region::Mapping;
@@ -23,8 +24,10 @@ use std::time::Duration;
 
 /// Longest that a harvest waits for one fault to be answered, or for an address space that is changing.
 pub(super) const BOUND: Duration = Duration::from_secs(5);
-/// Chunks that are locked at once while a run of them is protected.
+/// Chunks that are locked at once while a run of them is protected: with the guest stopped, and while it runs, when whoever writes in one of
+/// them has to come again until the run is done.
 const RUN_CHUNKS: usize = 64;
+const RUN_CHUNKS_MEANWHILE: usize = 4;
 /// Shut units between two open ones that are protected along with them: a system call more costs as much as some dozens of them, because
 /// every CPU that runs one of the VMM's threads then has to forget what it knew.
 const GAP: u64 = 32;
@@ -132,6 +135,23 @@ struct Area {
     units: Range<u64>,
 }
 
+/// What the guest does while pages are protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Meanwhile {
+    /// Its processors are idle: other threads may have them.
+    Stands,
+    Runs,
+}
+
+impl Meanwhile {
+    fn run_chunks(self) -> usize {
+        match self {
+            Self::Stands => RUN_CHUNKS,
+            Self::Runs => RUN_CHUNKS_MEANWHILE,
+        }
+    }
+}
+
 /// What a harvest found in one chunk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found {
@@ -140,6 +160,20 @@ pub(super) struct Found {
     pub open: u64,
     /// Of those, what was certainly written, or has to be taken for it.
     pub certain: u64,
+}
+
+impl Found {
+    /// Adds its pages to a set.
+    pub(super) fn add_to(&self, faults: &WriteFaults, set: &mut DirtySet) {
+        let mut open = self.open;
+        while open != 0 {
+            let first = open.trailing_zeros();
+            let count = (open >> first).trailing_ones();
+            open &= !(ones(count) << first);
+            let (id, pages) = faults.pages(self.region, self.chunk * CHUNK + u64::from(first));
+            set.insert_run(id, PageIndex(pages.start), u64::from(count) * (pages.end - pages.start));
+        }
+    }
 }
 
 /// Answers write faults on guest RAM. Shared between the threads that serve its other faults and the tracker.
@@ -294,11 +328,12 @@ impl WriteFaults {
         Ok(())
     }
 
-    /// Gives what is open to `each` and shuts it again. After an error what was not shut is still open, and found by the next one.
-    pub(super) fn shut(&self, mut each: impl FnMut(Found)) -> Result<(), GuestError> {
+    /// Gives what is open to `each`, in order, and shuts it again. After an error what was not shut is still open,
+    /// and found by the next one. Where the guest runs, what it opens meanwhile is found by this one or the next.
+    pub(super) fn shut(&self, meanwhile: Meanwhile, mut each: impl FnMut(Found)) -> Result<(), GuestError> {
         self.opened.store(0, Ordering::Relaxed);
         for index in 0..self.regions.len() {
-            if let Err(error) = self.shut_region(index, &mut each) {
+            if let Err(error) = self.shut_region(index, meanwhile, &mut each) {
                 // Which of them were not reached is not worth knowing: the next harvest looks at all.
                 self.regions.iter().for_each(Region::touch_all);
                 return Err(error);
@@ -307,21 +342,22 @@ impl WriteFaults {
         Ok(())
     }
 
-    fn shut_region(&self, index: usize, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
+    fn shut_region(&self, index: usize, meanwhile: Meanwhile, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
         let region = &self.regions[index];
-        let shares = region.touched.shares(self.threads);
+        let threads = if meanwhile == Meanwhile::Stands { self.threads } else { 1 };
+        let shares = region.touched.shares(threads);
         let Some((own, others)) = shares.split_first() else { return Ok(()) };
         if others.is_empty() {
-            return self.shut_words(index, own.clone(), each);
+            return self.shut_words((index, own.clone()), meanwhile, each);
         }
         let shut = |words: &Range<usize>| {
             let mut found = Vec::with_capacity(words.len() * 64);
-            let outcome = self.shut_words(index, words.clone(), &mut |one| found.push(one));
+            let outcome = self.shut_words((index, words.clone()), meanwhile, &mut |one| found.push(one));
             (found, outcome)
         };
         std::thread::scope(|scope| {
             let others: Vec<_> = others.iter().map(|words| scope.spawn(|| shut(words))).collect();
-            let mut outcome = self.shut_words(index, own.clone(), each);
+            let mut outcome = self.shut_words((index, own.clone()), meanwhile, each);
             for other in others {
                 let (found, ended) = other.join().expect("protecting pages does not panic");
                 // What was shut is told of, whatever became of the rest.
@@ -333,15 +369,21 @@ impl WriteFaults {
     }
 
     /// Shuts what is open in these words of touched chunks.
-    fn shut_words(&self, index: usize, words: Range<usize>, each: &mut impl FnMut(Found)) -> Result<(), GuestError> {
+    fn shut_words(
+        &self,
+        (index, words): (usize, Range<usize>),
+        meanwhile: Meanwhile,
+        each: &mut impl FnMut(Found),
+    ) -> Result<(), GuestError> {
         let region = &self.regions[index];
-        let mut run = Run { locked: Vec::with_capacity(RUN_CHUNKS), units: 0..0 };
+        let run_chunks = meanwhile.run_chunks();
+        let mut run = Run { locked: Vec::with_capacity(run_chunks), units: 0..0 };
         for word in words {
             let mut bits = region.touched.0[word].swap(0, Ordering::AcqRel);
             while bits != 0 {
                 let chunk = word as u64 * 64 + u64::from(bits.trailing_zeros());
                 bits &= bits - 1;
-                if run.locked.len() == RUN_CHUNKS || run.units.end + GAP < chunk * CHUNK {
+                if run.locked.len() == run_chunks || run.units.end + GAP < chunk * CHUNK {
                     self.end_run(index, &mut run, each)?;
                 }
                 let state = region.lock(chunk, Deadline::after(BOUND))?;
@@ -427,6 +469,11 @@ impl WriteFaults {
     /// What is known of a chunk, for whoever compares contents.
     pub(super) fn state(&self, region: usize, chunk: u64) -> Result<MutexGuard<'_, State>, GuestError> {
         self.regions[region].lock(chunk, Deadline::after(BOUND))
+    }
+
+    /// 4 KiB pages of a unit of a region.
+    pub(super) fn pages_a_unit(&self, region: usize) -> u64 {
+        1 << (self.regions[region].unit_shift - PAGE_SHIFT)
     }
 
     /// The 4 KiB pages of a unit of a region, and the region.

@@ -218,12 +218,14 @@ impl HeldPages for Held {
                 page += 1;
             }
         }
-        self.left -= count;
+        self.left = self.left.saturating_sub(count);
         Ok(())
     }
 
     fn end(self: Box<Self>) -> Result<u64, StageError> {
-        debug_assert_eq!(self.left, 0, "every page is taken");
+        if self.left > 0 {
+            return Err(StageError::NotTaken { left: self.left });
+        }
         let Some(pool) = self.faults.pool.get() else { return Ok(0) };
         let state = pool.lock();
         match state.lost {

@@ -12,11 +12,14 @@
 //! Pages of a group that were not written are told from those that were by a hash of what they held last ([`super::hashes`]). A page that was
 //! opened by itself was written for certain, and is not hashed.
 //!
+//! Most of a large harvest is done before the pause, with the guest running ([`ahead`]).
+//!
 //! What it protects it can also hold while an epoch leaves, the guest running ([`held`]: copy-on-write staging).
 //!
 //! Memory: a byte a page of state (`faults`), 16 bytes for each page that has ever been hashed, and where pages may be held room for
 //! [`HELD_PAGES`] of them.
 
+mod ahead;
 mod faults;
 mod groups;
 mod held;
@@ -28,10 +31,11 @@ use super::hashes::{Content, Hashes};
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
 use crate::staging::{HeldPages, StageError};
+use ahead::Ahead;
 use belay_transport::PageIndex;
 use belay_transport::region::Mapping;
 use belay_transport::uffd::Features;
-use faults::Found;
+use faults::{Found, Meanwhile};
 use groups::{CHUNK, order_for};
 use held::{Held, Pool};
 use std::sync::Arc;
@@ -49,8 +53,9 @@ pub struct UffdSyncTracker {
     faults: Arc<WriteFaults>,
     /// The alias of each region, and what its pages held last.
     memory: Vec<(Arc<Mapping>, Hashes)>,
-    /// Harvested and not yet sifted.
+    /// Harvested, or found ahead of that, and not yet sifted: each chunk once.
     found: Vec<Found>,
+    ahead: Ahead,
     same: DirtySet,
 }
 
@@ -63,11 +68,13 @@ impl UffdSyncTracker {
             let hashes = hashes.map_err(|source| GuestError::Io { doing: "draw a seed".into(), source })?;
             Ok((Arc::clone(&block.alias), hashes))
         };
+        let none = DirtySet::new(blocks.iter().map(|block| (block.id, pages(block))));
         Ok(Self {
             faults,
             memory: blocks.iter().map(memory).collect::<Result<_, GuestError>>()?,
             found: Vec::new(),
-            same: DirtySet::new(blocks.iter().map(|block| (block.id, pages(block)))),
+            ahead: Ahead::new(none.clone()),
+            same: none,
         })
     }
 
@@ -130,25 +137,23 @@ impl DirtyTracker for UffdSyncTracker {
 
     fn start(&mut self) -> Result<(), GuestError> {
         self.found.clear();
+        self.ahead.forget();
         self.memory.iter_mut().for_each(|(_, hashes)| hashes.forget_all());
         self.faults.shut_all()
     }
 
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        self.ahead.shut(&self.faults, &mut self.found)
+    }
+
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
-        let Self { faults, found, .. } = self;
-        faults.shut(|one| {
-            let mut open = one.open;
-            while open != 0 {
-                let first = open.trailing_zeros();
-                let count = (open >> first).trailing_ones();
-                open = if first + count == 64 { 0 } else { open & (u64::MAX << (first + count)) };
-                let unit = one.chunk * CHUNK + u64::from(first);
-                let (id, pages) = faults.pages(one.region, unit);
-                let count = u64::from(count) * (pages.end - pages.start);
-                into.insert_run(id, PageIndex(pages.start), count);
-            }
+        let Self { faults, found, ahead, .. } = self;
+        let outcome = faults.shut(Meanwhile::Stands, |one| {
+            one.add_to(faults, into);
             found.push(one);
-        })
+        });
+        ahead.give(into, ahead::unite(faults, found));
+        outcome
     }
 
     fn sift(&mut self, dirty: &mut DirtySet, discards: &DirtySet) -> Result<(), GuestError> {
@@ -178,7 +183,7 @@ impl DirtyTracker for UffdSyncTracker {
     }
 
     fn dirty_so_far(&mut self) -> Option<u64> {
-        Some(self.faults.opened())
+        Some(self.ahead.len() + self.faults.opened())
     }
 }
 

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Barrier, RwLock};
 use std::thread::JoinHandle;
 
+mod ahead;
 mod held;
 
 const ID: RegionId = RegionId(7);
@@ -418,7 +419,12 @@ fn every_epoch_is_whole(groups: Groups, shards: u64, seed: u64, threads: u64, ep
                 }
             });
         }
+        let mut state = seed | 1;
         let mut take = || {
+            if random(&mut state).is_multiple_of(2) {
+                (tracker.ahead.least_pages, tracker.ahead.skip) = (1, 0);
+                tracker.prepare().expect("prepare");
+            }
             let stopped = paused.write().expect("lock");
             let sent = harvest(&mut tracker, PAGES).1;
             fold(&mut image, &memory, &sent);
@@ -476,6 +482,8 @@ fn p3_no_write_is_lost_between_an_answer_and_a_harvest() {
             let mut more = true;
             while more {
                 more = running.load(Ordering::Acquire) > 0;
+                (tracker.ahead.least_pages, tracker.ahead.skip) = (1, 0);
+                tracker.prepare().expect("prepare");
                 let sent = harvest(&mut tracker, 256).1;
                 fold(&mut image, &memory, &sent);
             }
