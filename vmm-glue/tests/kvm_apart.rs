@@ -66,6 +66,7 @@ fn trackers_never_miss_a_write_over_the_socket_and_packets_arrive_before_the_sto
         for _ in 0..10 {
             rig.guest.resume().unwrap();
             std::thread::sleep(Duration::from_millis(4));
+            tracker.prepare().unwrap();
             rig.guest.pause(soon()).unwrap();
             let arrived = rig.sink.0.lock().unwrap().len();
             set.clear();

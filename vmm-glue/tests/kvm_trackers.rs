@@ -45,12 +45,17 @@ fn never_misses_a_write(tracking: Tracking, kind: TrackerKind, rate_pages_per_s:
     tracker.start().unwrap();
     let mut before = snapshot(&rig);
     let mut set = DirtySet::new([(region, rig.spec.memory_bytes / PAGE_SIZE as u64)]);
-    let mut written = 0;
+    let (mut written, mut ready) = (0, 0);
     for epoch in 0..20 {
         rig.guest.resume().unwrap();
         std::thread::sleep(Duration::from_millis(1 + epoch % 5));
         let running = tracker.harvest(&mut set);
         assert!(matches!(running, Err(GuestError::WrongState { .. })), "harvested from a running guest: {running:?}");
+        if epoch % 2 == 1 {
+            tracker.prepare().unwrap();
+            ready += tracker.dirty_so_far().unwrap_or(0);
+            std::thread::sleep(Duration::from_millis(epoch % 3));
+        }
         rig.guest.pause(soon()).unwrap();
         let so_far = tracker.dirty_so_far();
         set.clear();
@@ -74,6 +79,7 @@ fn never_misses_a_write(tracking: Tracking, kind: TrackerKind, rate_pages_per_s:
         written += changed.len();
         before = after;
     }
+    eprintln!("{kind:?}: {written} pages written, {ready} known before their pause");
     assert!(written > 500, "only {written} pages were written: this test proves little");
     // What was tracked and what was done agree with the model too.
     let reached = rig.guest.steps().unwrap().into_iter().max().unwrap();

@@ -1,11 +1,13 @@
 //! Dirty trackers that work for every VMM. Those of one VMM live beside it.
 
+mod back_off;
 mod hashes;
 mod pagemap;
 mod scanners;
 mod uffd_sync;
 mod uffd_wp;
 
+pub use back_off::{BackOff, Passes};
 pub use uffd_sync::{GroupSize, Groups, HELD_PAGES, SYNC_FEATURES, UffdSyncTracker, WriteFaults};
 pub use uffd_wp::{REQUIRED_FEATURES, UffdWpTracker, WhoseMemory};
 

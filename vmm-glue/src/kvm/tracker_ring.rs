@@ -1,12 +1,14 @@
 //! KVM's dirty rings as a tracker: each vCPU lists the pages it dirtied, so that the cost follows what was dirtied.
 //!
 //! A ring that is nearly full makes its vCPU leave KVM_RUN; the vCPU's thread then moves the entries into the set of the
-//! running epoch and goes on. Content is read only at the stop (P8). See "KVM_CAP_DIRTY_LOG_RING" in virt/kvm/api.rst.
+//! running epoch and goes on. The tracker does the same right before the stop, so that the pause finds only what was written since: a page that
+//! is written again is listed again. Content is read only at the stop (P8). See "KVM_CAP_DIRTY_LOG_RING" in virt/kvm/api.rst.
 
 use super::ioctl;
 use super::machine::{Machine, Slot};
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::{DirtyTracker, GuestError, TrackerKind};
+use belay_checkpoint::tracker::BackOff;
 use belay_transport::{PageIndex, RegionId};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -50,6 +52,14 @@ unsafe impl Send for Ring {}
 // SAFETY: as above.
 unsafe impl Sync for Ring {}
 
+/// What was in a ring, or in several.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Taken {
+    entries: u64,
+    /// Of pages that were collected already in this epoch.
+    again: u64,
+}
+
 /// A ring held something that the kernel does not put there.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RingError {
@@ -84,20 +94,19 @@ impl Ring {
     }
 
     /// Moves all entries into the running epoch's set and marks them for the kernel to take back (KVM_RESET_DIRTY_RINGS).
-    /// How many there were.
-    pub fn collect(&self) -> Result<u32, RingError> {
+    pub fn collect(&self) -> Result<Taken, RingError> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let mut set = self.collected.lock();
-        let mut taken = 0;
-        while taken < self.count && self.flags(*next).load(Ordering::Acquire) & DIRTY != 0 {
+        let mut taken = Taken::default();
+        while taken.entries < u64::from(self.count) && self.flags(*next).load(Ordering::Acquire) & DIRTY != 0 {
             // SAFETY: the flag says that the kernel has written this entry and will not touch it until it is reset.
             let kvm_dirty_gfn { slot, offset, .. } = unsafe { self.entry(*next).read_volatile() };
             let known = self.collected.slots.iter().find(|known| known.number == slot && offset < known.pages);
             let known = known.ok_or(RingError::NoSuchPage { slot, offset })?;
-            set.insert(self.collected.region, PageIndex(known.first_page + offset));
+            taken.again += u64::from(!set.insert(self.collected.region, PageIndex(known.first_page + offset)));
             self.flags(*next).store(RESET, Ordering::Release);
             *next = next.wrapping_add(1);
-            taken += 1;
+            taken.entries += 1;
         }
         Ok(taken)
     }
@@ -122,26 +131,41 @@ impl Drop for Ring {
 pub(super) struct RingTracker {
     machine: Arc<Machine>,
     collected: Arc<Collected>,
+    back_off: BackOff,
+    /// Pages that were ready for the next harvest, and how many of them were written again since.
+    ahead: u64,
+    again: u64,
 }
 
 impl RingTracker {
     pub fn new(machine: Arc<Machine>, collected: Arc<Collected>) -> Self {
-        Self { machine, collected }
+        Self { machine, collected, back_off: BackOff::default(), ahead: 0, again: 0 }
     }
 
-    fn collect_all(&self) -> Result<(), GuestError> {
-        let mut taken = 0;
-        for ring in self.machine.vcpus().iter().filter_map(|vcpu| vcpu.ring.as_ref()) {
-            taken += ring.collect().map_err(|error| GuestError::Io {
+    fn rings(&self) -> impl Iterator<Item = &Ring> {
+        self.machine.vcpus().iter().filter_map(|vcpu| vcpu.ring.as_ref())
+    }
+
+    /// Entries that nobody has collected yet.
+    fn pending(&self) -> u64 {
+        self.rings().map(Ring::pending).sum()
+    }
+
+    /// Empties all rings; how many of the pages had been collected already.
+    fn collect_all(&self) -> Result<u64, GuestError> {
+        let mut all = Taken::default();
+        for ring in self.rings() {
+            let taken = ring.collect().map_err(|error| GuestError::Io {
                 doing: "emptying a dirty ring".into(),
                 source: io::Error::other(error),
             })?;
+            all = Taken { entries: all.entries + taken.entries, again: all.again + taken.again };
         }
-        if taken > 0 {
+        if all.entries > 0 {
             let doing = "KVM_RESET_DIRTY_RINGS".to_owned();
             ioctl::reset_dirty_rings(self.machine.vm()).map_err(|source| GuestError::Io { doing, source })?;
         }
-        Ok(())
+        Ok(all.again)
     }
 }
 
@@ -159,12 +183,29 @@ impl DirtyTracker for RingTracker {
         self.machine.log_dirty_pages()?;
         self.collect_all()?;
         self.collected.lock().clear();
+        (self.ahead, self.again) = (0, 0);
+        Ok(())
+    }
+
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        let mut passes = self.back_off.passes();
+        while passes.another(self.pending()) {
+            // What its own thread collected before, because a ring was full, is no page that this made the guest write again.
+            let again = self.collect_all()?;
+            self.again += if self.ahead > 0 { again } else { 0 };
+            self.ahead = self.collected.lock().len();
+        }
         Ok(())
     }
 
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
         self.machine.control().check_paused("harvest")?;
-        self.collect_all()?;
+        let again = self.collect_all()?;
+        if self.ahead > 0 {
+            self.again += again;
+        }
+        self.back_off.harvested(self.ahead, self.again);
+        (self.ahead, self.again) = (0, 0);
         let mut set = self.collected.lock();
         into.merge(&set);
         set.clear();
@@ -172,7 +213,7 @@ impl DirtyTracker for RingTracker {
     }
 
     fn dirty_so_far(&mut self) -> Option<u64> {
-        let pending: u64 = self.machine.vcpus().iter().filter_map(|vcpu| vcpu.ring.as_ref()).map(Ring::pending).sum();
+        let pending = self.pending();
         Some(self.collected.lock().len() + pending)
     }
 }

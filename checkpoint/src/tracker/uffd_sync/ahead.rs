@@ -2,38 +2,24 @@
 //!
 //! A page that the guest does not write any more before the pause is what it will be in the pause, and protected. One that it does write
 //! again is opened again, and found by the harvest itself. So a pause pays for what was written in the last moment, not for the epoch.
-//!
-//! What it costs is a write fault for each page that is written again: five to ten times what protecting it in the pause would have. Where too
-//! many are, as with a guest that goes round in the same pages, it is left alone for one harvest, then for two, and so on.
 
 use super::faults::{Found, Meanwhile, WriteFaults};
 use crate::dirty::DirtySet;
 use crate::guest::GuestError;
-
-/// Below so many pages the pause is too short to be made shorter: a tenth of a millisecond.
-const LEAST_PAGES: u64 = 256;
-/// Passes over what was opened during the one before.
-const PASSES: u32 = 3;
-/// One page in so many may be written again, or it costs the guest more than it saves.
-const WRITTEN_AGAIN: u64 = 8;
-/// Most harvests that are left alone between two trials.
-const MOST_SKIPPED: u32 = 32;
+use crate::tracker::back_off::BackOff;
 
 /// Protected again and not yet harvested.
 pub(super) struct Ahead {
     pages: DirtySet,
     /// Of those, how many were opened again.
     again: u64,
-    /// Harvests that are still to be left alone, and how many after the next trial that fails.
-    pub(super) skip: u32,
-    next_skip: u32,
-    pub(super) least_pages: u64,
+    pub(super) back_off: BackOff,
 }
 
 impl Ahead {
     /// Nothing yet, in a set like `empty`.
     pub(super) fn new(empty: DirtySet) -> Self {
-        Self { pages: empty, again: 0, skip: 0, next_skip: 1, least_pages: LEAST_PAGES }
+        Self { pages: empty, again: 0, back_off: BackOff::default() }
     }
 
     /// Pages it has.
@@ -43,17 +29,8 @@ impl Ahead {
 
     /// Protects what is open and adds it to `found`. The guest runs.
     pub(super) fn shut(&mut self, faults: &WriteFaults, found: &mut Vec<Found>) -> Result<(), GuestError> {
-        if self.skip > 0 {
-            return Ok(());
-        }
-        let mut before = u64::MAX;
-        for _ in 0..PASSES {
-            // It must become less each time, or the guest writes as fast as this protects.
-            let opened = faults.opened();
-            if opened < self.least_pages || opened > before / 2 {
-                break;
-            }
-            before = opened;
+        let mut passes = self.back_off.passes();
+        while passes.another(faults.opened()) {
             let outcome = faults.shut(Meanwhile::Runs, |one| {
                 one.add_to(faults, &mut self.pages);
                 found.push(one);
@@ -64,18 +41,10 @@ impl Ahead {
         Ok(())
     }
 
-    /// Gives what it has to the harvest, which has found `again` of its pages open once more, and learns whether to go on like this.
+    /// Gives what it has to the harvest, which has found `again` of its pages open once more.
     pub(super) fn give(&mut self, into: &mut DirtySet, again: u64) {
         into.merge(&self.pages);
-        self.again += again;
-        if self.skip > 0 {
-            self.skip -= 1;
-        } else if self.again * WRITTEN_AGAIN > self.pages.len() {
-            self.skip = self.next_skip;
-            self.next_skip = (self.next_skip * 2).min(MOST_SKIPPED);
-        } else if !self.pages.is_empty() {
-            self.next_skip = 1;
-        }
+        self.back_off.harvested(self.pages.len(), self.again + again);
         self.forget();
     }
 

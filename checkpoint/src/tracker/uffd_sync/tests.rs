@@ -422,7 +422,7 @@ fn every_epoch_is_whole(groups: Groups, shards: u64, seed: u64, threads: u64, ep
         let mut state = seed | 1;
         let mut take = || {
             if random(&mut state).is_multiple_of(2) {
-                (tracker.ahead.least_pages, tracker.ahead.skip) = (1, 0);
+                (tracker.ahead.back_off.least_pages, tracker.ahead.back_off.skip) = (1, 0);
                 tracker.prepare().expect("prepare");
             }
             let stopped = paused.write().expect("lock");
@@ -482,7 +482,7 @@ fn p3_no_write_is_lost_between_an_answer_and_a_harvest() {
             let mut more = true;
             while more {
                 more = running.load(Ordering::Acquire) > 0;
-                (tracker.ahead.least_pages, tracker.ahead.skip) = (1, 0);
+                (tracker.ahead.back_off.least_pages, tracker.ahead.back_off.skip) = (1, 0);
                 tracker.prepare().expect("prepare");
                 let sent = harvest(&mut tracker, 256).1;
                 fold(&mut image, &memory, &sent);

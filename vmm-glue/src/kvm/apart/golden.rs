@@ -39,6 +39,7 @@ pub(crate) fn from_client() -> Vec<(&'static str, Vec<u8>)> {
         ("set-incarnation", Ask::SetIncarnation(0x4847_4645_4443_4241)),
         ("track", Ask::Track(TrackerKind::KvmLog)),
         ("start-tracking", Ask::StartTracking),
+        ("prepare-harvest", Ask::PrepareHarvest),
         ("harvest", Ask::Harvest),
         ("dirty-so-far", Ask::DirtySoFar),
         ("device-writes", Ask::DeviceWrites),

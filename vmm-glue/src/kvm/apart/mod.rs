@@ -42,7 +42,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 
 /// Version of this protocol; both ends come from one build, this catches a mix-up.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 
 /// Packets on their way to the client before the guest is held back.
 const PACKET_WINDOW: u64 = 64;
@@ -83,6 +83,8 @@ enum Ask {
     SetIncarnation(u64),
     Track(TrackerKind),
     StartTracking,
+    /// Make the next harvest ready; the guest runs.
+    PrepareHarvest,
     Harvest,
     DirtySoFar,
     DeviceWrites,

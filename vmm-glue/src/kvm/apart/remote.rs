@@ -464,6 +464,10 @@ impl DirtyTracker for RemoteTracker {
         self.channel.done(Ask::StartTracking, Duration::ZERO)
     }
 
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        self.channel.done(Ask::PrepareHarvest, Duration::ZERO)
+    }
+
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
         self.channel.dirty(Ask::Harvest, into)
     }

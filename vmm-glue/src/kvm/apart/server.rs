@@ -208,6 +208,7 @@ impl Vmm {
                 Ok(())
             }
             Ask::StartTracking => self.tracker()?.start(),
+            Ask::PrepareHarvest => self.tracker()?.prepare(),
             Ask::Harvest => return self.harvest(),
             Ask::DirtySoFar => return Ok(Answer::Count(self.tracker()?.dirty_so_far())),
             Ask::DeviceWrites => return self.device_writes(),
