@@ -153,6 +153,7 @@ fn filled(mut case: Case, shape: &Shape, all: &[Round], alone: f64, threads: usi
     latency("  harvest", Role::Ours, &|round| Some(round.epoch.pause.harvest));
     latency("  stage", Role::Ours, &|round| Some(round.epoch.pause.stage));
     latency("  resume", Role::Ours, &|round| Some(round.epoch.pause.resume));
+    latency("made ready before it", Role::Ours, &|round| Some(round.epoch.ahead));
     latency("commit, after the resume", Role::Ours, &|round| Some(round.epoch.commit));
     latency("age at commit", Role::Ours, &|round| Some(round.epoch.age));
 
