@@ -189,6 +189,8 @@ pub struct Shape {
     pub tuning: Tuning,
     /// What each frame is, if not all are the source's.
     pub classes: Option<Vec<ClassRun>>,
+    /// Hears of the engine.
+    pub observer: Arc<dyn Observer>,
     /// Of the source and of the destination.
     pub security: [Security; 2],
 }
@@ -202,6 +204,7 @@ impl Default for Shape {
             shards: 1,
             tuning: Tuning::default(),
             classes: None,
+            observer: Arc::new(NoObserver),
             security,
         }
     }
@@ -265,7 +268,7 @@ impl Rig {
         let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true, log: None };
         let geometry = RegionGeometry { id: RegionId(0), page_size: shape.page_size, frames };
         let states = Arc::new(PageStates::in_memory(&[geometry])?);
-        let engine = Engine::start(plan, shards, states, Arc::new(NoObserver))?;
+        let engine = Engine::start(plan, shards, states, Arc::clone(&shape.observer))?;
         Ok(Self { engine, guest, _ends: ends })
     }
 }

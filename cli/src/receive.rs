@@ -68,7 +68,8 @@ pub struct ReceiveArgs {
     /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     engine_cores: Vec<usize>,
-    /// Hold the background pull once this share of pages is here, and serve only faults (for demonstrations and tests)
+    /// Hold the background pull once this share of pages is here, and serve only faults; 0: from the start (for demonstrations and tests, and for
+    /// --record-faults)
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(..=100))]
     hold_pull_at: Option<u8>,
     /// Write down what the guest writes and sends while it is tethered, a line a checkpoint, at most 4G: `belay-bench policy --trace FILE` compares

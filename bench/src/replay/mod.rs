@@ -16,7 +16,7 @@ use crate::rig::{Rig, Shape, Source, soon};
 use crate::table::median;
 use crate::{Fabric, checkpoint, floor};
 use belay_transport::PageSize;
-use belay_transport::pull::{Engine, WaitError};
+use belay_transport::pull::{Engine, Observer, WaitError};
 use belay_transport::region::Mapping;
 use belay_vmm_glue::migrate::faults::file::{self, FaultTraceError};
 use clap::Args;
@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Between two looks at whether the engine still serves.
@@ -273,10 +274,26 @@ fn by_floor(wire: floor::Wire, source: &floor::Source, course: &Course) -> Resul
     Ok(Replayed { touches, last_touch, needless: 0, all: None })
 }
 
+/// When everything had come.
+struct Landed(OnceLock<Instant>);
+
+impl Observer for Landed {
+    fn all_landed(&self) {
+        self.0.get_or_init(Instant::now);
+    }
+}
+
 /// With an engine of its own.
 fn by_engine(carrier: &Carrier, sources: &Sources, course: &Course, policy: &Policy) -> Result<Replayed, BenchError> {
-    let (page_size, shards, tuning) = (course.page_size, course.shards, policy.tuning);
-    let shape = Shape { page_size, shards, tuning, classes: Some(course.classes.clone()), ..Shape::default() };
+    let landed = Arc::new(Landed(OnceLock::new()));
+    let shape = Shape {
+        page_size: course.page_size,
+        shards: course.shards,
+        tuning: policy.tuning,
+        classes: Some(course.classes.clone()),
+        observer: landed.clone(),
+        ..Shape::default()
+    };
     let rig = Rig::new(carrier, &sources.ours, &shape)?;
     let start = Instant::now();
     rig.engine.resume_background();
@@ -287,14 +304,11 @@ fn by_engine(carrier: &Carrier, sources: &Sources, course: &Course, policy: &Pol
     let touched_zero = course.touched - course.touched_peer;
     let untouched_zero = progress.zero_frames.saturating_sub(touched_zero);
     let needless = progress.landed.saturating_sub(course.touched + untouched_zero);
-    let all = match policy.pulls() {
-        true => {
-            engine.wait_all_landed(soon())?;
-            Some(start.elapsed())
-        }
-        false => None,
-    };
+    if policy.pulls() {
+        engine.wait_all_landed(soon())?;
+    }
     engine.stop(soon())?;
+    let all = landed.0.get().map(|landed| landed.saturating_duration_since(start));
     Ok(Replayed { touches, last_touch, needless, all })
 }
 
