@@ -168,15 +168,13 @@ fn course(path: &Path, args: &ReplayArgs) -> Result<Course, BenchError> {
         FaultTraceError::Io(error) => bad(error.to_string()),
         other => bad(other.to_string()),
     })?;
+    let bytes = trace.regions.iter().map(|region| region.frames << region.page_size.shift()).sum::<u64>();
+    let (needed, available) = (bytes.saturating_mul(3), checkpoint::available()?);
+    if needed > available {
+        return Err(bad(format!("its guest of {bytes} bytes takes {needed} to replay; {available} can be had")));
+    }
     let mut course = Course::of(&trace, args.speed)?;
     course.shards = args.shards.unwrap_or(course.shards).min(u16::try_from(course.frames).unwrap_or(u16::MAX));
-    let (needed, available) = (course.bytes().saturating_mul(3), checkpoint::available()?);
-    if needed > available {
-        return Err(bad(format!(
-            "its guest of {} bytes takes {needed} to replay; {available} can be had",
-            course.bytes()
-        )));
-    }
     Ok(course)
 }
 

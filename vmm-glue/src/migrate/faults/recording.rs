@@ -276,4 +276,17 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert_eq!(text, "{\"belay-faults\":1,\"shards\":2,\"regions\":[]}\n");
     }
+
+    #[test]
+    fn a_recording_ends_by_itself_once_it_is_as_large_as_it_may_be_and_is_whole_up_to_there() {
+        let path = place("faults-bound");
+        let recording = FaultRecording::create(&path, 10, Observer::silent()).unwrap();
+        let _log = recording.begins(1, &[]).expect("the first engine's");
+        let state = recording.state.lock().unwrap();
+        let State::Going { written, .. } = &*state else { panic!("it has begun") };
+        assert_eq!(written.recv_timeout(LAST_WORDS), Err(RecvTimeoutError::Disconnected));
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(text, "{\"belay-faults\":1,\"shards\":1,\"regions\":[]}\n");
+    }
 }
