@@ -1,11 +1,13 @@
 //! The leanest loops that do the same work, for comparison. Nothing of belay is used here: system calls, memcpy, a socket.
 //!
 //! * fault: wait for a fault, copy the page (or ask for it over TCP), CONTINUE; or, of memory whose frames cannot be shared, COPY.
+//! * replay: the same loop, for threads that touch what a trace has, with time between.
 //! * ask: ask for a page over TCP, and no more.
 //! * sweep: copy (or receive) a chunk, CONTINUE it, next chunk.
 //! * memcpy and stream: the same bytes without userfaultfd.
 //! * scattered: copy pages from all over a guest's memory, as the staging of a checkpoint must.
 
+mod replay;
 mod scan;
 mod scattered;
 
@@ -17,6 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+pub use replay::{Step, replay};
 pub use scan::Scan;
 pub use scattered::Scattered;
 

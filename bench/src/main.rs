@@ -14,6 +14,7 @@ mod policies;
 mod profile;
 mod pull;
 mod quantity;
+mod replay;
 mod report;
 mod rig;
 mod scale;
@@ -51,6 +52,7 @@ enum Command {
     Sweep(Box<sweep::SweepArgs>),
     Suspicion(Box<suspicion::SuspicionArgs>),
     Policy(Box<policies::PolicyArgs>),
+    Replay(Box<replay::ReplayArgs>),
     Tracking(tracking::TrackingArgs),
     Staging(staging::StagingArgs),
     Wire(Box<wire::WireArgs>),
@@ -107,6 +109,7 @@ fn main() -> ExitCode {
         Command::Sweep(args) => sweep::run(&args),
         Command::Suspicion(args) => suspicion::run(&args),
         Command::Policy(args) => policies::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Tracking(args) => tracking::run(&args),
         Command::Staging(args) => staging::run(&args),
         Command::Wire(args) => wire::run(&args).and_then(|report| match report {

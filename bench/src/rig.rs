@@ -166,7 +166,7 @@ pub fn engine_told(
         remote,
         classes: vec![ClassRun { class: PageClass::Peer, frames }],
     };
-    let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
+    let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true, log: None };
     let shard = ShardParts {
         uffd,
         fault,
@@ -187,6 +187,10 @@ pub struct Shape {
     pub bounce: bool,
     pub shards: u16,
     pub tuning: Tuning,
+    /// What each frame is, if not all are the source's.
+    pub classes: Option<Vec<ClassRun>>,
+    /// Hears of the engine.
+    pub observer: Arc<dyn Observer>,
     /// Of the source and of the destination.
     pub security: [Security; 2],
 }
@@ -194,7 +198,15 @@ pub struct Shape {
 impl Default for Shape {
     fn default() -> Self {
         let security = [Security::LoopbackOnly, Security::LoopbackOnly];
-        Self { page_size: PageSize::Small, bounce: false, shards: 1, tuning: Tuning::default(), security }
+        Self {
+            page_size: PageSize::Small,
+            bounce: false,
+            shards: 1,
+            tuning: Tuning::default(),
+            classes: None,
+            observer: Arc::new(NoObserver),
+            security,
+        }
     }
 }
 
@@ -243,7 +255,7 @@ impl Rig {
                 &source.mapping,
                 &[Extent { offset: 0, len: bytes as u64 }],
             )?,
-            classes: vec![ClassRun { class: PageClass::Peer, frames }],
+            classes: shape.classes.clone().unwrap_or_else(|| vec![ClassRun { class: PageClass::Peer, frames }]),
         };
         let shards = (0..shape.shards).map(|index| {
             let of = |index: u16| frames * u64::from(index) / u64::from(shape.shards);
@@ -253,10 +265,10 @@ impl Rig {
         });
         let shards = shards.collect::<Result<Vec<_>, BenchError>>()?;
         let (install, tuning) = (Install::Clean, shape.tuning);
-        let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
+        let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true, log: None };
         let geometry = RegionGeometry { id: RegionId(0), page_size: shape.page_size, frames };
         let states = Arc::new(PageStates::in_memory(&[geometry])?);
-        let engine = Engine::start(plan, shards, states, Arc::new(NoObserver))?;
+        let engine = Engine::start(plan, shards, states, Arc::clone(&shape.observer))?;
         Ok(Self { engine, guest, _ends: ends })
     }
 }

@@ -1,5 +1,8 @@
-//! `checkpoint`, `catch` and `scale` as they are run: each measures, checks what it measured, and says so in its report.
+//! `checkpoint`, `catch`, `scale` and `replay` as they are run: each measures, checks what it measured, and says so in its report.
 
+use belay_transport::uffd::{Features, OpenMode, Uffd};
+use belay_transport::{FrameIndex, PageSize, RegionId};
+use belay_vmm_glue::migrate::faults::{Fault, Region, file};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
@@ -24,7 +27,6 @@ fn report(words: &[&str]) -> Option<Value> {
 }
 
 fn kvm() -> bool {
-    use belay_transport::uffd::{Features, OpenMode, Uffd};
     let there = Path::new("/dev/kvm").exists() && Uffd::open(OpenMode::All, Features::MINOR_SHMEM).is_ok();
     if !there {
         println!("skipped: no /dev/kvm, or no userfaultfd that holds KVM's faults");
@@ -111,4 +113,69 @@ fn guests_that_move_at_once_are_each_whole_and_so_is_every_page_that_threads_ask
     assert!(measure(guests, "memory beside RAM a guest, destination")[0] > 1.0);
     let [engine] = cases(&report, "the engine alone")[..] else { panic!("one case: {report}") };
     assert!(measure(engine, "faults served")[0] > 0.0);
+}
+
+/// Two threads of a guest of 4 MiB, a quarter of it zero, that touch a page every 100 us or so.
+fn small_trace() -> Vec<u8> {
+    let zero = vec![(256, 256)];
+    let region = Region { id: RegionId(0), page_size: PageSize::Small, frames: 1024, zero };
+    let mut text = Vec::new();
+    let mut writer = file::Writer::new(&mut text, 1, &[region]).expect("memory takes it");
+    for at in 0..200_u64 {
+        let (ns, thread, frame) = (at * 50_000, 10 + (at % 2) as u32, FrameIndex(at * 37 % 1024));
+        let (region, waited_ns, write) = (RegionId(0), Some(20_000), at % 3 == 0);
+        writer.write(&Fault { ns, waited_ns, shard: 0, thread, region, frame, write }).expect("memory takes it");
+    }
+    text
+}
+
+#[test]
+fn recorded_faults_are_met_again_under_each_way_of_prefetching_beside_the_floor() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("small.faults");
+    std::fs::write(&path, small_trace()).expect("written");
+    let trace = path.display().to_string();
+    let words = ["replay", &trace, "--quick", "--policy", "default;demand;bubble=0,window=2", "--shards", "2"];
+    if Uffd::open(OpenMode::All, Features::MINOR_SHMEM).is_err() {
+        println!("skipped: no userfaultfd that holds the kernel's own faults");
+        return;
+    }
+    let Some(report) = report(&words) else { return };
+    for policy in ["default", "demand", "bubble=0,window=2"] {
+        let cases = cases(&report, policy);
+        assert_eq!(cases.iter().map(|case| parameter(case, "fabric")).collect::<Vec<_>>(), ["local", "tcp"]);
+        for case in cases {
+            assert_eq!(parameter(case, "trace"), "small.faults");
+            assert_eq!(measure(case, "stalled, all threads").len(), 2, "{case}");
+            let (waits, needless) =
+                (measure(case, "touches that waited"), measure(case, "pages pulled needlessly before the last touch"));
+            assert!(waits.iter().all(|waits| *waits <= 200.0), "{case}");
+            match policy {
+                // Nothing comes by itself: each page is waited for, and none is for nothing.
+                "demand" => assert!(waits[0] >= 190.0 && needless == [0.0, 0.0], "{case}"),
+                // 768 pages have content, and 200 are touched, some of them zero.
+                _ => assert!(needless.iter().all(|pages| *pages < 768.0), "{case}"),
+            }
+            let all = case["measures"].to_string().contains("until everything had come");
+            assert_eq!(all, policy != "demand", "{case}");
+        }
+    }
+}
+
+#[test]
+fn a_damaged_trace_of_faults_is_refused_by_its_line_before_anything_is_replayed() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("cut.faults");
+    let text = small_trace();
+    for (bytes, why) in [
+        (&text[..text.len() - 5], "line 201: it ends in the middle; the recording was cut off"),
+        (&text[..0], "it has no fault in it"),
+        (&b"{\"belay-trace\":1,\"pages\":64}\n"[..], "line 1: unknown field `belay-trace`"),
+    ] {
+        std::fs::write(&path, bytes).expect("written");
+        let output = Command::new(BENCH).arg("replay").arg(&path).output().expect("belay-bench starts");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("cut.faults") && said.contains(why), "{said}");
+    }
 }

@@ -19,6 +19,7 @@ use belay_vmm_glue::kvm::apart::Estate;
 use belay_vmm_glue::migrate::destination::{
     self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
 };
+use belay_vmm_glue::migrate::faults::recording::FaultRecording;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::recording::Recording;
 use belay_vmm_glue::migrate::settings::{Bounds, VmmSpec};
@@ -67,13 +68,18 @@ pub struct ReceiveArgs {
     /// Cores for the threads that serve faults, near the network card: 2 or 2,3 [default: wherever the system puts them]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     engine_cores: Vec<usize>,
-    /// Hold the background pull once this share of pages is here, and serve only faults (for demonstrations and tests)
-    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    /// Hold the background pull once this share of pages is here, and serve only faults; 0: from the start (for demonstrations and tests, and for
+    /// --record-faults)
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(..=100))]
     hold_pull_at: Option<u8>,
     /// Write down what the guest writes and sends while it is tethered, a line a checkpoint, at most 4G: `belay-bench policy --trace FILE` compares
     /// policies on it, best taken with `--policy fixed:1ms` at the source
     #[arg(long, value_name = "FILE")]
     record_trace: Option<PathBuf>,
+    /// Write down each fault of the guest that has moved: when, which page, whose thread, how long it waited; a line each, at most 4G. `belay-bench
+    /// replay FILE` pulls by it without a guest; with --hold-pull-at 0 every page that is touched is there, and nothing is released
+    #[arg(long, value_name = "FILE")]
+    record_faults: Option<PathBuf>,
     /// After a release: end this long after it (without this the guest runs until a signal)
     #[arg(long, value_name = "TIME")]
     run_on: Option<Span>,
@@ -229,9 +235,19 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         Ok(listener) => listener,
         Err(error) => return fail(&error, "Choose another --listen address, or give certificates.", Exit::NoSession),
     };
-    let recording = match args.record_trace.as_deref().map(|path| recording(path, observer)).transpose() {
-        Ok(recording) => recording,
-        Err(exit) => return exit,
+    let trace = args.record_trace.as_deref();
+    let trace =
+        trace.map(|path| told(Recording::create(path, MOST_RECORDED, observer.clone()), ("--record-trace", path)));
+    let faults = args.record_faults.as_deref();
+    let faults = faults
+        .map(|path| told(FaultRecording::create(path, MOST_RECORDED, observer.clone()), ("--record-faults", path)));
+    let (recording, fault_recording) = match (trace.transpose(), faults.transpose()) {
+        (Ok(trace), Ok(faults)) => (trace.map(Arc::new), faults.map(Arc::new)),
+        (Err(what), _) | (_, Err(what)) => {
+            let advice = "Nothing was started; name a file that is not there yet, in a directory that is.";
+            report::failed_text(observer, &what, advice);
+            return Exit::Usage;
+        }
     };
     let config = DestinationConfig {
         output_to: args.output_to.clone(),
@@ -241,6 +257,7 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
         bounds: Bounds::default(),
         staging: args.tether.staging.map_or(Staging::Auto, Into::into),
         recording,
+        fault_recording,
         numa: args.fabric.numa(),
         arbiter,
     };
@@ -301,16 +318,9 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
 /// Most bytes of a recorded trace.
 const MOST_RECORDED: u64 = 4 << 30;
 
-fn recording(path: &Path, observer: &Observer) -> Result<Arc<Recording>, Exit> {
-    Recording::create(path, MOST_RECORDED, observer.clone()).map(Arc::new).map_err(|error| {
-        let what = format!("--record-trace {}: {error}", path.display());
-        report::failed_text(
-            observer,
-            &what,
-            "Nothing was started; name a file that is not there yet, in a directory that is.",
-        );
-        Exit::Usage
-    })
+/// What is wrong with a recording's file, with the option that named it.
+fn told<T>(made: std::io::Result<T>, (option, path): (&str, &Path)) -> Result<T, String> {
+    made.map_err(|error| format!("{option} {}: {error}", path.display()))
 }
 
 /// What a page server has left that died.

@@ -380,7 +380,7 @@ fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
         failing("send --to nonsense", 2, "nonsense"),
         failing("send --too 127.0.0.1:1", 2, "--to"),
         failing("receive", 2, "--listen"),
-        failing("receive --listen 127.0.0.1:0 --hold-pull-at 0", 2, "1..=100"),
+        failing("receive --listen 127.0.0.1:0 --hold-pull-at 101", 2, "0..=100"),
         failing("send --to 127.0.0.1:1 --period 5ms --policy none", 2, "cannot be used with"),
         failing("send --to 127.0.0.1:1 --period 0ms", 2, "period"),
         failing("send --to 127.0.0.1:1 --lease 0ms", 2, "lease"),

@@ -172,7 +172,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode, BenchError> {
 }
 
 /// Memory that can be had at this moment.
-fn available() -> Result<u64, BenchError> {
+pub fn available() -> Result<u64, BenchError> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(BenchError::io("read /proc/meminfo"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());

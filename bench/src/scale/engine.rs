@@ -110,7 +110,7 @@ fn start(ends: &mut Ends, source: &Source, shards: usize) -> Result<(Mapping, En
         classes: vec![ClassRun { class: PageClass::Peer, frames }],
     };
     let (install, tuning) = (Install::Clean, Tuning::default());
-    let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true };
+    let plan = PullPlan { regions: vec![region], install, tuning, start_paused: true, log: None };
     let geometry = RegionGeometry { id: REGION, page_size: PageSize::Small, frames };
     let states = Arc::new(PageStates::in_memory(&[geometry])?);
     Ok((guest, Engine::start(plan, parts, states, Arc::new(NoObserver))?))

@@ -12,6 +12,7 @@ mod discards;
 mod guard;
 mod histogram;
 mod install;
+mod log;
 mod pace;
 mod plan;
 mod serve;
@@ -21,6 +22,7 @@ mod slots;
 mod sweep;
 
 pub use histogram::Latencies;
+pub use log::{FaultLog, Noted, Overrun};
 pub use plan::{
     ClassRun, Install, LandingPlan, MAX_READ_BYTES, PageClass, PlanError, PullPlan, RegionPlan, ShardParts, ShardRange,
     Tuning,
@@ -85,7 +87,7 @@ impl Engine {
         observer: Arc<dyn Observer>,
     ) -> Result<Self, PlanError> {
         let (install, tuning, slot_bytes) = (plan.install, plan.tuning, plan.slot_bytes());
-        let start_paused = plan.start_paused;
+        let (start_paused, log) = (plan.start_paused, plan.log.clone());
         let regions = plan::check(plan, &shards, &states)?;
         let failed = |doing| move |source| PlanError::Io { doing, source };
         let eventfd = || event().map_err(failed("eventfd"));
@@ -97,6 +99,7 @@ impl Engine {
             tuning,
             slot_bytes,
             observer,
+            log,
             failure: OnceLock::new(),
             counters: shards.iter().map(|_| Counters::default()).collect(),
             stages: shards.iter().map(|_| Stages::new()).collect(),

@@ -1,5 +1,6 @@
 //! What the engine is told before it starts, and why it may refuse.
 
+use super::log::FaultLog;
 use crate::fabric::{Lane, LocalKey, ReadKey};
 use crate::pages::PageStates;
 use crate::region::Mapping;
@@ -91,6 +92,8 @@ pub struct Tuning {
     pub chunk_bytes: u64,
     /// Bytes of one background chunk while faults arrive: what a fault may have to wait for.
     pub busy_chunk_bytes: u64,
+    /// Bytes around a fault that the background pulls before it goes on with the rest: what a guest is thought to touch next.
+    pub bubble_bytes: u64,
     /// A READ that has not completed by then is a failure.
     pub demand_timeout: Duration,
     /// Most time spent spinning before sleeping in poll(2).
@@ -109,6 +112,7 @@ impl Default for Tuning {
             bulk_chunks: 8,
             chunk_bytes: 256 << 10,
             busy_chunk_bytes: 64 << 10,
+            bubble_bytes: 2 << 20,
             demand_timeout: Duration::from_secs(5),
             spin: Duration::from_micros(50),
             demand_awake: Duration::from_millis(2),
@@ -125,6 +129,8 @@ pub struct PullPlan {
     pub tuning: Tuning,
     /// Serve only faults until [`super::Engine::resume_background`]: for loading device state before the guest runs.
     pub start_paused: bool,
+    /// Where the shards note the faults they meet, if anywhere.
+    pub log: Option<Arc<FaultLog>>,
 }
 
 impl PullPlan {
@@ -315,6 +321,12 @@ fn check_tuning(tuning: &Tuning) -> Result<(), PlanError> {
             tuning.busy_chunk_bytes,
             chunk_fits(tuning.busy_chunk_bytes) && tuning.busy_chunk_bytes <= tuning.chunk_bytes,
             "4 KiB to chunk_bytes, in whole pages",
+        ),
+        (
+            "bubble_bytes",
+            tuning.bubble_bytes,
+            tuning.bubble_bytes <= 1 << 30,
+            "0 (the rest in its order alone) to 1 GiB",
         ),
     ];
     match limits.into_iter().find(|(_, _, good, _)| !good) {

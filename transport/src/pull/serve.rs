@@ -124,11 +124,15 @@ impl Shard {
         match outcome.stop {
             Stop::Done if outcome.present == 0 => {
                 self.shared.states.discard(waiting.region, FrameIndex(waiting.frame));
+                self.answered(waiting);
                 Ok(())
             }
             // The file has the frame after all (an old event, or the guard was first); the page table may not.
             Stop::Done if region.in_place() => self.show_again(waiting),
-            Stop::Done => Ok(()),
+            Stop::Done => {
+                self.answered(waiting);
+                Ok(())
+            }
             Stop::EventsPending | Stop::NoFrame => self.defer(waiting),
             Stop::Gone => Err(PullFailure::VmmGone { shard: self.index }),
         }
@@ -152,12 +156,20 @@ impl Shard {
         match outcome.stop {
             Stop::Done => {
                 Counters::add(&self.counters().shown_again, 1);
+                self.answered(waiting);
                 Ok(())
             }
             Stop::EventsPending => self.defer(waiting),
             // Given up between the fault and now: whoever waits is woken, and comes again as a MISSING fault.
             Stop::NoFrame => self.uffd.wake(start, page_size.bytes() as u64).map_err(|source| self.uffd_failed(source)),
             Stop::Gone => Err(PullFailure::VmmGone { shard: self.index }),
+        }
+    }
+
+    /// A fault at a page that was there, or is nothing but zeroes, has been answered.
+    fn answered(&self, waiting: Waiting) {
+        if self.shared.log.is_some() {
+            self.note_shown(waiting.region, waiting.frame, 1, self.shared.now_ns());
         }
     }
 

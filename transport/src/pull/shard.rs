@@ -9,6 +9,7 @@
 //! fault in the backlog, a page whose address space is changing in its slot.
 
 use super::install;
+use super::log::Noted;
 use super::pace::Pace;
 use super::plan::{LandingPlan, MAX_READ_BYTES, PageClass, ShardParts, reads_a_frame};
 use super::shared::{Counters, PullFailure, Shared, drain, signal};
@@ -98,7 +99,7 @@ impl Shard {
             staged_slots: Vec::with_capacity(slots.len()),
             retry: Vec::with_capacity(slots.len()),
             slots,
-            sweep: Sweep::new(ranges),
+            sweep: Sweep::new(ranges, shared.tuning.bubble_bytes),
             pace: Pace::new(&shared.tuning),
             zeroes: vec![0; shared.slot_bytes],
             fault_lane: Some(parts.fault),
@@ -198,7 +199,7 @@ impl Shard {
 
     fn event(&mut self, event: Event, now_ns: u64) -> Result<(), PullFailure> {
         match event {
-            Event::Fault { address, kind, .. } => {
+            Event::Fault { address, kind, write, thread_id } => {
                 let Some((region, frame)) = self.locate(address) else {
                     return Err(PullFailure::ForeignFault { shard: self.index, address });
                 };
@@ -207,6 +208,11 @@ impl Shard {
                     return self.write_fault(region, address);
                 }
                 self.pace.fault(now_ns);
+                if let Some(log) = &self.shared.log {
+                    let (at_ns, thread) = (now_ns, thread_id);
+                    let (region, frame) = (self.shared.regions[region].plan.id, FrameIndex(frame));
+                    log.note(self.index, Noted::Fault { at_ns, region, frame, write, thread });
+                }
                 self.serve(Waiting { region, frame, kind, read_ns: now_ns })
             }
             Event::Remove { start, end } => {
@@ -361,6 +367,7 @@ impl Shard {
             stages.wire.record(wire);
             stages.install.record(now - slot.completed_ns.max(since));
             stages.total.record(now - since);
+            self.note_shown(slot.region, slot.first, slot.frames, now);
             if slot.lane == LaneOf::Demand && !slot.zero {
                 self.pace.demand_completed(wire);
             }
@@ -369,6 +376,15 @@ impl Shard {
             self.pace.bulk_completed();
         }
         self.slots.remove(index);
+    }
+
+    /// Whoever waits for these frames goes on.
+    #[inline]
+    pub(super) fn note_shown(&self, region: usize, first: u64, frames: u64, at_ns: u64) {
+        if let Some(log) = &self.shared.log {
+            let (region, first) = (self.shared.regions[region].plan.id, FrameIndex(first));
+            log.note(self.index, Noted::Shown { at_ns, region, first, frames });
+        }
     }
 
     /// One background chunk, if there is room and nobody holds it back. Whether one was posted.

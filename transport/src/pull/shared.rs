@@ -2,6 +2,7 @@
 
 use super::discards::DiscardSet;
 use super::histogram::Stages;
+use super::log::FaultLog;
 use super::plan::{Install, Region, Tuning};
 use crate::fabric::FabricError;
 use crate::pages::PageStates;
@@ -126,6 +127,7 @@ pub(super) struct Shared {
     pub slot_bytes: usize,
     pub discards: DiscardSet,
     pub observer: Arc<dyn Observer>,
+    pub log: Option<Arc<FaultLog>>,
     pub failure: OnceLock<Arc<PullFailure>>,
     pub counters: Vec<Counters>,
     pub stages: Vec<Stages>,

@@ -11,8 +11,6 @@ use std::ops::Range;
 
 /// Bubbles kept: the newest faults.
 const BUBBLES: usize = 4;
-/// Bytes a bubble grows to.
-const BUBBLE_BYTES: u64 = 2 << 20;
 /// Bytes of its first step.
 const FIRST_STEP_BYTES: u64 = 16 << 10;
 /// Settled frames stepped over in one call, so that a fault never waits for a long scan.
@@ -54,16 +52,18 @@ pub(super) struct Sweep {
     ranges: Vec<(usize, Range<u64>)>,
     bubbles: [Option<Bubble>; BUBBLES],
     newest: usize,
+    /// Bytes a bubble grows to; there are none where it is 0.
+    bubble_bytes: u64,
     /// Index into `ranges` and frame, for the pass over peer frames and the one over zero frames.
     cursors: [(usize, u64); 2],
     pass: usize,
 }
 
 impl Sweep {
-    /// Over `ranges`: region index and frames.
-    pub(super) fn new(ranges: Vec<(usize, Range<u64>)>) -> Self {
+    /// Over `ranges`: region index and frames. `bubble_bytes`: [`super::Tuning::bubble_bytes`].
+    pub(super) fn new(ranges: Vec<(usize, Range<u64>)>, bubble_bytes: u64) -> Self {
         let start = (0, ranges.first().map_or(0, |(_, frames)| frames.start));
-        Self { ranges, bubbles: [None; BUBBLES], newest: 0, cursors: [start; 2], pass: 0 }
+        Self { ranges, bubbles: [None; BUBBLES], newest: 0, bubble_bytes, cursors: [start; 2], pass: 0 }
     }
 
     /// Whether both passes are over.
@@ -74,6 +74,9 @@ impl Sweep {
     /// A demand fault at `frame`.
     #[inline]
     pub(super) fn fault(&mut self, regions: &[Region], region: usize, frame: u64) {
+        if self.bubble_bytes == 0 {
+            return;
+        }
         let inside = |(at, frames): &&(usize, Range<u64>)| *at == region && frames.contains(&frame);
         let Some((_, frames)) = self.ranges.iter().find(inside) else { return };
         // A fault inside a living bubble is what the bubble is for.
@@ -89,7 +92,7 @@ impl Sweep {
             low: frame,
             high: frame + 1,
             step: (FIRST_STEP_BYTES >> shift).max(1),
-            left: (BUBBLE_BYTES >> shift).max(2),
+            left: (self.bubble_bytes >> shift).max(2),
             upwards: true,
         });
     }

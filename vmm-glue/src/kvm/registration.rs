@@ -4,14 +4,14 @@ use belay_transport::PageSize;
 use belay_transport::uffd::{Faults, Features, OpenMode, RegisterModes, Uffd, UffdError};
 use std::ops::Range;
 
-/// What a userfaultfd over guest RAM has to be opened with. `protection`: what a tracker needs beside
+/// What a userfaultfd over guest RAM has to be opened with. Faults tell their thread, for whoever records them. `protection`: what a tracker needs beside
 /// ([`belay_checkpoint::tracker::write_protection`]).
 pub fn features(page_size: PageSize, protection: Option<Features>) -> Features {
     let faults = match page_size {
         PageSize::Small => Features::MISSING_SHMEM.union(Features::MINOR_SHMEM),
         PageSize::Huge => Features::MISSING_HUGETLBFS.union(Features::MINOR_HUGETLBFS),
     };
-    faults.union(protection.unwrap_or(Features::NONE))
+    faults.union(Features::THREAD_ID).union(protection.unwrap_or(Features::NONE))
 }
 
 /// Registers the byte ranges of `shards` (offsets from `address`), each with a userfaultfd of its own. `protection`: for

@@ -5,6 +5,7 @@
 
 pub mod arbitration;
 pub mod destination;
+pub mod faults;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 #[cfg(test)]

@@ -126,6 +126,7 @@ pub fn destination_config(place: &Path, hold_pull_at: Option<f64>) -> Destinatio
         state_dir: place.join("destination"),
         engine_cores: Vec::new(),
         recording: None,
+        fault_recording: None,
         numa: NumaChoice::Off,
         hold_pull_at,
         bounds: Bounds::default(),

@@ -63,6 +63,48 @@ fn every_page_is_pulled_right_while_threads_race_the_background() {
     }
 }
 
+#[test]
+fn a_log_has_every_fault_with_who_waited_for_it_and_when_it_was_answered() {
+    for memory in Memory::ALL {
+        let log = Arc::new(FaultLog::new(2));
+        let (shards, features) = (2, Features::THREAD_ID);
+        let options = Options { memory, shards, features, log: Some(log.clone()), ..Options::default() };
+        let Some(rig) = Rig::new(options) else { return };
+        assert_eq!(joined(rig.touch(7)), content(7));
+        let guest = rig.guest.clone();
+        joined(std::thread::spawn(move || guest.write(200, 1)));
+        rig.pull_all();
+        // What is there is no fault any more, and nobody waits for what the background brings.
+        assert_eq!(joined(rig.touch(9)), content(9));
+        rig.stop();
+        let mut all = Vec::new();
+        log.take(&mut |shard, noted| all.push((shard, noted))).unwrap();
+        let [(0, first), (0, first_shown), (1, second), (1, second_shown)] = all[..] else { panic!("{all:?}") };
+        for (noted, answer, page, written) in [(first, first_shown, 7, false), (second, second_shown, 200, true)] {
+            let (Noted::Fault { at_ns, region, frame, write, thread }, Noted::Shown { at_ns: shown, first, .. }) =
+                (noted, answer)
+            else {
+                panic!("{noted:?} {answer:?}")
+            };
+            assert_eq!((region, frame, write, first), (REGION, FrameIndex(page), written, frame));
+            assert!(thread > 0 && shown >= at_ns, "{noted:?} {answer:?}");
+        }
+    }
+}
+
+#[test]
+fn without_a_bubble_the_background_goes_through_memory_in_its_order_whatever_was_touched() {
+    for (bubble_bytes, in_order) in [(0, true), (2 << 20, false)] {
+        let Some(rig) = Rig::new(Options { bubble_bytes, ..Options::default() }) else { return };
+        assert_eq!(joined(rig.touch(100)), content(100));
+        rig.pull_all();
+        let pages: Vec<u64> = rig.bulk.posted().iter().flat_map(pages_of).collect();
+        assert_eq!(pages.is_sorted(), in_order, "{pages:?}");
+        assert_eq!(pages.len(), 255);
+        rig.stop();
+    }
+}
+
 fn pages_of(read: &crate::fabric::Read) -> std::ops::Range<u64> {
     read.remote_offset / 4096..(read.remote_offset + u64::from(read.len)) / 4096
 }
@@ -424,8 +466,13 @@ fn a_plan_on_memory_with_holes_is_refused() {
     };
     let geometry = RegionGeometry { id: REGION, page_size: PageSize::Small, frames: 64 };
     let states = Arc::new(PageStates::in_memory(&[geometry]).unwrap());
-    let plan =
-        PullPlan { regions: vec![region], install: Install::Clean, tuning: Tuning::default(), start_paused: false };
+    let plan = PullPlan {
+        regions: vec![region],
+        install: Install::Clean,
+        tuning: Tuning::default(),
+        start_paused: false,
+        log: None,
+    };
     let refused = Engine::start(plan, Vec::new(), states, Arc::new(NoObserver)).err().unwrap();
     assert!(matches!(refused, PlanError::NotAllocated { frame: 9, .. }), "{refused}");
 }

@@ -101,6 +101,8 @@ pub struct Options {
     pub demand_permits: u64,
     pub timeout: Duration,
     pub features: Features,
+    pub log: Option<Arc<FaultLog>>,
+    pub bubble_bytes: u64,
 }
 
 impl Default for Options {
@@ -116,6 +118,8 @@ impl Default for Options {
             demand_permits: u64::MAX,
             timeout: BOUND,
             features: Features::NONE,
+            log: None,
+            bubble_bytes: Tuning::default().bubble_bytes,
         }
     }
 }
@@ -182,8 +186,10 @@ impl Rig {
         let source = Arc::new(source);
         let frames = bytes as u64 >> options.page_size.shift();
         let all_peer = || vec![ClassRun { class: PageClass::Peer, frames }];
-        let tuning = Tuning { demand_timeout: options.timeout, ..Tuning::default() };
-        let mut plan = PullPlan { regions: Vec::new(), install: options.install, tuning, start_paused: options.paused };
+        let (demand_timeout, bubble_bytes) = (options.timeout, options.bubble_bytes);
+        let tuning = Tuning { demand_timeout, bubble_bytes, ..Tuning::default() };
+        let (install, start_paused) = (options.install, options.paused);
+        let mut plan = PullPlan { regions: Vec::new(), install, tuning, start_paused, log: options.log };
 
         let (guest, file, local, landing, faults);
         if options.memory == Memory::Bounce {

@@ -141,7 +141,8 @@ impl Destination<'_> {
         self.states = Some(Arc::clone(&states));
         let ears = Arc::new(EngineEars { happened: self.happened.clone(), writes: self.write_faults()? });
         let parts = std::mem::take(&mut self.parts);
-        let plan = PullPlan { regions, install, tuning, start_paused: true };
+        let log = self.config.fault_recording.as_ref().and_then(|recording| recording.begins(parts.len(), &regions));
+        let plan = PullPlan { regions, install, tuning, start_paused: true, log };
         let engine = Arc::new(self.placement.run_near(|| Engine::start(plan, parts, states, ears))?);
         self.words.board.pulls_with(&engine);
         Ok(engine)

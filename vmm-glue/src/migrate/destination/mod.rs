@@ -16,6 +16,7 @@ mod takeover;
 mod warden;
 pub(crate) mod will;
 
+use super::faults::recording::FaultRecording;
 use super::observation::{Kind, ObservationId, Observer};
 use super::operator::{Pending, Words};
 use super::peer::{Inbox, listen_to};
@@ -71,6 +72,8 @@ pub struct DestinationConfig {
     pub hold_pull_at: Option<f64>,
     /// Where what a tethered guest writes and sends is recorded, if anywhere.
     pub recording: Option<Arc<Recording>>,
+    /// Where the faults of a guest that has moved are recorded, if anywhere.
+    pub fault_recording: Option<Arc<FaultRecording>>,
     pub bounds: Bounds,
     /// When a checkpoint's pages are copied.
     pub staging: Staging,
