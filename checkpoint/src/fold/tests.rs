@@ -87,6 +87,7 @@ proptest! {
         epochs in prop::collection::vec(doing(), 1..10),
         life in prop_oneof![1 => Just(u64::MAX), 6 => 0u64..1_500_000],
         slot in prop_oneof![Just(5 * 4224usize), Just(64 << 10)],
+        in_place in any::<bool>(),
     ) {
         let (here, there, mut wire) = (ram(&SHAPE), ram(&SHAPE), Wire::new(RING));
         let folder = folder(&wire, &there);
@@ -112,7 +113,7 @@ proptest! {
             }
         }
         let catch = folder.stop();
-        let recovered = catch.finish(&wire.revoke()[..]).unwrap();
+        let recovered = finish(catch, &wire.revoke(), in_place).unwrap();
         prop_assert!(recovered.epoch >= reported, "{} recovered, {} reported", recovered.epoch, reported);
         let truth = &truths[recovered.epoch.0 as usize];
         prop_assert!(bytes_of(&there) == truth.ram, "RAM is not that of {}", recovered.epoch);
@@ -145,7 +146,7 @@ fn a_catch_before_any_commit_gives_the_state_at_the_switch() {
 #[test]
 fn p5_a_commit_that_is_reported_is_in_what_revocation_hands_back() {
     let here = ram(&SHAPE);
-    for delay_us in [0, 50, 200, 500, 900] {
+    for (delay_us, in_place) in [0, 50, 200, 500, 900].into_iter().flat_map(|us| [(us, false), (us, true)]) {
         let (there, mut wire) = (ram(&SHAPE), Wire::new(RING));
         let folder = folder(&wire, &there);
         let mut sender = Sender::new(&mut wire, 64 << 10);
@@ -164,7 +165,7 @@ fn p5_a_commit_that_is_reported_is_in_what_revocation_hands_back() {
                 std::hint::spin_loop();
             }
             let catch = folder.stop();
-            let recovered = catch.finish(&wire.revoke()[..]).unwrap();
+            let recovered = finish(catch, &wire.revoke(), in_place).unwrap();
             (recovered, shipping.join().unwrap())
         });
         assert_eq!(recovered.epoch, reported, "what was in the ring at revocation was reported, and nothing else");
