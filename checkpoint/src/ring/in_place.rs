@@ -23,6 +23,7 @@ use super::spool::Place;
 use crate::guest::Epoch;
 use crate::record::{HEADER, PageSource, crc, kind};
 use crate::share::{self, share};
+use belay_transport::PAGE_SIZE;
 use belay_transport::fabric::StillRing;
 use belay_transport::region::Mapping;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -149,7 +150,8 @@ impl RingReader {
             place_header.copy_from_slice(header.as_bytes());
             padding.fill(0);
             let checksum = header.section.checksum.get();
-            if header.section.kind.get() == kind::PAGE_DATA {
+            // What holds no page is not worth an entry; so there are no more of these than pages in the ring.
+            if header.section.kind.get() == kind::PAGE_DATA && len >= PAGE_SIZE {
                 bodies.push(Body { at: at.used + HEADER, len, offset: offset + HEADER, checksum });
             } else {
                 ring.read(offset + HEADER, body);
