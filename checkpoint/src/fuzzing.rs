@@ -4,7 +4,7 @@
 use crate::record::{
     ALIGN, HEADER, Limits, MAGIC, RecordView, SegmentHeader, Trailer, VERSION, crc, kind, parse, stride,
 };
-use crate::ring::{RingReader, RingShape, SEGMENTS_OFFSET, Step};
+use crate::ring::{RingReader, RingShape, SEGMENTS_OFFSET, Step, Still};
 use belay_transport::{PAGE_SIZE, RegionId};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -81,16 +81,16 @@ pub fn record(data: &[u8]) {
 }
 
 /// All that whoever folds a record relies on.
-fn holds(view: &RecordView<'_>, image_bytes: usize) {
+fn holds(view: &RecordView, image_bytes: usize) {
     let pages_of =
         |id: RegionId| REGIONS.iter().find(|(region, _)| *region == id.0).expect("a region of the guest's").1;
     let mut ends = [0u64; 2];
     for run in &view.pages {
-        let (first, count) = (run.first.0, (run.bytes.len() / PAGE_SIZE) as u64);
-        assert!(count > 0 && run.bytes.len().is_multiple_of(PAGE_SIZE));
-        assert!(first >= ends[usize::from(run.region.0)], "pages come once and in order");
-        ends[usize::from(run.region.0)] = first + count;
-        assert!(first + count <= pages_of(run.region));
+        let pages = run.pages();
+        assert!(!pages.is_empty() && run.len.is_multiple_of(PAGE_SIZE) && run.at + run.len <= image_bytes);
+        assert!(pages.start >= ends[usize::from(run.region.0)], "pages come once and in order");
+        ends[usize::from(run.region.0)] = pages.end;
+        assert!(pages.end <= pages_of(run.region));
     }
     let mut ends = [0u64; 2];
     for (region, run) in &view.discards {
@@ -126,8 +126,26 @@ pub fn ring(data: &[u8]) {
     drain(&mut reader, &ring);
 }
 
+/// What is taken of a ring that stands still.
+fn in_place(mut reader: RingReader, ring: &[u8]) -> Vec<Vec<u8>> {
+    let mut records = Vec::new();
+    while let Some(record) = reader.in_place(Still::Private(ring)) {
+        records.push(record.whole());
+        let after = record.after();
+        reader.pass(after);
+    }
+    records
+}
+
 /// Takes everything that is there; `false` when the reader has had enough of this destination.
 fn drain(reader: &mut RingReader, ring: &[u8]) -> bool {
+    let (in_place, mut records) = (in_place(reader.clone(), ring), Vec::new());
+    let goes_on = take(reader, ring, &mut records);
+    assert!(in_place == records, "{} records in place, {} copied", in_place.len(), records.len());
+    goes_on
+}
+
+fn take(reader: &mut RingReader, ring: &[u8], records: &mut Vec<Vec<u8>>) -> bool {
     // A ring that stands still has as many segments as fit into it, and no more.
     let most = ring.len() / ALIGN + 1;
     for _ in 0..=most {
@@ -152,6 +170,7 @@ fn drain(reader: &mut RingReader, ring: &[u8]) -> bool {
                     assert_eq!(view.epoch, now);
                     holds(&view, image.len());
                 }
+                records.push(image);
                 reader.clear();
             }
             Err(error) => {

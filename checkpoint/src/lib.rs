@@ -21,6 +21,7 @@ pub mod ownership;
 pub mod policy;
 pub mod record;
 pub mod ring;
+mod share;
 #[cfg(test)]
 mod simulation;
 pub mod staging;

@@ -7,9 +7,10 @@ pub mod huge_pages;
 pub mod etcd;
 
 use crate::dirty::DirtySet;
+use crate::fold::{Catch, CatchError, Recovered};
 use crate::guest::{Epoch, Packet, RamBlock};
 use crate::record::{PacketHeader, kind};
-use crate::ring::{Mailbox, OWNER_REGION_BYTES, RingShape, RingWriter, ShipError, Shipped};
+use crate::ring::{Mailbox, OWNER_REGION_BYTES, RingBytes, RingShape, RingWriter, ShipError, Shipped};
 use crate::staging::{Exchange, Slot, StageError, Stager};
 use belay_transport::fabric::*;
 use belay_transport::region::{Extent, Mapping, RamFile};
@@ -141,9 +142,9 @@ impl Owner for Wire {
     fn extend_read(&mut self, _: ReadKey, _: &[Extent]) -> Result<(), FabricError> {
         Ok(())
     }
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), _: Deadline) -> Result<(), FabricError> {
+    fn revoke(&mut self, last_read: &mut dyn FnMut(RevokedRing<'_>), _: Deadline) -> Result<(), FabricError> {
         Wire::revoke(self);
-        last_read(&self.0.lock().unwrap().ring);
+        last_read(RevokedRing::Shared(&self.0.lock().unwrap().ring));
         Ok(())
     }
     fn broken(&self) -> Option<BorrowedFd<'_>> {
@@ -211,6 +212,23 @@ impl Lane for MemoryLane {
         self.done.clear();
         self.wire.put(trailer)
     }
+}
+
+/// A revoked ring of which nobody says that it stands still: it is read the other way.
+pub struct Shared<'r>(pub &'r [u8]);
+
+impl RingBytes for Shared<'_> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        RingBytes::read(self.0, offset, into);
+    }
+}
+
+/// Finishes a catch over `ring`, where it lies or by way of private copies.
+pub fn finish(catch: Catch, ring: &[u8], in_place: bool) -> Result<Recovered, CatchError> {
+    if in_place { catch.finish(ring) } else { catch.finish(&Shared(ring)) }
 }
 
 fn copy_of(mapping: &Mapping) -> Vec<u8> {

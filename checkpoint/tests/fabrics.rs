@@ -7,7 +7,7 @@ use belay_checkpoint::guest::{Epoch, RamBlock};
 use belay_checkpoint::record::{Limits, kind, largest_record};
 use belay_checkpoint::ring::{Mailbox, OWNER_REGION_BYTES, OwnerRegion, RingReader, RingShape, RingWriter};
 use belay_checkpoint::staging::{Exchange, Slot, StageError, Stager};
-use belay_transport::fabric::{self, LaneId, LaneKind};
+use belay_transport::fabric::{self, LaneId, LaneKind, RevokedRing};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::session::{Address, Listener, Offer, Security, SessionConfig, connect};
 use belay_transport::{Deadline, PAGE_SIZE, PageIndex, PageSize, RegionId};
@@ -105,7 +105,7 @@ fn revoke_while_shipping(address: &Address, delay: Duration) {
         let catch = folder.stop();
         let mut catch = Some(catch);
         let mut recovered = None;
-        let mut last_read = |ring: &Mapping| recovered = catch.take().map(|catch| catch.finish(ring).unwrap());
+        let mut last_read = |ring: RevokedRing<'_>| recovered = catch.take().map(|catch| catch.finish(&ring).unwrap());
         owner.revoke(&mut last_read, soon()).unwrap();
         (recovered.expect("the ring was read"), shipping.join().unwrap())
     });

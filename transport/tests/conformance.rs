@@ -319,6 +319,7 @@ fn after_revocation_nothing_the_old_initiator_does_changes_the_ring(over: Over) 
 
     let revoked = revoke(&mut *world.owner);
     assert_eq!(revoked.bytes.len(), RING_BYTES);
+    assert_eq!(revoked.still, over != Over::Local, "what others have mapped is never said to stand still");
     assert_eq!(revoked.bytes[..8192], [1; 8192]);
 
     world.local.write(0, &[2; 8192]);

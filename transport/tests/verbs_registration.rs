@@ -4,8 +4,8 @@
 mod common;
 
 use belay_transport::fabric::verbs::LockedMemory;
-use belay_transport::fabric::{self, Lane, Registering};
-use belay_transport::region::{Extent, Mapping};
+use belay_transport::fabric::{self, Lane, Registering, RevokedRing};
+use belay_transport::region::Extent;
 use belay_transport::{Deadline, PAGE_SIZE};
 use common::*;
 use std::sync::{Arc, Mutex};
@@ -121,7 +121,7 @@ fn revocation_does_not_wait_for_guest_ram_to_be_given_back() {
     let with_ring = LockedMemory::now().pinned;
     let begun = Instant::now();
     let mut at_last_read = 0;
-    owner.revoke(&mut |_: &Mapping| at_last_read = LockedMemory::now().pinned, soon()).expect("revoked");
+    owner.revoke(&mut |_: RevokedRing<'_>| at_last_read = LockedMemory::now().pinned, soon()).expect("revoked");
     let revoking = begun.elapsed();
     assert_eq!(
         with_ring - at_last_read,

@@ -8,6 +8,7 @@ use crate::rig::soon;
 use crate::tethered::{Moved, Shape, Tethered, compare};
 use belay_checkpoint::guest::{Guest, TrackerKind};
 use belay_checkpoint::record::largest_record;
+use belay_transport::fabric::RevokedRing;
 use belay_vmm_glue::kvm::BareGuest;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -67,9 +68,9 @@ pub fn catch(carrier: &Carrier, pages: u64, epochs: u64) -> Result<Caught, Bench
 
     let began = Instant::now();
     let (mut catch, mut recovered, mut folded) = (Some(folder.stop()), None, Duration::ZERO);
-    let mut last_read = |ring: &belay_transport::region::Mapping| {
+    let mut last_read = |ring: RevokedRing<'_>| {
         let began = Instant::now();
-        recovered = catch.take().map(|catch| catch.finish(ring));
+        recovered = catch.take().map(|catch| catch.finish(&ring));
         folded = began.elapsed();
     };
     owner.revoke(&mut last_read, soon())?;

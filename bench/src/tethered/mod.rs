@@ -150,10 +150,11 @@ struct Ring {
 impl Ring {
     fn new(bytes: usize) -> Result<Self, BenchError> {
         let file = RamFile::memfd("bench-ring", bytes, PageSize::Small)?;
-        file.preallocate(2, &|_| ())?;
         let owner_file = RamFile::memfd("bench-owner", OWNER_REGION_BYTES, PageSize::Small)?;
         let map = |file: &RamFile| file.map().map_err(BenchError::io("mapping the ring")).map(Arc::new);
         let (mapping, owner) = (map(&file)?, map(&owner_file)?);
+        // As a source has it: its page table is full before the guest leaves.
+        file.preallocate_through(&mapping, 2, &|_| ())?;
         OwnerRegion::new(owner.clone());
         Ok(Self { file, mapping, owner_file, owner })
     }

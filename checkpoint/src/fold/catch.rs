@@ -9,7 +9,7 @@
 use super::{FoldError, FoldState, Parts, Unwritten};
 use crate::guest::{Epoch, Packet};
 use crate::mutation::{Mutation, mutated};
-use crate::ring::{RingBytes, RingReader, Step};
+use crate::ring::{RingBytes, RingReader, Step, Still};
 use std::time::{Duration, Instant};
 
 /// A stopped folder, waiting for the revoked ring.
@@ -88,7 +88,8 @@ impl Catch {
         if let Some(failed) = &self.failed {
             return Err(failed.clone());
         }
-        self.last_read(ring)?;
+        // Nobody waits for this one.
+        self.last_read(ring, None)?;
         Ok(self.state.epoch())
     }
 
@@ -115,7 +116,7 @@ impl Catch {
         self.state.keep_unwritten();
         let failed = match self.failed.take() {
             Some(failed) => Some(failed),
-            None => self.last_read(ring).err(),
+            None => self.last_read(ring, ring.still()).err(),
         };
         let timings = CatchTimings {
             stopping: self.stopping,
@@ -147,17 +148,34 @@ impl Catch {
         }
     }
 
-    fn last_read<R: RingBytes + ?Sized>(&mut self, ring: &R) -> Result<(), FoldError> {
-        loop {
+    /// Where the ring stands `still`, whole records are folded from where they lie; what is not one is taken as ever, with the same outcome. Reads
+    /// no more than a ring's bytes: nothing more can have been written before the revocation, and who still writes may not keep this busy (P7).
+    fn last_read<R: RingBytes + ?Sized>(&mut self, ring: &R, still: Option<Still<'_>>) -> Result<(), FoldError> {
+        let end = self.reader.consumed() + self.reader.shape().bytes;
+        while self.reader.consumed() < end {
+            // One that a process which died in a catch has folded and not given up.
+            let folded = |epoch: Epoch, state: &FoldState| epoch == state.epoch();
+            if let Some(record) = still.and_then(|ring| self.reader.in_place(ring)) {
+                if !folded(record.epoch(), &self.state) {
+                    self.state.fold_in_place(&record)?;
+                }
+                let after = record.after();
+                self.reader.pass(after);
+                continue;
+            }
             match self.reader.step(ring)? {
-                Step::NotYet => return Ok(()),
+                Step::NotYet => break,
                 Step::Spooled => {}
-                Step::Committed(_) => {
-                    let image = self.reader.record().expect("a committed record is there");
-                    self.state.fold(image, || ())?;
+                Step::Committed(epoch) => {
+                    if !folded(epoch, &self.state) {
+                        let image = self.reader.record().expect("a committed record is there");
+                        self.state.fold(image, || ())?;
+                    }
                     self.reader.clear();
                 }
             }
         }
+        let (read, folded) = (self.reader.committed(), self.state.epoch());
+        if read == folded { Ok(()) } else { Err(FoldError::Inconsistent { read, folded }) }
     }
 }

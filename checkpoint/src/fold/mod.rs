@@ -10,7 +10,8 @@
 //! * Device state and output that may have to be sent again move forward with the epoch, in the same step.
 //! * Where memory is kept ([`crate::journal`]) folding is redo: RAM is written, then the state that comes of it is kept, then the record
 //!   is given up. A death before the second leaves a record that is folded again, over the same state before it; one between second and
-//!   third leaves a record whose epoch is kept already, and it is only given up ([`FoldState::settle`]).
+//!   third leaves a record whose epoch is kept already, and it is only given up ([`FoldState::settle`]). That holds for a record in overflow
+//!   memory and for one that is folded where it lies in the ring.
 
 mod catch;
 mod folder;
@@ -28,8 +29,8 @@ pub use unwritten::Unwritten;
 use crate::guest::{Epoch, Packet};
 use crate::journal::{Cell, Damaged, KeptState};
 use crate::outbox::{Resend, ResendError};
-use crate::record::{Limits, RecordError, RecordView, parse};
-use crate::ring::{RingError, RingReader};
+use crate::record::{Limits, PageSource, RecordError, RecordView, parse};
+use crate::ring::{InPlace, RingError, RingReader};
 use crate::storage::Storage;
 use belay_transport::region::RegionError;
 use std::io;
@@ -157,6 +158,8 @@ impl FoldState {
             true if read == folded => reader.clear(),
             true if read == folded.next() => {}
             false if read == folded => {}
+            // Folded where it lay in the ring, and not given up: there it is still, and the last read passes over it.
+            false if read.next() == folded => {}
             _ => return Err(FoldError::Inconsistent { read, folded }),
         }
         Ok(())
@@ -173,7 +176,21 @@ impl FoldState {
     }
 
     /// Folds one committed record; how many pages it held. `between` is called now and then while pages are copied.
-    pub fn fold(&mut self, image: &[u8], mut between: impl FnMut()) -> Result<u64, FoldError> {
+    pub fn fold(&mut self, image: &[u8], between: impl FnMut()) -> Result<u64, FoldError> {
+        self.fold_from(image, &image, between)
+    }
+
+    /// As [`FoldState::fold`], with page bytes from the ring.
+    pub fn fold_in_place(&mut self, record: &InPlace<'_>) -> Result<u64, FoldError> {
+        self.fold_from(record.image(), record, || ())
+    }
+
+    fn fold_from(
+        &mut self,
+        image: &[u8],
+        source: &impl PageSource,
+        mut between: impl FnMut(),
+    ) -> Result<u64, FoldError> {
         let next = self.epoch.next();
         let record = parse(image, &self.limits, false).map_err(|source| FoldError::Refused { epoch: next, source })?;
         if record.epoch != next {
@@ -205,7 +222,7 @@ impl FoldState {
         };
         self.apply(&record, &mut between)?;
         // From here on nothing can fail.
-        self.target.apply(&record, &mut between);
+        self.target.apply(&record, source, &mut between);
         if let (Some(cell), Some(image)) = (&mut self.kept, image) {
             cell.write(&image);
         }
@@ -218,7 +235,7 @@ impl FoldState {
 
     /// Before RAM: an image that cannot be written leaves RAM as it was. What was done of it is done again with the epoch, which has committed.
     /// In a catch what an image does not take is kept instead, and so is all that follows it.
-    fn apply(&mut self, record: &RecordView<'_>, between: &mut impl FnMut()) -> Result<(), FoldError> {
+    fn apply(&mut self, record: &RecordView, between: &mut impl FnMut()) -> Result<(), FoldError> {
         for (disk, writes) in record.disk_writes.iter().enumerate().filter(|(_, writes)| !writes.is_empty()) {
             let storage = self.storage.as_ref().expect("the limits have as many disks as there are");
             match &mut self.unwritten {
@@ -231,11 +248,11 @@ impl FoldState {
 
     /// As [`FoldState::fold`], where the process dies with so many of the record's runs in RAM.
     #[cfg(test)]
-    pub(crate) fn fold_partly(&mut self, image: &[u8], runs: usize) {
+    pub(crate) fn fold_partly(&mut self, image: &[u8], source: &impl PageSource, runs: usize) {
         let mut record = parse(image, &self.limits, false).expect("a committed record");
         self.target.reserve(&record).expect("memory");
         record.pages.truncate(runs);
-        self.target.apply(&record, &mut || ());
+        self.target.apply(&record, source, &mut || ());
     }
 
     /// Whether what the guest does to disks comes with its epochs.
@@ -293,6 +310,8 @@ fn keep(cell: &mut Cell, epoch: Epoch, image: &[u8]) -> Result<(), FoldError> {
     Ok(())
 }
 
+#[cfg(test)]
+mod both_ways;
 #[cfg(test)]
 mod redo;
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use super::*;
 use crate::guest::{Packet, RamBlock};
 use crate::journal::{KeptState, MemoryFolder, MigrationId};
-use crate::ring::{RingBytes, RingReader, SEGMENTS_OFFSET, Spool, Step};
+use crate::ring::{RingBytes, RingReader, SEGMENTS_OFFSET, Spool, Step, Still};
 use crate::testing::*;
 use belay_transport::{PAGE_SIZE, PageIndex};
 use proptest::prelude::*;
@@ -22,10 +22,19 @@ enum Death {
     Folding(usize),
     /// When the next record is in RAM and kept, and not yet given up.
     Folded,
+    /// As the two before, where the record is folded from where it lies in the ring.
+    FoldingInPlace(usize),
+    FoldedInPlace,
 }
 
 fn death() -> impl Strategy<Value = Death> {
-    prop_oneof![(0..40u32).prop_map(Death::Taking), (0..12usize).prop_map(Death::Folding), Just(Death::Folded)]
+    prop_oneof![
+        (0..40u32).prop_map(Death::Taking),
+        (0..12usize).prop_map(Death::Folding),
+        Just(Death::Folded),
+        (0..12usize).prop_map(Death::FoldingInPlace),
+        Just(Death::FoldedInPlace)
+    ]
 }
 
 struct Kept {
@@ -72,14 +81,26 @@ fn live(mut reader: RingReader, mut fold: FoldState, ring: &[u8], death: Death) 
         if matches!(death, Death::Taking(at) if at == taken) {
             return;
         }
+        if let Death::FoldingInPlace(_) | Death::FoldedInPlace = death
+            && let Some(record) = reader.in_place(Still::Private(ring))
+            && record.epoch() != fold.epoch()
+        {
+            match death {
+                Death::FoldingInPlace(runs) => fold.fold_partly(record.image(), &record, runs),
+                _ => _ = fold.fold_in_place(&record).unwrap(),
+            }
+            return;
+        }
         match reader.step(ring).unwrap() {
             Step::NotYet => return,
             Step::Spooled => taken += 1,
+            // Folded from where it lay, by a process that died before it gave it up.
+            Step::Committed(epoch) if epoch == fold.epoch() => reader.clear(),
             Step::Committed(_) => {
                 taken += 1;
                 let image = reader.record().unwrap();
                 if let Death::Folding(runs) = death {
-                    fold.fold_partly(image, runs);
+                    fold.fold_partly(image, &image, runs);
                     return;
                 }
                 fold.fold(image, || ()).unwrap();
@@ -99,6 +120,7 @@ proptest! {
     fn p3_a_source_that_dies_in_the_middle_of_folding_has_the_newest_committed_epoch_whole(
         epochs in prop::collection::vec(prop::collection::vec((0..40u64, any::<u8>()), 1..60), 1..6),
         deaths in prop::collection::vec(death(), 1..12),
+        in_place in any::<bool>(),
     ) {
         let mut wire = Wire::new(RING);
         let (kept, reader, fold) = Kept::begin(RING);
@@ -123,7 +145,7 @@ proptest! {
             live(reader, fold, &ring, death);
         }
         let (reader, fold) = kept.take_over(RING);
-        let recovered = Catch::resume(reader, fold).unwrap().finish(&ring[..]).unwrap();
+        let recovered = finish(Catch::resume(reader, fold).unwrap(), &ring, in_place).unwrap();
         let newest = epochs.len() as u64;
         prop_assert_eq!(recovered.epoch, Epoch(newest));
         prop_assert_eq!(recovered.device_state, format!("state of epoch {newest}").into_bytes());

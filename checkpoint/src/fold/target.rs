@@ -2,7 +2,8 @@
 
 use super::FoldError;
 use crate::guest::RamBlock;
-use crate::record::{PageBytes, RecordView};
+use crate::record::{PageRun, PageSource, RecordView};
+use crate::share::{self, share};
 use belay_transport::region::RegionError;
 use belay_transport::stop_point::reached;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
@@ -12,9 +13,8 @@ use std::ops::Range;
 
 /// Pages copied between two calls of `between`: about half a millisecond.
 const BREATH: usize = 1024;
-/// Records of fewer pages are copied by one thread: starting another costs as much as copying some hundred pages.
-const PARALLEL_PAGES: u64 = 4096;
-const MOST_THREADS: usize = 4;
+/// Runs that a thread takes at once.
+const PIECE: usize = 32;
 
 /// Guest RAM as a place to fold into.
 #[derive(Debug)]
@@ -47,50 +47,41 @@ impl FoldTarget {
     }
 
     /// Allocates every page the record will fill.
-    pub(super) fn reserve(&mut self, record: &RecordView<'_>) -> Result<(), FoldError> {
+    pub(super) fn reserve(&mut self, record: &RecordView) -> Result<(), FoldError> {
         for run in &record.pages {
-            let pages = run.first.0..run.first.0 + (run.bytes.len() / PAGE_SIZE) as u64;
-            self.block(run.region).allocate(pages)?;
+            self.block(run.region).allocate(run.pages())?;
         }
         Ok(())
     }
 
-    /// Writes the record. Everything it needs was reserved.
-    pub(super) fn apply(&mut self, record: &RecordView<'_>, between: &mut impl FnMut()) {
+    /// Writes the record, whose page bytes are in `from`. Everything it needs was reserved.
+    pub(super) fn apply(&mut self, record: &RecordView, from: &impl PageSource, between: &mut impl FnMut()) {
         for (region, pages) in &record.discards {
             self.block(*region).zero(pages.clone());
             between();
         }
-        // Copying is bound by one core's way to memory, so a large record is copied by several.
-        let threads = match record.page_count() {
-            ..PARALLEL_PAGES => 1,
-            _ => std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_THREADS)),
-        };
-        let (own, others) = record.pages.split_at(record.pages.len() / threads);
-        let blocks = &self.blocks;
-        std::thread::scope(|scope| {
-            for share in others.chunks(others.len().div_ceil((threads - 1).max(1)).max(1)) {
-                scope.spawn(move || copy(blocks, share, &mut || ()));
+        let (blocks, pieces): (_, Vec<_>) = (&self.blocks, record.pages.chunks(PIECE).collect());
+        let mut pages = 0;
+        let breathe = |piece: usize| {
+            pages += pieces[piece].iter().map(|run| run.len / PAGE_SIZE).sum::<usize>();
+            if pages >= BREATH {
+                pages = 0;
+                between();
             }
-            copy(blocks, own, between);
-        });
+        };
+        let threads = share::threads_for(record.page_bytes());
+        share(threads, pieces.len(), || (), |(), piece| copy(blocks, from, pieces[piece], piece == 0), breathe);
     }
 }
 
 /// Copies runs that were checked and whose pages are allocated.
-fn copy(blocks: &[Block], runs: &[PageBytes<'_>], between: &mut impl FnMut()) {
-    let mut pages = 0;
+fn copy(blocks: &[Block], from: &impl PageSource, runs: &[PageRun], first: bool) {
     for (at, run) in runs.iter().enumerate() {
         let block = blocks.iter().find(|block| block.ram.id == run.region);
         let block = block.expect("the record was checked against these regions");
-        block.ram.alias.write(run.first.offset(), run.bytes);
-        if at == 0 {
+        from.copy_to(run.at, run.len, &block.ram.alias, run.first.offset());
+        if first && at == 0 {
             reached("fold-mid");
-        }
-        pages += run.bytes.len() / PAGE_SIZE;
-        if pages >= BREATH {
-            pages = 0;
-            between();
         }
     }
 }

@@ -3,13 +3,15 @@
 use super::*;
 use crate::guest::RamBlock;
 use crate::record::build::Image;
-use crate::record::{CRITICAL, encoding, kind};
-use crate::ring::{OwnerRegion, RingReader, SEGMENTS_OFFSET, ShipError};
+use crate::record::{CRITICAL, HEADER, SegmentHeader, encoding, kind};
+use crate::ring::{OwnerRegion, RingBytes, RingReader, SEGMENTS_OFFSET, ShipError};
 use crate::testing::*;
 use belay_transport::fabric::FabricError;
 use belay_transport::{PAGE_SIZE, PageIndex, RegionId};
 use proptest::prelude::*;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
+use zerocopy::FromBytes;
 
 const SHAPE: [usize; 2] = [40, 24];
 const RING: usize = (SEGMENTS_OFFSET + 9 * 4224).next_multiple_of(4096);
@@ -82,11 +84,11 @@ proptest! {
     /// revoked, the source has the newest committed epoch whole, at least the newest one whose commit was reported, and the
     /// output that epoch covers.
     #[test]
-    #[test]
     fn p3_a_catch_recovers_the_newest_committed_epoch_whole_wherever_the_destination_dies(
         epochs in prop::collection::vec(doing(), 1..10),
         life in prop_oneof![1 => Just(u64::MAX), 6 => 0u64..1_500_000],
         slot in prop_oneof![Just(5 * 4224usize), Just(64 << 10)],
+        in_place in any::<bool>(),
     ) {
         let (here, there, mut wire) = (ram(&SHAPE), ram(&SHAPE), Wire::new(RING));
         let folder = folder(&wire, &there);
@@ -112,7 +114,7 @@ proptest! {
             }
         }
         let catch = folder.stop();
-        let recovered = catch.finish(&wire.revoke()[..]).unwrap();
+        let recovered = finish(catch, &wire.revoke(), in_place).unwrap();
         prop_assert!(recovered.epoch >= reported, "{} recovered, {} reported", recovered.epoch, reported);
         let truth = &truths[recovered.epoch.0 as usize];
         prop_assert!(bytes_of(&there) == truth.ram, "RAM is not that of {}", recovered.epoch);
@@ -145,7 +147,7 @@ fn a_catch_before_any_commit_gives_the_state_at_the_switch() {
 #[test]
 fn p5_a_commit_that_is_reported_is_in_what_revocation_hands_back() {
     let here = ram(&SHAPE);
-    for delay_us in [0, 50, 200, 500, 900] {
+    for (delay_us, in_place) in [0, 50, 200, 500, 900].into_iter().flat_map(|us| [(us, false), (us, true)]) {
         let (there, mut wire) = (ram(&SHAPE), Wire::new(RING));
         let folder = folder(&wire, &there);
         let mut sender = Sender::new(&mut wire, 64 << 10);
@@ -164,7 +166,7 @@ fn p5_a_commit_that_is_reported_is_in_what_revocation_hands_back() {
                 std::hint::spin_loop();
             }
             let catch = folder.stop();
-            let recovered = catch.finish(&wire.revoke()[..]).unwrap();
+            let recovered = finish(catch, &wire.revoke(), in_place).unwrap();
             (recovered, shipping.join().unwrap())
         });
         assert_eq!(recovered.epoch, reported, "what was in the ring at revocation was reported, and nothing else");
@@ -430,4 +432,60 @@ fn a_folder_that_is_held_takes_nothing_until_it_may_go_on() {
     assert_eq!((folder.status().consumed, folder.status().folded), (0, Epoch(0)));
     folder.hold(false);
     assert_eq!(folder.wait_folded(Epoch(1), soon()).folded, Epoch(1));
+}
+
+/// A ring whose writer goes on after the revocation: wherever the reader looks, the next record is there by then.
+struct Endless<'a> {
+    wire: &'a Wire,
+    here: &'a [RamBlock],
+    writing: Mutex<Writing>,
+}
+
+struct Writing {
+    sender: Sender,
+    epoch: Epoch,
+    bytes: u64,
+    /// The newest segment that the reader has seen.
+    seen: u64,
+}
+
+impl RingBytes for Endless<'_> {
+    fn len(&self) -> usize {
+        RING
+    }
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        let ring = self.wire.ring();
+        if into.len() == HEADER {
+            let Writing { sender, epoch, bytes, seen } = &mut *self.writing.lock().unwrap();
+            RingBytes::read(&*ring, offset, into);
+            let sequence = |bytes: &[u8]| match SegmentHeader::ref_from_prefix(bytes) {
+                Ok((header, _)) if header.is_whole() => header.sequence.get(),
+                _ => 0,
+            };
+            if sequence(into) <= *seen && epoch.0 < 500 {
+                *epoch = epoch.next();
+                // It takes everything for read.
+                OwnerRegion::new(self.wire.owner()).set_consumed(*bytes);
+                let content =
+                    Content { dirty: vec![(0, epoch.0 % 8)], device_state: vec![1; 64], ..Content::default() };
+                *bytes += sender.send(*epoch, self.here, &content).unwrap().bytes;
+                RingBytes::read(&*ring, offset, into);
+            }
+            *seen = sequence(into).max(*seen);
+            return;
+        }
+        RingBytes::read(&*ring, offset, into);
+    }
+}
+
+#[test]
+fn p7_a_writer_that_does_not_stop_keeps_a_catch_busy_for_one_ring_and_no_longer() {
+    let (here, there, mut wire) = (ram(&SHAPE), ram(&SHAPE), Wire::new(RING));
+    let catch = folder(&wire, &there).stop();
+    let sender = Sender::new(&mut wire, 64 << 10);
+    let writing = Mutex::new(Writing { sender, epoch: Epoch(0), bytes: 0, seen: 0 });
+    let ring = Endless { wire: &wire, here: &here, writing };
+    let recovered = catch.finish(&ring).unwrap();
+    let written = ring.writing.lock().unwrap().epoch;
+    assert!(recovered.epoch > Epoch(3) && written < Epoch(500), "{} of {written}", recovered.epoch);
 }

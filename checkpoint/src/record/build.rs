@@ -105,7 +105,8 @@ fn a_record_says_the_same_when_it_is_read_as_when_it_was_written() {
     assert_eq!(view.outputs, [packet(4, 100), packet(9, 3)]);
     assert_eq!(view.released_up_to, Some(3));
     assert_eq!(view.discards, [(RegionId(1), 0..4)]);
-    let pages: Vec<_> = view.pages.iter().map(|run| (run.first.0, run.bytes.len() / PAGE_SIZE, run.bytes[0])).collect();
+    let pages: Vec<_> =
+        view.pages.iter().map(|run| (run.first.0, run.len / PAGE_SIZE, run.bytes_in(&image)[0])).collect();
     assert_eq!(pages, [(3, 1, 1), (4, 1, 2), (7, 1, 3), (99, 1, 4)]);
     assert_eq!(view.page_count(), 4);
 }
@@ -172,7 +173,7 @@ proptest! {
         if let Ok(view) = parse(&image, &limits(), false) {
             for run in view.pages {
                 let pages = limits().pages_of(run.region.0).unwrap().1;
-                prop_assert!(run.first.0 + (run.bytes.len() / PAGE_SIZE) as u64 <= pages);
+                prop_assert!(run.pages().end <= pages);
             }
         }
     }

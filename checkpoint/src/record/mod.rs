@@ -18,7 +18,8 @@
 
 mod view;
 
-pub use view::{PageBytes, RecordView, parse};
+pub(crate) use view::PageSource;
+pub use view::{PageRun, RecordView, parse};
 
 use belay_transport::{PAGE_SIZE, RegionId};
 use crc_fast::{CrcAlgorithm, checksum};

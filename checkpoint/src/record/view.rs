@@ -2,19 +2,20 @@
 
 use super::*;
 use crate::guest::{Epoch, Packet};
+use belay_transport::region::Mapping;
 use belay_transport::{PAGE_SHIFT, PageIndex};
 use crc_fast::Digest;
 
-/// A checked record. Borrows page bytes from the image it was parsed from.
+/// A checked record. It says where page bytes lie in the image it was parsed from, and has none.
 #[derive(Debug)]
-pub struct RecordView<'a> {
+pub struct RecordView {
     pub epoch: Epoch,
     /// CLOCK_BOOTTIME of the writer when it was taken, in ns.
     pub taken_at_ns: u64,
     /// Runs that read as zero. Apply before [`RecordView::pages`].
     pub discards: Vec<(RegionId, Range<u64>)>,
-    /// Runs of pages and their bytes.
-    pub pages: Vec<PageBytes<'a>>,
+    /// Runs of pages and where their bytes lie.
+    pub pages: Vec<PageRun>,
     /// State of vCPUs and devices as [`crate::guest::Guest::save`] gave it.
     pub device_state: Vec<u8>,
     /// What the guest emitted in this epoch, ascending.
@@ -25,19 +26,51 @@ pub struct RecordView<'a> {
     pub disk_writes: Vec<Vec<u8>>,
 }
 
-/// Bytes of consecutive pages.
+/// Consecutive pages, and where in the record their bytes lie: within one segment's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageBytes<'a> {
+pub struct PageRun {
     pub region: RegionId,
     pub first: PageIndex,
-    /// A multiple of 4096.
-    pub bytes: &'a [u8],
+    /// From the record's beginning, in bytes.
+    pub at: usize,
+    /// In bytes: a multiple of 4096, and not 0.
+    pub len: usize,
 }
 
-impl RecordView<'_> {
+impl PageRun {
+    /// Which pages these are.
+    pub fn pages(&self) -> Range<u64> {
+        self.first.0..self.first.0 + (self.len / PAGE_SIZE) as u64
+    }
+
+    /// The bytes, in a record that lies in private memory.
+    pub fn bytes_in<'i>(&self, image: &'i [u8]) -> &'i [u8] {
+        &image[self.at..self.at + self.len]
+    }
+}
+
+/// Where the page bytes of a checked record are copied from.
+pub(crate) trait PageSource: Sync {
+    /// Copies the `len` bytes that lie at `at` in the record to `offset` of `ram`.
+    fn copy_to(&self, at: usize, len: usize, ram: &Mapping, offset: usize);
+}
+
+/// A record in private memory.
+impl PageSource for &[u8] {
+    fn copy_to(&self, at: usize, len: usize, ram: &Mapping, offset: usize) {
+        ram.write(offset, &self[at..at + len]);
+    }
+}
+
+impl RecordView {
+    /// Bytes of page data in the record.
+    pub fn page_bytes(&self) -> usize {
+        self.pages.iter().map(|run| run.len).sum()
+    }
+
     /// Pages of data in the record.
     pub fn page_count(&self) -> u64 {
-        self.pages.iter().map(|run| (run.bytes.len() / PAGE_SIZE) as u64).sum()
+        (self.page_bytes() / PAGE_SIZE) as u64
     }
 }
 
@@ -54,8 +87,8 @@ struct Matching {
 }
 
 /// Parses `image`, a record from its first segment to its trailer. Bodies' checksums are verified when `verify` is set (the
-/// ring's reader has done that already).
-pub fn parse<'a>(image: &'a [u8], limits: &Limits, verify: bool) -> Result<RecordView<'a>, RecordError> {
+/// ring's reader has done that already); no byte of page data is looked at when it is not.
+pub fn parse(image: &[u8], limits: &Limits, verify: bool) -> Result<RecordView, RecordError> {
     let mut parser = Parser::new(limits);
     let mut at = 0;
     loop {
@@ -90,7 +123,7 @@ fn segment_at(image: &[u8], at: usize) -> Result<(&SegmentHeader, &[u8]), Record
     Ok((header, body))
 }
 
-struct Parser<'a, 'l> {
+struct Parser<'l> {
     limits: &'l Limits,
     chain: Digest,
     segments: u64,
@@ -98,10 +131,10 @@ struct Parser<'a, 'l> {
     heads: usize,
     regions: Vec<Matching>,
     output: Vec<u8>,
-    view: RecordView<'a>,
+    view: RecordView,
 }
 
-impl<'a, 'l> Parser<'a, 'l> {
+impl<'l> Parser<'l> {
     fn new(limits: &'l Limits) -> Self {
         let view = RecordView {
             epoch: Epoch(0),
@@ -125,7 +158,7 @@ impl<'a, 'l> Parser<'a, 'l> {
         }
     }
 
-    fn section(&mut self, header: &SegmentHeader, body: &'a [u8], at: usize) -> Result<(), RecordError> {
+    fn section(&mut self, header: &SegmentHeader, body: &[u8], at: usize) -> Result<(), RecordError> {
         let section = &header.section;
         self.chain.update(section.as_bytes());
         self.segments += 1;
@@ -171,7 +204,7 @@ impl<'a, 'l> Parser<'a, 'l> {
         Ok(&mut self.regions[at])
     }
 
-    fn index(&mut self, section: &SectionHeader, body: &'a [u8], at: usize) -> Result<(), RecordError> {
+    fn index(&mut self, section: &SectionHeader, body: &[u8], at: usize) -> Result<(), RecordError> {
         let (id, limits) = (section.id.get(), self.limits);
         let matching = self.matching(id)?;
         for run in runs(section, body, at)? {
@@ -183,7 +216,7 @@ impl<'a, 'l> Parser<'a, 'l> {
         Ok(())
     }
 
-    fn discards(&mut self, section: &SectionHeader, body: &'a [u8], at: usize) -> Result<(), RecordError> {
+    fn discards(&mut self, section: &SectionHeader, body: &[u8], at: usize) -> Result<(), RecordError> {
         let (id, limits) = (section.id.get(), self.limits);
         for run in runs(section, body, at)? {
             let matching = self.matching(id)?;
@@ -194,14 +227,14 @@ impl<'a, 'l> Parser<'a, 'l> {
         Ok(())
     }
 
-    fn data(&mut self, section: &SectionHeader, body: &'a [u8], at: usize) -> Result<(), RecordError> {
+    fn data(&mut self, section: &SectionHeader, body: &[u8], at: usize) -> Result<(), RecordError> {
         let (id, items) = (section.id.get(), section.items.get() as usize);
         known_encoding(section, encoding::RAW_4K)?;
         expect_len(section, at, body, items.saturating_mul(PAGE_SIZE))?;
         let region = RegionId(id);
         self.matching(id)?.data_pages += items as u64;
-        let mut rest = body;
-        while !rest.is_empty() {
+        let (mut at, end) = (at + HEADER, at + HEADER + body.len());
+        while at < end {
             let matching = self.matching(id)?;
             let (run, done) = matching.at;
             let Some(range) = matching.runs.get(run) else {
@@ -209,17 +242,17 @@ impl<'a, 'l> Parser<'a, 'l> {
                 return Err(RecordError::DataWithoutIndex { region, index, data });
             };
             let left = range.end - range.start - done;
-            let take = left.min((rest.len() / PAGE_SIZE) as u64);
+            let take = left.min(((end - at) / PAGE_SIZE) as u64);
             let first = PageIndex(range.start + done);
             matching.at = if take == left { (run + 1, 0) } else { (run, done + take) };
-            let (bytes, after) = rest.split_at(take as usize * PAGE_SIZE);
-            self.view.pages.push(PageBytes { region, first, bytes });
-            rest = after;
+            let len = take as usize * PAGE_SIZE;
+            self.view.pages.push(PageRun { region, first, at, len });
+            at += len;
         }
         Ok(())
     }
 
-    fn finish(mut self, header: &SegmentHeader, body: &[u8], at: usize) -> Result<RecordView<'a>, RecordError> {
+    fn finish(mut self, header: &SegmentHeader, body: &[u8], at: usize) -> Result<RecordView, RecordError> {
         let trailer: Trailer = exactly(kind::TRAILER, at, body)?;
         let (said_segments, said_bytes) = (trailer.segments.get(), trailer.bytes.get());
         if said_segments != self.segments || said_bytes != at as u64 {

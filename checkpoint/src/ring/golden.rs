@@ -57,7 +57,7 @@ fn a_record_is_in_the_ring_as_it_was_when_the_version_came_out() {
         let view = parse(&bytes, &limits, true).expect("read");
         assert_eq!((view.epoch, view.taken_at_ns, view.page_count()), (Epoch(1), 7, 1));
         assert_eq!(
-            (view.pages[0].region, view.pages[0].first.0, view.pages[0].bytes[255 + 256]),
+            (view.pages[0].region, view.pages[0].first.0, view.pages[0].bytes_in(&bytes)[255 + 256]),
             (RegionId(0), 3, 250)
         );
         assert_eq!(view.discards, [(RegionId(0), 6..8), (RegionId(1), 0..1)]);

@@ -14,14 +14,17 @@
 //! * The reader takes only the segment with this session's nonce and the last sequence number + 1, at the one position where it
 //!   must be. A header or body whose checksum is wrong is *not there yet*. A header that is whole and says something a writer
 //!   of ours would not say is an error, and nothing after it is read.
-//! * Everything is judged from a private copy; the ring may change under the reader at any time.
+//! * Everything is judged from a private copy; the ring may change under the reader at any time. Only where a revocation has proven that it
+//!   stands still is page data checked and taken where it lies ([`InPlace`]).
 //! * The writer writes only where the source has said it has taken the bytes (`consumed`). It never overwrites.
 //! * Words that steer the other side stand beside their complement, so that one read in the middle of a store is noticed.
 
+mod in_place;
 mod reader;
 mod spool;
 mod writer;
 
+pub use in_place::{InPlace, Still};
 pub use reader::{RingBytes, RingError, RingReader, Step};
 pub use spool::{Place, Spool, SpoolError};
 pub use writer::{Mailbox, OwnerWords, RingWriter, ShipError, Shipped};
@@ -91,6 +94,11 @@ impl RingShape {
     fn place(&self, at: u64) -> (usize, usize) {
         let offset = at % self.bytes;
         (SEGMENTS_OFFSET + offset as usize, (self.bytes - offset) as usize)
+    }
+
+    /// Bytes from absolute position `at` to the ring's end.
+    fn room(&self, at: u64) -> usize {
+        self.place(at).1
     }
 }
 

@@ -1,10 +1,12 @@
 //! The source's reader: takes segments out of the ring into reserved private memory, one record at a time.
 
+use super::in_place::Still;
 use super::spool::{Place, Spool};
 use super::{RingShape, RingTooSmall, SEGMENTS_OFFSET};
 use crate::guest::Epoch;
 use crate::mutation::{Mutation, mutated};
 use crate::record::{ALIGN, FIRST, HEADER, SegmentHeader, TRAILER, Trailer, VERSION, crc, kind};
+use belay_transport::fabric::RevokedRing;
 use belay_transport::region::Mapping;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -18,6 +20,10 @@ pub trait RingBytes {
     }
     /// Copies bytes out.
     fn read(&self, offset: usize, into: &mut [u8]);
+    /// The same bytes, where nobody can change them for as long as they are borrowed.
+    fn still(&self) -> Option<Still<'_>> {
+        None
+    }
 }
 
 impl RingBytes for Mapping {
@@ -35,6 +41,24 @@ impl RingBytes for [u8] {
     }
     fn read(&self, offset: usize, into: &mut [u8]) {
         into.copy_from_slice(&self[offset..offset + into.len()]);
+    }
+    fn still(&self) -> Option<Still<'_>> {
+        Some(Still::Private(self))
+    }
+}
+
+impl RingBytes for RevokedRing<'_> {
+    fn len(&self) -> usize {
+        RevokedRing::len(self)
+    }
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        RevokedRing::read(self, offset, into);
+    }
+    fn still(&self) -> Option<Still<'_>> {
+        match self {
+            Self::Still(ring) => Some(Still::Ring(*ring)),
+            Self::Shared(_) => None,
+        }
     }
 }
 
@@ -147,8 +171,26 @@ impl RingReader {
     /// Makes room for the next record.
     pub fn clear(&mut self) {
         assert!(self.at.complete, "only a complete record is cleared");
-        self.at = Place { used: 0, complete: false, ..self.at };
+        self.set_place(self.at.given_up());
+    }
+
+    /// How far the ring has been read.
+    pub(super) fn place(&self) -> &Place {
+        &self.at
+    }
+
+    /// Moves on to `at`, and notes it where it is kept.
+    pub(super) fn set_place(&mut self, at: Place) {
+        self.at = at;
         self.spool.note(&self.at);
+    }
+
+    pub(super) fn spool(&self) -> &[u8] {
+        self.spool.bytes()
+    }
+
+    pub(super) fn spool_mut(&mut self) -> &mut [u8] {
+        self.spool.bytes_mut()
     }
 
     /// Looks for the next segment in `ring` and takes it if it is whole.
@@ -156,32 +198,37 @@ impl RingReader {
         if self.at.complete {
             return Ok(Step::Committed(self.at.epoch));
         }
-        let wanted = SEGMENTS_OFFSET + self.shape.bytes as usize;
-        if ring.len() < wanted {
-            return Err(RingError::Resized { found: ring.len(), wanted });
-        }
-        let (offset, room) = self.shape.place(self.at.consumed);
-        let mut header = SegmentHeader::new_zeroed();
-        ring.read(offset, header.as_mut_bytes());
-        if !header.is_whole() || header.nonce.get() != self.at.nonce {
-            return Ok(Step::NotYet);
-        }
-        let (sequence, next) = (header.sequence.get(), self.at.sequence + 1);
-        if sequence < next {
-            return Ok(Step::NotYet);
-        }
-        self.check(&header, room)?;
+        let Some((offset, header)) = self.next_header(&self.at, ring)? else { return Ok(Step::NotYet) };
         if header.section.kind.get() == kind::PAD {
-            self.at = Place { sequence, consumed: self.at.consumed + room as u64, ..self.at };
-            self.spool.note(&self.at);
+            self.set_place(self.at.after_pad(header.sequence.get(), self.shape.room(self.at.consumed)));
             return Ok(Step::Spooled);
         }
         self.take(ring, offset, &header)
     }
 
+    /// The header of the segment that comes at `at`, if it is there, whole and believed; and where in `ring` it lies.
+    pub(super) fn next_header<R: RingBytes + ?Sized>(
+        &self,
+        at: &Place,
+        ring: &R,
+    ) -> Result<Option<(usize, SegmentHeader)>, RingError> {
+        let wanted = SEGMENTS_OFFSET + self.shape.bytes as usize;
+        if ring.len() < wanted {
+            return Err(RingError::Resized { found: ring.len(), wanted });
+        }
+        let (offset, room) = self.shape.place(at.consumed);
+        let mut header = SegmentHeader::new_zeroed();
+        ring.read(offset, header.as_mut_bytes());
+        if !header.is_whole() || header.nonce.get() != at.nonce || header.sequence.get() <= at.sequence {
+            return Ok(None);
+        }
+        self.check(at, &header, room)?;
+        Ok(Some((offset, header)))
+    }
+
     /// Checks what a whole header says before any of it is used.
-    fn check(&self, header: &SegmentHeader, room: usize) -> Result<(), RingError> {
-        let (sequence, wanted) = (header.sequence.get(), self.at.sequence + 1);
+    fn check(&self, at: &Place, header: &SegmentHeader, room: usize) -> Result<(), RingError> {
+        let (sequence, wanted) = (header.sequence.get(), at.sequence + 1);
         if sequence != wanted {
             return Err(RingError::Ahead { found: sequence, wanted });
         }
@@ -198,12 +245,12 @@ impl RingReader {
         if len > limit {
             return Err(RingError::BadLength { sequence, len, limit });
         }
-        let (found, wanted) = (Epoch(header.epoch.get()), self.at.epoch.next());
+        let (found, wanted) = (Epoch(header.epoch.get()), at.epoch.next());
         if found != wanted {
             return Err(RingError::WrongEpoch { sequence, found, wanted });
         }
         let first = header.flags.get() & FIRST != 0;
-        if first != (self.at.used == 0) {
+        if first != (at.used == 0) {
             let said = if first { "the first" } else { "a later one" };
             return Err(RingError::OutOfPlace { sequence, said });
         }
@@ -231,17 +278,8 @@ impl RingReader {
         }
         place_header.copy_from_slice(header.as_bytes());
         padding.fill(0);
-        let complete = header.section.kind.get() == kind::TRAILER;
-        self.at = Place {
-            sequence: self.at.sequence + 1,
-            consumed: self.at.consumed + stride as u64,
-            epoch: if complete { epoch.next() } else { epoch },
-            used: used + stride,
-            complete,
-            ..self.at
-        };
-        self.spool.note(&self.at);
-        Ok(if complete { Step::Committed(self.at.epoch) } else { Step::Spooled })
+        self.set_place(self.at.after(header));
+        Ok(if self.at.complete { Step::Committed(self.at.epoch) } else { Step::Spooled })
     }
 }
 

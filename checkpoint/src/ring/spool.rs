@@ -6,6 +6,7 @@
 use super::RingError;
 use crate::guest::Epoch;
 use crate::journal::{Cell, Damaged, KeptState, MemoryFolder};
+use crate::record::{SegmentHeader, kind};
 use belay_transport::region::{Arena, RamFile, RegionError};
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -25,6 +26,31 @@ pub struct Place {
     pub used: usize,
     /// Whether that record is complete.
     pub complete: bool,
+}
+
+impl Place {
+    /// Behind the pad with this sequence number, which fills the `room` that is left in this lap.
+    pub(super) fn after_pad(self, sequence: u64, room: usize) -> Self {
+        Self { sequence, consumed: self.consumed + room as u64, ..self }
+    }
+
+    /// Behind a segment of the record.
+    pub(super) fn after(self, header: &SegmentHeader) -> Self {
+        let complete = header.section.kind.get() == kind::TRAILER;
+        Self {
+            sequence: self.sequence + 1,
+            consumed: self.consumed + header.stride() as u64,
+            epoch: if complete { self.epoch.next() } else { self.epoch },
+            used: self.used + header.stride(),
+            complete,
+            ..self
+        }
+    }
+
+    /// With room for the next record.
+    pub(super) fn given_up(self) -> Self {
+        Self { used: 0, complete: false, ..self }
+    }
 }
 
 /// A place as it is kept.

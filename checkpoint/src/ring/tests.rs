@@ -16,10 +16,29 @@ fn reader(len: usize) -> RingReader {
     RingReader::new(len, NONCE, 256 << 10).unwrap()
 }
 
-/// Takes everything that is there; the records that were complete.
+/// Takes everything that is there; the records that were complete. Both ways, which must say the same of whatever ring.
 pub(super) fn take_all(reader: &mut RingReader, ring: &(impl RingBytes + ?Sized)) -> Result<Vec<Vec<u8>>, RingError> {
+    let mut other = reader.clone();
+    let mut private = vec![0; ring.len()];
+    ring.read(0, &mut private);
+    let (copied, in_place) = (take(reader, ring, None), take(&mut other, ring, Some(Still::Private(&private))));
+    assert!(copied == in_place && reader.place() == other.place(), "{:?} and {:?}", reader.place(), other.place());
+    copied
+}
+
+fn take(
+    reader: &mut RingReader,
+    ring: &(impl RingBytes + ?Sized),
+    still: Option<Still<'_>>,
+) -> Result<Vec<Vec<u8>>, RingError> {
     let mut records = Vec::new();
     loop {
+        if let Some(record) = still.and_then(|ring| reader.in_place(ring)) {
+            records.push(record.whole());
+            let after = record.after();
+            reader.pass(after);
+            continue;
+        }
         match reader.step(ring)? {
             Step::NotYet => return Ok(records),
             Step::Spooled => {}

@@ -13,7 +13,7 @@ use crate::outbox::{Bounds, Outbox, OutputMode};
 use crate::record::kind;
 use crate::ring::{OWNER_REGION_BYTES, RingReader, Spool, Step};
 use crate::staging::{StageError, Stager};
-use crate::testing::packet_bytes;
+use crate::testing::{finish, packet_bytes};
 use belay_transport::{PAGE_SIZE, RegionId};
 use std::collections::VecDeque;
 
@@ -275,7 +275,7 @@ impl Life<'_> {
                     let image = reader.record().expect("a committed record is there");
                     match self.rng.below(3) {
                         0 => {
-                            state.fold_partly(image, self.rng.below(6) as usize);
+                            state.fold_partly(image, &image, self.rng.below(6) as usize);
                             self.lived.halfway_through_a_fold += 1;
                             break;
                         }
@@ -379,7 +379,7 @@ impl Life<'_> {
         if !self.shipper.committed.is_empty() {
             return Err(format!("P5: {:?} committed after the revocation", self.shipper.committed));
         }
-        let recovered = catch.finish(&ring[..]).map_err(|error| format!("P3: {error}"))?;
+        let recovered = finish(catch, &ring, self.nonce & 1 == 0).map_err(|error| format!("P3: {error}"))?;
         self.source_has(recovered.epoch.0, Some(&recovered.device_state))?;
         if self.mode == OutputMode::Lease {
             return Ok(());

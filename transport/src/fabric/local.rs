@@ -13,7 +13,7 @@
 use super::exports::{Exports, MAX_EXPORTS, Right, check_owner_region};
 use super::{
     FabricError, FabricKind, Initiator, Lane, LaneId, LocalKey, MAX_WINDOW, OWNER_EPOCH_OFFSET, Owner, Read, ReadKey,
-    RingKeys, Write,
+    RevokedRing, RingKeys, Write,
 };
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
@@ -187,7 +187,7 @@ impl Owner for LocalOwner {
         Ok(())
     }
 
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), _deadline: Deadline) -> Result<(), FabricError> {
+    fn revoke(&mut self, last_read: &mut dyn FnMut(RevokedRing<'_>), _deadline: Deadline) -> Result<(), FabricError> {
         if std::mem::replace(&mut self.revoked, true) {
             return Ok(());
         }
@@ -196,7 +196,7 @@ impl Owner for LocalOwner {
             fence(Ordering::SeqCst);
         }
         if let Some(ring) = self.exports.ring() {
-            last_read(ring);
+            last_read(RevokedRing::Shared(ring));
         }
         if let Some(file) = self.ring_file.take() {
             // Beside the catch, which waits for nothing here: giving 64 MiB of pages back takes 11 ms. What counts has been read;

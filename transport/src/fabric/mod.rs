@@ -18,15 +18,18 @@
 //!   by a peer is refused by the owner.
 //! * One operation moves 1 to [`MAX_OPERATION_BYTES`] bytes.
 //! * [`Lane::commit`] returns only when the fabric's commit rule (below) holds.
-//! * After [`Owner::revoke`] has returned, nothing the old initiator does can change the ring.
+//! * After [`Owner::revoke`] has returned, nothing the old initiator does can commit, and where the ring was handed over as a [`StillRing`]
+//!   nothing it does can change it.
 
 mod details;
 mod exports;
 pub mod local;
+mod revoked;
 pub mod tcp;
 pub mod verbs;
 
 pub use details::FabricDetails;
+pub use revoked::{RevokedRing, StillRing};
 
 use crate::deadline::Deadline;
 use crate::region::{Extent, Mapping, RamFile};
@@ -297,9 +300,9 @@ pub trait Owner: Send {
     /// at which nothing can commit any more: whatever has committed is in it. Idempotent: a second call reads nothing.
     /// `tcp`: sockets shut and their threads joined; the ring then stands still. `local`: owner epoch bumped, fence; a stale writer
     /// may still scribble while `last_read` runs, so it judges from private copies; then the file is truncated to nothing, and the
-    /// owner's own mapping of it raises SIGBUS too. `verbs`: queue pairs destroyed and the ring deregistered before it is read; guest
-    /// RAM is deregistered afterwards, in the background. Without a ring nothing is read.
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError>;
+    /// owner's own mapping of it raises SIGBUS too. `verbs`: queue pairs stopped and the ring deregistered before it is read, so it stands
+    /// still; guest RAM is deregistered afterwards, in the background. Without a ring nothing is read.
+    fn revoke(&mut self, last_read: &mut dyn FnMut(RevokedRing<'_>), deadline: Deadline) -> Result<(), FabricError>;
 
     /// A descriptor that polls readable once any lane is known to be broken (peer closed or died), or `None` if this fabric
     /// cannot tell.

@@ -3,7 +3,7 @@
 
 use belay_transport::fabric::verbs::VerbsSettings;
 use belay_transport::fabric::{
-    self, FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, Read, ReadKey, RingKeys, Write,
+    self, FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, Read, ReadKey, RevokedRing, RingKeys, Write,
 };
 use belay_transport::region::{Extent, Mapping, RamFile};
 use belay_transport::session::{
@@ -32,14 +32,20 @@ pub fn soon() -> Deadline {
 /// What the owner read of the ring when nothing could commit any more; nothing at a second revocation.
 pub struct Revoked {
     pub bytes: Vec<u8>,
+    /// Whether the fabric says that it stands still.
+    pub still: bool,
 }
 
 /// Revokes `owner`'s session and keeps what it read last.
 pub fn revoke(owner: &mut dyn Owner) -> Revoked {
-    let mut kept = Vec::new();
-    let mut keep = |ring: &Mapping| kept = bytes(ring, 0, ring.len());
+    let (mut kept, mut still) = (Vec::new(), false);
+    let mut keep = |ring: RevokedRing<'_>| {
+        kept = vec![0; ring.len()];
+        ring.read(0, &mut kept);
+        still = matches!(ring, RevokedRing::Still(_));
+    };
     owner.revoke(&mut keep, soon()).unwrap();
-    Revoked { bytes: kept }
+    Revoked { bytes: kept, still }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

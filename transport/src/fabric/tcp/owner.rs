@@ -4,7 +4,7 @@ use super::pipe::{Pieces, receive_bytes, receive_into, tls_flush, tls_read, tls_
 use super::wire::{Operation, REQUEST_BYTES, RESPONSE_BYTES, Request, Response};
 use crate::deadline::Deadline;
 use crate::fabric::exports::{Exports, Right, check_owner_region};
-use crate::fabric::{FabricError, FabricKind, LaneId, Owner, ReadKey, RefusedReason, RingKeys};
+use crate::fabric::{FabricError, FabricKind, LaneId, Owner, ReadKey, RefusedReason, RevokedRing, RingKeys};
 use crate::region::{Extent, Mapping, RamFile};
 use crate::session::{LaneDialer, LaneStream};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -147,7 +147,7 @@ impl Owner for TcpOwner {
         Ok(())
     }
 
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError> {
+    fn revoke(&mut self, last_read: &mut dyn FnMut(RevokedRing<'_>), deadline: Deadline) -> Result<(), FabricError> {
         if std::mem::replace(&mut self.read_last, true) {
             return Ok(());
         }
@@ -160,7 +160,8 @@ impl Owner for TcpOwner {
             return Err(error);
         }
         if let Some(ring) = self.exports.ring() {
-            last_read(ring);
+            // No thread of a lane is left, and nobody else writes there.
+            last_read(RevokedRing::still(ring));
         }
         Ok(())
     }

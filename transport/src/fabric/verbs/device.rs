@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Asynchronous events kept for those who have not looked yet; who is further behind has missed the oldest.
@@ -192,6 +193,8 @@ fn limits(verbs: NonNull<ibv::ibv_context>, port: u8, name: &str) -> Result<Limi
 pub(super) struct Pd {
     pd: NonNull<ibv::ibv_pd>,
     context: Arc<Context>,
+    /// A region could not be deregistered.
+    keeps: AtomicBool,
 }
 
 // SAFETY: libibverbs' functions may be called from any thread.
@@ -204,7 +207,7 @@ impl Pd {
         // SAFETY: the context is open.
         let pd = unsafe { ibv::ibv_alloc_pd(context.as_ptr()) };
         let pd = NonNull::new(pd).ok_or_else(|| VerbsError::last("ibv_alloc_pd", "making a protection domain"))?;
-        Ok(Arc::new(Self { pd, context: Arc::clone(context) }))
+        Ok(Arc::new(Self { pd, context: Arc::clone(context), keeps: AtomicBool::new(false) }))
     }
 
     /// For libibverbs' calls; valid while `self` lives.
@@ -214,6 +217,16 @@ impl Pd {
 
     pub(super) fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// Notes that the device did not deregister a region.
+    pub(super) fn keeps_a_region(&self) {
+        self.keeps.store(true, Ordering::Release);
+    }
+
+    /// Whether every region that was given back was deregistered: only then is it certain that the device works on none of them.
+    pub(super) fn has_let_go(&self) -> bool {
+        !self.keeps.load(Ordering::Acquire)
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 struct MemoryRegion {
     mr: NonNull<ibv::ibv_mr>,
     // After the region: what it is made of.
-    _pd: Arc<Pd>,
+    pd: Arc<Pd>,
     _mapping: Arc<Mapping>,
 }
 
@@ -22,7 +22,9 @@ unsafe impl Send for MemoryRegion {}
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
         // SAFETY: registered once, deregistered once; a queue pair that would use it later gets an error and touches nothing.
-        unsafe { ibv::ibv_dereg_mr(self.mr.as_ptr()) };
+        if unsafe { ibv::ibv_dereg_mr(self.mr.as_ptr()) } != 0 {
+            self.pd.keeps_a_region();
+        }
     }
 }
 
@@ -43,7 +45,7 @@ impl Registrar for PdRegistrar {
         // SAFETY: a region that was just made, which nobody else knows yet.
         let made = unsafe { mr.as_ref() };
         let (lkey, rkey) = (made.lkey, made.rkey);
-        let handle = MemoryRegion { mr, _pd: Arc::clone(&self.0), _mapping: Arc::clone(mapping) };
+        let handle = MemoryRegion { mr, pd: Arc::clone(&self.0), _mapping: Arc::clone(mapping) };
         Ok(Region { lkey, rkey, handle: Box::new(handle) })
     }
 

@@ -19,7 +19,8 @@ use super::{EXPORTS, MAX_LANES_OF_A_KIND};
 use crate::deadline::Deadline;
 use crate::fabric::exports::{Exports, Right, check_owner_region};
 use crate::fabric::{
-    FabricDetails, FabricError, FabricKind, OWNER_EPOCH_OFFSET, Owner, ReadKey, RegistrationObserver, RingKeys,
+    FabricDetails, FabricError, FabricKind, OWNER_EPOCH_OFFSET, Owner, ReadKey, RegistrationObserver, RevokedRing,
+    RingKeys,
 };
 use crate::region::{Extent, Mapping, RamFile};
 use crate::session::{LaneDialer, random};
@@ -255,7 +256,7 @@ impl Owner for VerbsOwner {
         self.shared.permit(id)
     }
 
-    fn revoke(&mut self, last_read: &mut dyn FnMut(&Mapping), deadline: Deadline) -> Result<(), FabricError> {
+    fn revoke(&mut self, last_read: &mut dyn FnMut(RevokedRing<'_>), deadline: Deadline) -> Result<(), FabricError> {
         if self.read_last {
             return Ok(());
         }
@@ -276,7 +277,8 @@ impl Owner for VerbsOwner {
         }
         self.read_last = true;
         if let Some(ring) = self.exports.ring() {
-            last_read(ring);
+            // Where the device would not give it back, the queue pairs' error state has to do; what is read twice asks for more.
+            last_read(if self.pd.has_let_go() { RevokedRing::still(ring) } else { RevokedRing::Shared(ring) });
         }
         let rest = self.exported.drain(..).map(|exported| exported.registered).collect();
         let releasing = Releasing::start(rest);

@@ -13,7 +13,7 @@ use super::{UNREACHABLE_AFTER, VerbsInitiator, VerbsOwner, VerbsSettings};
 use crate::deadline::Deadline;
 use crate::fabric::{
     FabricError, FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, Read, ReadKey, RefusedReason,
-    RingKeys, Write,
+    RevokedRing, RingKeys, Write,
 };
 use crate::region::{Extent, Mapping, RamFile};
 use crate::session::{
@@ -306,7 +306,11 @@ fn after_revocation_a_stale_destinations_read_and_write_both_fail_before_guest_r
     checkpoint.commit(&w.write(0, 8), soon()).unwrap();
     // As a stale destination would: it has not heard of the revocation, and posts at once.
     let (mut read_in_ring, begun) = (0, Instant::now());
-    w.owner.revoke(&mut |ring| read_in_ring = first_byte(ring), soon()).unwrap();
+    let mut last_read = |ring: RevokedRing<'_>| {
+        assert!(matches!(ring, RevokedRing::Still(_)), "deregistered");
+        ring.read(0, std::slice::from_mut(&mut read_in_ring));
+    };
+    w.owner.revoke(&mut last_read, soon()).unwrap();
     let revoked_in = begun.elapsed();
     w.local.write(0, &[0x55; 4096]);
     let still_pinned = w.owner.releasing.as_mut().expect("under way").wait(Deadline::after(Duration::ZERO)).is_none();

@@ -8,8 +8,7 @@ use belay_checkpoint::fold::CatchError;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::Deadline;
-use belay_transport::fabric::OWNER_EPOCH_OFFSET;
-use belay_transport::region::Mapping;
+use belay_transport::fabric::{OWNER_EPOCH_OFFSET, RevokedRing};
 use belay_transport::stop_point::reached;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -36,9 +35,9 @@ impl Source<'_> {
         reached("catch-unrevoked");
         let (catch, recovered) = (&mut self.catch, &mut self.last_read);
         let mut folding = Duration::ZERO;
-        let mut last_read = |ring: &Mapping| {
+        let mut last_read = |ring: RevokedRing<'_>| {
             let begun = Instant::now();
-            *recovered = catch.take().map(|catch| catch.finish(ring));
+            *recovered = catch.take().map(|catch| catch.finish(&ring));
             folding = begun.elapsed();
         };
         let revoked = match (&mut self.live, &self.left) {
@@ -48,7 +47,7 @@ impl Source<'_> {
             (None, Some(left)) => {
                 left.owner_region.atomic_u64(OWNER_EPOCH_OFFSET).fetch_add(1, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
-                last_read(&left.ring);
+                last_read(RevokedRing::Shared(&left.ring));
                 Ok(())
             }
             (None, None) => Ok(()),

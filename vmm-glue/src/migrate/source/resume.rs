@@ -9,6 +9,7 @@ use crate::migrate::protocol::{self, ToDestination, ToSource};
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::Deadline;
+use belay_transport::fabric::RevokedRing;
 use belay_transport::session::{SessionError, SourceSession};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -164,10 +165,10 @@ impl Source<'_> {
         }
         let Some(catch) = &mut self.catch else { return Ok(()) };
         let mut drained = Ok(());
-        let mut last_read = |ring: &belay_transport::region::Mapping| drained = catch.drain(ring).map(|_| ());
+        let mut last_read = |ring: RevokedRing<'_>| drained = catch.drain(&ring).map(|_| ());
         match (&mut self.live, &self.left) {
             (Some(live), _) => live.owner.revoke(&mut last_read, Deadline::after(self.config.bounds.revoke))?,
-            (None, Some(left)) => last_read(&left.ring),
+            (None, Some(left)) => last_read(RevokedRing::Shared(&left.ring)),
             (None, None) => {}
         }
         // Its ring is read, and with `local` gone: what a catch needs is in RAM and in the fold state now.
