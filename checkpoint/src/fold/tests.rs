@@ -315,7 +315,7 @@ fn a_revoked_ring_of_another_size_is_an_error() {
 /// Two disks that note what is done to them, and fail when told to.
 #[derive(Debug, Default)]
 struct Disks {
-    done: std::sync::Mutex<Vec<Vec<u8>>>,
+    done: Mutex<Vec<Vec<u8>>>,
     full: std::sync::atomic::AtomicBool,
 }
 
