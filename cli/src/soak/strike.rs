@@ -5,6 +5,7 @@ use super::case::{Phase, Strike};
 use super::conduct::{ConductError, Run, io, noticed};
 use super::{stage, takeover};
 use belay_vmm_glue::migrate::observation::Kind;
+use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketAddrAny, getpeername, shutdown};
 use rustix::process::{Pid, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd};
 use std::time::{Duration, Instant};
@@ -155,11 +156,18 @@ fn cut_sockets(run: &Run) -> std::io::Result<()> {
         let target = std::fs::read_link(entry.path()).unwrap_or_default();
         let number = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
         let (Some(number), true) = (number, target.to_string_lossy().starts_with("socket:")) else { continue };
-        let socket = pidfd_getfd(run.source.pidfd(), number, PidfdGetfdFlags::empty())?;
+        // Once one is cut, the source closes the others by itself.
+        let socket = match pidfd_getfd(run.source.pidfd(), number, PidfdGetfdFlags::empty()) {
+            Ok(socket) => socket,
+            Err(Errno::BADF) => continue,
+            Err(error) => return Err(error.into()),
+        };
         let peer = getpeername(&socket).ok().flatten();
         if peer.is_some_and(|peer| is_at(&peer, &theirs)) {
-            shutdown(&socket, Shutdown::Both)?;
-            cut += 1;
+            match shutdown(&socket, Shutdown::Both) {
+                Ok(()) | Err(Errno::NOTCONN) => cut += 1,
+                Err(error) => return Err(error.into()),
+            }
         }
     }
     match cut {
