@@ -19,6 +19,17 @@ pub(super) type PageRegion = pagemap::PageRegion;
 /// nothing would ever be reported.
 const WRITTEN: Query =
     Query { flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, categories: PAGE_IS_WRITTEN, inverted: false };
+const WRITTEN_LEFT: Query = Query { flags: PM_SCAN_CHECK_WPASYNC, ..WRITTEN };
+
+/// What becomes of written pages that a scan reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// They stay writable, and the next scan reports them too.
+    Left,
+    /// They are protected. The kernel tells KVM of *everything* between start and end for that (an mmu notifier), and the guest pays with a
+    /// fault of its second-level page tables for each page there that it touches next: so this is for ranges that were looked through before.
+    Protected,
+}
 
 /// Whether the page at `start` is mapped. EPERM when it is, but not registered for asynchronous write protection; ENOTTY when the
 /// kernel has no PAGEMAP_SCAN. Changes nothing.
@@ -41,9 +52,19 @@ pub(super) fn protect(pagemap: impl AsFd, start: u64, end: u64) -> Result<(), Er
     Ok(())
 }
 
-/// Reports written pages of `start..end` into `found` and protects them again. How many runs it found, and how far it came: short
+/// Reports written pages of `start..end` into `found`. How many runs it found, and how far it came: short
 /// of `end` when `found` is full or the kernel broke off.
-pub(super) fn scan(pagemap: impl AsFd, start: u64, end: u64, found: &mut [PageRegion]) -> Result<(usize, u64), Errno> {
+pub(super) fn scan(
+    pagemap: impl AsFd,
+    written: Written,
+    start: u64,
+    end: u64,
+    found: &mut [PageRegion],
+) -> Result<(usize, u64), Errno> {
     assert!(!found.is_empty(), "a scan needs room for what it finds");
-    pagemap::scan(pagemap, WRITTEN, start, end, found)
+    let query = match written {
+        Written::Left => WRITTEN_LEFT,
+        Written::Protected => WRITTEN,
+    };
+    pagemap::scan(pagemap, query, start, end, found)
 }

@@ -3,7 +3,7 @@
 //! The threads and their buffers are made once; a scan allocates nothing. A buffer travels to a thread with a piece of the range
 //! and comes back with what was found there, so no two threads ever touch the same set.
 
-use super::pagemap::{self, PageRegion};
+use super::pagemap::{self, PageRegion, Written};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -24,6 +24,7 @@ const SCAN_BOUND: Duration = Duration::from_secs(30);
 const MOST_THREADS: usize = 8;
 
 struct Piece {
+    written: Written,
     range: Range<u64>,
     buffer: Box<[PageRegion]>,
 }
@@ -38,6 +39,8 @@ pub(super) struct Scanners {
     pagemap: Arc<OwnedFd>,
     buffers: Vec<Box<[PageRegion]>>,
     pool: Option<Pool>,
+    /// Ranges of less than this altogether are not shared out.
+    alone_below: u64,
 }
 
 struct Pool {
@@ -59,23 +62,25 @@ impl Scanners {
         // Two a thread: one is being filled while the other is being emptied.
         let buffers: Vec<_> = std::iter::repeat_with(buffer).take((threads * 2).max(1)).collect();
         let pool = if threads > 1 { Some(Pool::start(&pagemap, threads, buffers.len())?) } else { None };
-        Ok(Self { pagemap, buffers, pool })
+        Ok(Self { pagemap, buffers, pool, alone_below: BYTES_A_THREAD })
     }
 
-    /// Gives every run of written pages in `ranges` to `each`, and protects them again. After an error some written pages may have
-    /// been protected without having been given to `each`: the caller must not go on as if nothing was.
+    /// Gives every run of written pages in `ranges` to `each`, in no order. Where they are protected, some may have been without having been given
+    /// to `each` after an error: the caller must not go on as if nothing was.
     pub(super) fn scan(
         &mut self,
-        ranges: impl Iterator<Item = Range<u64>>,
+        written: Written,
+        ranges: &[Range<u64>],
         mut each: impl FnMut(&PageRegion),
     ) -> Result<(), Errno> {
+        let bytes: u64 = ranges.iter().map(|range| range.end - range.start).sum();
         match &self.pool {
-            Some(pool) => pool.scan(&mut self.buffers, ranges, &mut each),
-            None => {
+            Some(pool) if bytes >= self.alone_below => pool.scan(&mut self.buffers, written, ranges, &mut each),
+            _ => {
                 let buffer = &mut self.buffers[0];
-                for mut range in ranges {
+                for mut range in ranges.iter().cloned() {
                     while !range.is_empty() {
-                        let (runs, walked) = pagemap::scan(&self.pagemap, range.start, range.end, buffer)?;
+                        let (runs, walked) = pagemap::scan(&self.pagemap, written, range.start, range.end, buffer)?;
                         buffer[..runs].iter().for_each(&mut each);
                         range.start = walked;
                     }
@@ -95,7 +100,7 @@ impl Pool {
             std::thread::Builder::new().name(format!("belay-scan-{number}")).spawn(move || {
                 for mut piece in pieces {
                     let Range { start, end } = piece.range;
-                    let outcome = pagemap::scan(&pagemap, start, end, &mut piece.buffer);
+                    let outcome = pagemap::scan(&pagemap, piece.written, start, end, &mut piece.buffer);
                     if scanned.send(Scanned { piece, outcome }).is_err() {
                         return;
                     }
@@ -109,12 +114,13 @@ impl Pool {
     fn scan(
         &self,
         buffers: &mut Vec<Box<[PageRegion]>>,
-        ranges: impl Iterator<Item = Range<u64>>,
+        written: Written,
+        ranges: &[Range<u64>],
         each: &mut impl FnMut(&PageRegion),
     ) -> Result<(), Errno> {
         let work = self.work.as_ref().expect("the pool is only closed when it is dropped");
-        let mut pieces = ranges.flat_map(|range| {
-            let Range { start, end } = range;
+        let mut pieces = ranges.iter().flat_map(|range| {
+            let Range { start, end } = range.clone();
             (start..end).step_by(PIECE_BYTES as usize).map(move |at| at..end.min(at + PIECE_BYTES))
         });
         let (mut in_flight, mut failed) = (0_usize, None);
@@ -126,7 +132,7 @@ impl Pool {
                     buffers.push(buffer);
                     break;
                 };
-                work.send(Piece { range, buffer }).map_err(|_| Errno::PIPE)?;
+                work.send(Piece { written, range, buffer }).map_err(|_| Errno::PIPE)?;
                 in_flight += 1;
             }
             if in_flight == 0 {
@@ -164,6 +170,6 @@ impl Drop for Pool {
 impl Scanners {
     /// With this many threads, whatever the size.
     pub(super) fn for_test(pagemap: Arc<OwnedFd>, threads: usize) -> Self {
-        Self::with_threads(pagemap, threads).expect("threads")
+        Self { alone_below: 0, ..Self::with_threads(pagemap, threads).expect("threads") }
     }
 }

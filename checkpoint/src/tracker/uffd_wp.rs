@@ -10,11 +10,16 @@
 //! A huge page is protected, and reported, as a whole. Which of its 4 KiB pages were written is told by a hash of what each held when it was last
 //! put into a record ([`super::hashes`]): 16 bytes a page of huge blocks, and all of a huge page the first time.
 //!
+//! A harvest looks through all of the guest first, and then protects what was written, span by span: protecting a range makes KVM forget what it
+//! knows of all of it, written or not. Right before the pause the same is done with the guest running ([`DirtyTracker::prepare`]), so that the pause looks
+//! through the guest and finds little to protect.
+//!
 //! Cost: [`DirtyTracker::start`] puts a marker in place of every page that is in no page table (a page table entry each), after
 //! which such pages are clean to every scan and cost what present ones do.
 
+use super::back_off::BackOff;
 use super::hashes::{Content, Hashes};
-use super::pagemap;
+use super::pagemap::{self, PageRegion, Written};
 use super::scanners::Scanners;
 use crate::dirty::DirtySet;
 use crate::guest::{DirtyTracker, GuestError, RamBlock, TrackerKind};
@@ -31,6 +36,12 @@ use std::sync::Arc;
 /// What the VMM's userfaultfd must have been opened with, beside registering guest RAM for write-protect faults.
 pub const REQUIRED_FEATURES: Features = Features::WP_ASYNC.union(Features::WP_UNPOPULATED).union(Features::WP_SHMEM);
 
+/// Clean bytes between two written pages that are protected along with them: a system call more costs as much as some thousand pages do.
+const GAP: u64 = 2 << 20;
+/// Where fewer pages than this are expected none is made ready: that takes a look through all of the guest. As many are expected as were found last,
+/// and a quarter less each time after.
+const WORTH_A_LOOK: u64 = 256;
+
 /// Whose address space guest RAM is mapped and registered in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WhoseMemory {
@@ -46,6 +57,14 @@ pub struct UffdWpTracker {
     pagemap: Arc<OwnedFd>,
     blocks: Vec<Block>,
     scanners: Scanners,
+    /// Where something was written, by the last look.
+    spans: Vec<Range<u64>>,
+    /// Protected again and not yet harvested; of those, how many were written again.
+    ahead: DirtySet,
+    again: u64,
+    back_off: BackOff,
+    /// Pages that the next harvest is likely to find.
+    expected: u64,
     /// Of the blocks of huge pages: the alias of each, and what its pages held last.
     huge: Vec<(RegionId, Arc<Mapping>, Hashes)>,
     /// A scan failed half way, so that some written pages are protected again and were never reported.
@@ -93,9 +112,75 @@ impl UffdWpTracker {
         let bytes = blocks.iter().map(|block| block.end - block.start).sum();
         let scanners = Scanners::new(Arc::clone(&pagemap), bytes)
             .map_err(|source| GuestError::Io { doing: "start scanning threads".into(), source })?;
-        let tracker = Self { whose, pagemap, blocks, scanners, huge, lost_track: false };
+        let pages = |block: &Block| (block.id, (block.end - block.start) >> PAGE_SHIFT);
+        let ahead = DirtySet::new(blocks.iter().map(pages));
+        let (spans, back_off) = (Vec::new(), BackOff::default());
+        let (again, expected, lost_track) = (0, 0, false);
+        let tracker =
+            Self { whose, pagemap, blocks, scanners, spans, ahead, again, back_off, expected, huge, lost_track };
         tracker.check_mapped()?;
         Ok(tracker)
+    }
+
+    /// Looks for written pages and forms spans of them; how many pages.
+    fn look(&mut self) -> Result<u64, GuestError> {
+        let Self { scanners, spans, blocks, .. } = self;
+        let ranges: Vec<_> = blocks.iter().map(Block::range).collect();
+        spans.clear();
+        let mut bytes = 0;
+        let looked = scanners.scan(Written::Left, &ranges, |run| {
+            bytes += run.end - run.start;
+            // Pieces of memory come in no order, and the runs of one piece in theirs. What lies between two blocks is nobody's.
+            let block = blocks.iter().find(|block| block.range().contains(&run.start));
+            match spans.last_mut() {
+                Some(last)
+                    if (last.end..=last.end + GAP).contains(&run.start)
+                        && block.is_some_and(|block| block.range().contains(&last.start)) =>
+                {
+                    last.end = run.end;
+                }
+                _ => spans.push(run.start..run.end),
+            }
+        });
+        looked.map_err(|errno| self.refused(errno))?;
+        Ok(bytes >> PAGE_SHIFT)
+    }
+
+    /// Protects what is written in the spans and adds it to a set; how many of its pages were there already.
+    fn protect(&mut self, into: &mut DirtySet) -> Result<u64, GuestError> {
+        let Self { scanners, spans, blocks, .. } = self;
+        let (before, mut pages) = (into.len(), 0);
+        let scanned = scanners.scan(Written::Protected, spans, |run| pages += insert(blocks, run, into));
+        scanned.map_err(|errno| self.refused(errno))?;
+        Ok(pages - (into.len() - before))
+    }
+
+    fn refused(&self, errno: Errno) -> GuestError {
+        refusal(self.whose, errno, self.blocks.first().map_or(RegionId(0), |block| block.id))
+    }
+
+    fn try_prepare(&mut self) -> Result<(), GuestError> {
+        let mut passes = self.back_off.passes();
+        // One: another look is as long as the pause would be without it.
+        if passes.are_left() && passes.another(self.look()?) {
+            let mut ahead = std::mem::replace(&mut self.ahead, DirtySet::new([]));
+            let again = self.protect(&mut ahead);
+            self.ahead = ahead;
+            self.again += again?;
+        }
+        Ok(())
+    }
+
+    fn try_harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
+        let before = into.len();
+        into.merge(&self.ahead);
+        self.look()?;
+        let again = self.again + self.protect(into)?;
+        self.back_off.harvested(self.ahead.len(), again);
+        self.ahead.clear();
+        self.again = 0;
+        self.expected = (into.len() - before).max(self.expected / 4 * 3);
+        self.check_mapped()
     }
 
     /// Whether every block is mapped and registered, to its last page.
@@ -134,8 +219,18 @@ impl DirtyTracker for UffdWpTracker {
                 .map_err(|errno| refusal(self.whose, errno, block.id))?;
         }
         self.check_mapped()?;
-        self.lost_track = false;
+        self.ahead.clear();
+        (self.again, self.expected, self.lost_track) = (0, 0, false);
         Ok(())
+    }
+
+    fn prepare(&mut self) -> Result<(), GuestError> {
+        if self.lost_track || self.expected < WORTH_A_LOOK {
+            return Ok(());
+        }
+        let outcome = self.try_prepare();
+        self.lost_track |= outcome.is_err();
+        outcome
     }
 
     fn harvest(&mut self, into: &mut DirtySet) -> Result<(), GuestError> {
@@ -144,15 +239,7 @@ impl DirtyTracker for UffdWpTracker {
                 "an earlier harvest failed half way, so pages written since may be unknown; start tracking anew";
             return Err(GuestError::NoTracker { kind: TrackerKind::UffdWp, reason: reason.into() });
         }
-        let blocks = &self.blocks;
-        let scanned = self.scanners.scan(blocks.iter().map(Block::range), |run| {
-            let block = blocks.iter().find(|block| block.range().contains(&run.start));
-            let block = block.expect("the kernel reports nothing outside the range it was given");
-            let first = PageIndex((run.start - block.start) >> PAGE_SHIFT);
-            into.insert_run(block.id, first, (run.end - run.start) >> PAGE_SHIFT);
-        });
-        let id = blocks.first().map_or(RegionId(0), |block| block.id);
-        let outcome = scanned.map_err(|errno| refusal(self.whose, errno, id)).and_then(|()| self.check_mapped());
+        let outcome = self.try_harvest(into);
         self.lost_track = outcome.is_err();
         outcome
     }
@@ -178,6 +265,15 @@ impl DirtyTracker for UffdWpTracker {
     fn dirty_so_far(&mut self) -> Option<u64> {
         None
     }
+}
+
+/// Adds a run to a set; its pages.
+fn insert(blocks: &[Block], run: &PageRegion, into: &mut DirtySet) -> u64 {
+    let block = blocks.iter().find(|block| block.range().contains(&run.start));
+    let block = block.expect("the kernel reports nothing outside the range it was given");
+    let pages = (run.end - run.start) >> PAGE_SHIFT;
+    into.insert_run(block.id, PageIndex((run.start - block.start) >> PAGE_SHIFT), pages);
+    pages
 }
 
 /// What an errno of PAGEMAP_SCAN means to whoever wanted to track.

@@ -6,6 +6,7 @@ use belay_transport::PageSize;
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::uffd::{Faults, OpenMode, RegisterModes, Uffd};
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 
 const PAGES: u64 = 2048;
 const PAGE: usize = 4096;
@@ -227,6 +228,79 @@ fn more_runs_than_a_buffer_holds_and_several_threads_miss_nothing() {
         assert_eq!(harvest(&mut tracker, pages), written, "with {threads} threads");
         assert_eq!(harvest(&mut tracker, pages), BTreeSet::new(), "with {threads} threads");
     }
+}
+
+/// As after a harvest of many pages.
+fn prepare(tracker: &mut UffdWpTracker) {
+    (tracker.expected, tracker.back_off.least_pages, tracker.back_off.skip) = (u64::MAX, 1, 0);
+    tracker.prepare().expect("prepare");
+}
+
+#[test]
+fn what_is_protected_ahead_is_in_the_next_harvest_once_and_so_is_what_is_written_after_it() {
+    for threads in [0, 3] {
+        let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+        let mut tracker = started(&memory);
+        tracker.scanners = Scanners::for_test(Arc::clone(&tracker.pagemap), threads);
+        let written: BTreeSet<u64> = (0..600).map(|page| page * 3).collect();
+        written.iter().for_each(|&page| memory.write(page, 1));
+        prepare(&mut tracker);
+        assert_eq!(tracker.ahead.len(), 600);
+        memory.write(9, 2);
+        memory.write(10, 2);
+        let all: BTreeSet<u64> = written.iter().copied().chain([10]).collect();
+        assert_eq!(harvest(&mut tracker, PAGES), all);
+        assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+        // What was ready when tracking began anew is nobody's.
+        memory.write(5, 3);
+        prepare(&mut tracker);
+        tracker.start().expect("start");
+        assert_eq!(harvest(&mut tracker, PAGES), BTreeSet::new());
+    }
+}
+
+#[test]
+fn p3_no_write_made_while_pages_are_protected_ahead_is_missed() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    let mut tracker = started(&memory);
+    let read = |page: u64| memory.guest.load_u64(page as usize * PAGE, Ordering::Relaxed);
+    let mut image: Vec<u64> = (0..PAGES).map(read).collect();
+    for round in 1..=30_u64 {
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                for step in 0..400 {
+                    let page = (step * step * 7 + round * 13) % PAGES;
+                    memory.guest.store_u64(page as usize * PAGE, round << 32 | step, Ordering::Relaxed);
+                }
+            });
+            while !writing.is_finished() {
+                prepare(&mut tracker);
+            }
+        });
+        for page in harvest(&mut tracker, PAGES) {
+            image[page as usize] = read(page);
+        }
+        assert!(image.iter().copied().eq((0..PAGES).map(read)), "round {round}");
+    }
+}
+
+#[test]
+fn a_harvest_is_made_ready_where_many_pages_are_expected_and_few_are_soon_expected() {
+    let Some(memory) = Memory::new(PAGES, Faults::None) else { return };
+    let mut tracker = started(&memory);
+    for round in 0..3_u8 {
+        (0..PAGES).for_each(|page| memory.write(page, round));
+        tracker.prepare().expect("prepare");
+        assert_eq!(tracker.ahead.len() > 0, round > 0, "the first time nothing says that there will be many");
+        harvest(&mut tracker, PAGES);
+    }
+    for _ in 0..10 {
+        memory.write(1, 1);
+        harvest(&mut tracker, PAGES);
+    }
+    (0..PAGES).for_each(|page| memory.write(page, 9));
+    tracker.prepare().expect("prepare");
+    assert_eq!(tracker.ahead.len(), 0);
 }
 
 #[test]
