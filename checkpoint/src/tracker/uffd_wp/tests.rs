@@ -291,7 +291,7 @@ fn a_harvest_is_made_ready_where_many_pages_are_expected_and_few_are_soon_expect
     for round in 0..3_u8 {
         (0..PAGES).for_each(|page| memory.write(page, round));
         tracker.prepare().expect("prepare");
-        assert_eq!(tracker.ahead.len() > 0, round > 0, "the first time nothing says that there will be many");
+        assert_eq!(!tracker.ahead.is_empty(), round > 0, "the first time nothing says that there will be many");
         harvest(&mut tracker, PAGES);
     }
     for _ in 0..10 {
