@@ -27,7 +27,7 @@ fn p2_of_a_qemu_guests_hosts_the_one_that_is_left_has_the_guest_with_the_arbiter
     let (place, folder) = (Place::new(), shared_memory());
     let machine = Machine::of("q35", Some(linux));
     let source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
 
     let (mut destination, to) = receive(&place, folder.path(), &machine, &goes_on);
     let mut sender = send(&place, &to, &source.socket, &tethered);

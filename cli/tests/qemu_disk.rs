@@ -106,7 +106,7 @@ impl Tethered {
     fn of(place: Place, folder: SharedMemory, shared: Shared, machine: Machine, local: bool, sending: &[&str]) -> Self {
         let listen = if local { format!("unix:{}", place.text("door")) } else { LOOPBACK.to_owned() };
         let source = Qemu::start(&place, folder.path(), &machine, "here");
-        source.console.wait_until_booted();
+        source.wait_until_booted();
         source.console.wait_for_disk(1);
         let (mut destination, to) = receive(&place, folder.path(), &machine, &listen);
         // Long enough that a destination which is struck has always written something that is not committed.
@@ -337,7 +337,7 @@ fn moves(more: &[&str]) {
     let machine = machine(linux);
     let mut shared = Shared::new(&place, folder.path());
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     source.console.wait_for_disk(1);
     let (mut destination, to) = receive(&place, folder.path(), &machine, LOOPBACK);
     let mut sender = send(&place, folder.path(), &to, &source.socket, more);
@@ -365,7 +365,7 @@ fn p9_a_source_whose_disk_relay_is_killed_says_so_and_leaves_the_guest_where_it_
     let machine = machine(linux);
     let mut shared = Shared::new(&place, folder.path());
     let source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     source.console.wait_for_disk(1);
     let (mut destination, to) = receive(&place, folder.path(), &machine, LOOPBACK);
     let mut sender = send(&place, folder.path(), &to, &source.socket, &["--release", "never", "--period", "100ms"]);

@@ -18,7 +18,7 @@ fn moves_and_moves_on(program: Option<String>, kind: &'static str, vcpus: usize)
     let (place, folders) = (Place::new(), [shared_memory(), shared_memory()]);
     let machine = Machine { program, vcpus, ..Machine::of(kind, Some(linux)) };
     let mut source = Qemu::start(&place, folders[0].path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let door = format!("unix:{}", place.text("door"));
     let (mut monitor, mut before, mut left_to_itself) = (source.socket.clone(), source.console.ticks(), Vec::new());
     for (folder, listen) in folders.iter().zip(["127.0.0.1:0", &door]) {

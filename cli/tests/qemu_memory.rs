@@ -47,7 +47,7 @@ fn a_guest_on_huge_pages_is_caught_and_of_a_page_that_it_wrote_only_what_changed
     };
     let machine = Machine::of("q35", Some(linux));
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
     let mut sender = send(&place, &to, &source.socket, &["--release", "never", "--period", "25ms"]);
     destination.wait_for_event("all-landed");
@@ -89,7 +89,7 @@ fn memory_that_a_guest_gave_back_in_mid_pull_is_zero_when_it_takes_it_again_and_
     let balloon = ["-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on"].map(str::to_owned).to_vec();
     let machine = Machine { blocks: vec![MIB as usize], churn: 48, more: balloon, ..Machine::of("pc", Some(linux)) };
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     source.console.wait_for_churn(1);
     // belay has the first monitor.
     let second = place.path("second");
@@ -155,7 +155,7 @@ fn p2_whoever_has_a_second_monitor_cannot_have_a_guest_run_that_has_left() {
     let second = place.path("second");
     with_second.more.extend(["-qmp".to_owned(), format!("unix:{},server=on,wait=off", second.display())]);
     let mut source = Qemu::start(&place, folder.path(), &with_second, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let mut qmp = monitor(&second);
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
     let mut sender = send(&place, &to, &source.socket, &["--release", "never", "--period", "50ms"]);

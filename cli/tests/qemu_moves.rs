@@ -22,7 +22,7 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
     let (place, folder) = (Place::new(), shared_memory());
     let machine = Machine::of("pc", Some(linux));
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
     let mut sender = send(&place, &to, &source.socket, &["--policy", "none"]);
     assert_eq!(sender.end(), 0, "{}", sender.story());
@@ -53,7 +53,7 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
 fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let (place, folder) = (Place::new(), shared_memory());
     let mut source = Qemu::start(&place, folder.path(), machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), machine, &[]);
     let mut sender = send(&place, &to, &source.socket, &["--release", "never"]);
     destination.wait_for_event("all-landed");

@@ -48,7 +48,7 @@ impl Home {
         }
         let (relay, hand) = relay(&place, folder.path(), "here", &network);
         let source = Qemu::start(&place, folder.path(), &machine, "here");
-        source.console.wait_until_booted();
+        source.wait_until_booted();
         network.wait_for(200);
         Some(Self { place, folder, network, machine, relay, hand, source })
     }

@@ -26,7 +26,7 @@ impl Away {
         let (place, folder) = (Place::new(), shared_memory());
         let machine = Machine { blocks: vec![64, 64], obeys: true, ..Machine::of("q35", Some(linux)) };
         let source = Qemu::start(&place, folder.path(), &machine, "here");
-        source.console.wait_until_booted();
+        source.wait_until_booted();
         let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
         let sender = send(&place, &to, &source.socket, &[&["--release", "never"], sent].concat());
         destination.wait_for_event("all-landed");
@@ -160,7 +160,7 @@ fn a_guest_that_powers_itself_off_before_it_has_left_is_said_to_have_ended() {
     let (place, folder) = (Place::new(), shared_memory());
     let machine = Machine { blocks: vec![64, 64], obeys: true, ..Machine::of("q35", Some(linux)) };
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let (mut destination, to) = receive(&place, folder.path(), &machine, &[]);
     let mut sender = send(&place, &to, &source.socket, &["--stop-at", "source-prepared"]);
     let end = Instant::now() + BOUND;

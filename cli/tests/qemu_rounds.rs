@@ -172,7 +172,7 @@ fn a_guest_is_caught_round_after_round_and_moves_again_from_where_it_came_back()
     let blocks = if kind == "microvm" { vec![mib] } else { vec![mib / 2, mib / 2] };
     let machine = Machine { vcpus: 2, blocks, ..Machine::of(kind, Some(linux)) };
     let source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     let mut here =
         Here { pid: source.pid(), monitor: source.socket.clone(), console: folder.path().join("here-console") };
     let begun = Instant::now();

@@ -29,7 +29,7 @@ impl Scene {
         let (place, folder) = (Place::new(), shared_memory());
         let machine = Machine { vcpus: 2, blocks: vec![64, 64], ..Machine::of("q35", Some(linux)) };
         let source = Qemu::start(&place, folder.path(), &machine, "here");
-        source.console.wait_until_booted();
+        source.wait_until_booted();
         let (mut server, listen) = receive(&place, folder.path(), &machine, received);
         let sender = send(&place, &listen, &source.socket, sent);
         let qemu = started(&mut server);

@@ -44,7 +44,7 @@ fn p3_p4_a_guest_with_a_virtio_disk_and_a_network_is_caught_whole_and_its_conver
     let (_disk_here, disk_here) = disk_relay(&place, folder.path(), &image, "here", &[]);
     let (_disk_there, disk_there) = disk_relay(&place, folder.path(), &image, "there", &["--incoming"]);
     let mut source = Qemu::start(&place, folder.path(), &machine, "here");
-    source.console.wait_until_booted();
+    source.wait_until_booted();
     source.console.wait_for_disk(1);
     network.wait_for(100);
 
