@@ -267,6 +267,8 @@ pub struct Qemu {
     child: Child,
     pub socket: PathBuf,
     pub console: Console,
+    /// Whether a guest that starts again does so in the same QEMU (no `-no-reboot`).
+    reboots: bool,
 }
 
 impl Qemu {
@@ -282,7 +284,8 @@ impl Qemu {
         // SAFETY: prctl(2) may be called between fork and exec.
         unsafe { command.pre_exec(die_with_the_test) };
         let child = command.spawn().expect("QEMU starts");
-        let qemu = Self { child, socket, console: Console(folder.join(format!("{name}-console"))) };
+        let console = Console(folder.join(format!("{name}-console")));
+        let qemu = Self { child, socket, console, reboots: machine.obeys };
         drop(qemu.qmp());
         qemu
     }
@@ -294,6 +297,7 @@ impl Qemu {
     /// Waits until it has booted, and has ticked a little. A Linux that says nothing for long has lost an interrupt of an emulated timer while it
     /// brought up its processors, which has nothing to do with belay: it is reset, as whoever sits before it would.
     pub fn wait_until_booted(&self) {
+        let mut was_reset = false;
         for _ in 0..BOOTS {
             let end = Instant::now() + BOOTED / BOOTS;
             while self.console.ticks().is_empty() && Instant::now() < end {
@@ -303,9 +307,19 @@ impl Qemu {
                 break;
             }
             eprintln!("{} is reset: it has said {:?}", self.socket.display(), self.console.last_words());
-            self.qmp().execute("system_reset", json!({}), Deadline::after(BOUND)).expect("an answer");
+            let mut qmp = self.qmp();
+            let mut ask =
+                |command, arguments| qmp.execute(command, arguments, Deadline::after(BOUND)).expect("an answer");
+            ask("set-action", json!({ "reboot": "reset" }));
+            ask("system_reset", json!({}));
+            was_reset = true;
         }
         self.console.wait_for(20);
+        if was_reset && !self.reboots {
+            // As its command line has it.
+            let mut qmp = self.qmp();
+            qmp.execute("set-action", json!({ "reboot": "shutdown" }), Deadline::after(BOUND)).expect("an answer");
+        }
     }
 
     /// Its monitor. One at a time.
