@@ -439,11 +439,13 @@ fn p7_a_guest_that_does_not_park_by_itself_is_stopped_when_the_outbox_is_full() 
     rig.model.world().parks = false;
     // A guest's kind does not change while it runs, and the tether has begun to wait for one that parks.
     rig.tether.checkpoint_now(soon()).expect("committed");
+    let prepared = rig.model.world().prepared;
     let end = soon();
     while rig.outbox.facts().sent_packets < 2_000 {
         assert!(!end.expired(), "{:?}", rig.outbox.facts());
         std::thread::yield_now();
     }
+    assert_eq!(rig.model.world().prepared, prepared, "nobody would look at the outbox meanwhile");
     rig.catch_and_check();
 }
 
@@ -489,6 +491,7 @@ fn a_reservation_smaller_than_the_guest_closes_epochs_before_they_outgrow_it() {
     let (period, step_time) = (Duration::from_secs(60), Duration::from_micros(200));
     let rig = Setting { pages: 512, overflow, period, step_time, ..Setting::default() }.start();
     rig.commits(3);
+    assert_eq!(rig.model.world().prepared, 0, "nobody would look at how much is dirty meanwhile");
     rig.catch_and_check();
 }
 

@@ -316,9 +316,10 @@ impl TetherLoop {
         self.held_back = began.elapsed();
     }
 
-    /// Does ahead of the pause what can be, unless the guest is stopped already; how long that took.
+    /// Does ahead of the pause what can be; how long that took. Nothing where the guest is stopped already, or has to be watched: this thread is the
+    /// one that stops it before too much is dirty, or held (P7).
     fn prepare(&mut self) -> Result<Duration, GuestError> {
-        if self.paused {
+        if self.paused || self.look().is_some() {
             return Ok(Duration::ZERO);
         }
         let began = Instant::now();
