@@ -203,6 +203,10 @@ static TRACKERS: LazyLock<[&str; 4]> = LazyLock::new(|| {
 /// Percent of RAM by which a moment comes before the pull is held: the last page of a share need not come by itself.
 pub const SHORT_OF_HOLD: u64 = 2;
 
+/// Percent of RAM at which the pull is held, from and below, where the strike waits for a guest that misses pages: its working set is the
+/// first 37 of them, and on a busy host the background brings what it may before the guest has missed any.
+const HELD_FOR_DEMAND: std::ops::Range<u64> = 12..24;
+
 /// When the strike lands.
 #[derive(Debug, Clone, Copy)]
 pub enum Moment {
@@ -254,6 +258,11 @@ impl Case {
                 let point = *points[draw(points.len() as u64) as usize];
                 Moment::At { point, times: 1 + draw(u64::from(point.times)) as u32 }
             }
+        };
+        let waits_for_demand = matches!(moment, Moment::At { point, .. } if point.name == "demand-posted");
+        let percent = match waits_for_demand {
+            true => HELD_FOR_DEMAND.start + percent % (HELD_FOR_DEMAND.end - HELD_FOR_DEMAND.start),
+            false => percent,
         };
         let in_the_middle =
             !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
