@@ -3,9 +3,10 @@
 use crate::error::BenchError;
 use crate::quantity;
 use crate::report::{Better, Case, Measure, Output, Report};
+use belay_checkpoint::json_lines::LinesError;
 use belay_checkpoint::policy::PolicySpec;
 use belay_checkpoint::policy::simulator::{Costs, Outcome, simulate};
-use belay_checkpoint::policy::trace::file::{self, TraceError};
+use belay_checkpoint::policy::trace::file;
 use belay_checkpoint::policy::trace::{Trace, Workload};
 use clap::Args;
 use std::fs::File;
@@ -104,7 +105,7 @@ fn traces(args: &PolicyArgs) -> Result<Vec<(String, Trace)>, BenchError> {
     }
     println!("recorded traces over {} Gb/s, seed {}", args.gbits, args.seed);
     let recorded = |path: &PathBuf| {
-        let file = File::open(path).map_err(TraceError::from).and_then(|file| file::read(BufReader::new(file)));
+        let file = File::open(path).map_err(LinesError::from).and_then(|file| file::read(BufReader::new(file)));
         let trace = file.map_err(|error| bad("a trace", format!("{}: {error}", path.display())))?;
         Ok((path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), trace))
     };

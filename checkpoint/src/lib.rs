@@ -15,6 +15,7 @@ pub mod fuzzing;
 mod golden;
 pub mod guest;
 pub mod journal;
+pub mod json_lines;
 mod mutation;
 pub mod outbox;
 pub mod ownership;

@@ -15,10 +15,11 @@ use crate::report::{Better, Case, Latency, Measure, Output, Plot, Report, Role};
 use crate::rig::{Rig, Shape, Source, soon};
 use crate::table::median;
 use crate::{Fabric, checkpoint, floor};
+use belay_checkpoint::json_lines::LinesError;
 use belay_transport::PageSize;
 use belay_transport::pull::{Engine, Observer, WaitError};
 use belay_transport::region::Mapping;
-use belay_vmm_glue::migrate::faults::file::{self, FaultTraceError};
+use belay_vmm_glue::migrate::faults::file;
 use clap::Args;
 use course::{Course, Speed};
 use indicatif::ProgressBar;
@@ -163,11 +164,8 @@ fn name(path: &Path) -> String {
 fn course(path: &Path, args: &ReplayArgs) -> Result<Course, BenchError> {
     let bad =
         |why: String| BenchError::Options { what: "a trace of faults", why: format!("{}: {why}", path.display()) };
-    let trace = File::open(path).map_err(FaultTraceError::from).and_then(|file| file::read(BufReader::new(file)));
-    let trace = trace.map_err(|error| match error {
-        FaultTraceError::Io(error) => bad(error.to_string()),
-        other => bad(other.to_string()),
-    })?;
+    let trace = File::open(path).map_err(LinesError::from).and_then(|file| file::read(BufReader::new(file)));
+    let trace = trace.map_err(|error| bad(error.to_string()))?;
     let bytes = trace.regions.iter().map(|region| region.frames << region.page_size.shift()).sum::<u64>();
     let (needed, available) = (bytes.saturating_mul(3), checkpoint::available()?);
     if needed > available {
@@ -266,7 +264,7 @@ fn of_policy(mut case: Case, ours: &Rounds, floor: &Rounds, page: usize) -> Case
 }
 
 fn by_floor(wire: floor::Wire, source: &floor::Source, course: &Course) -> Result<Replayed, BenchError> {
-    let fault = floor::Fault { page: course.page_size.bytes(), copy: false };
+    let fault = floor::Fault { page: course.page_size.bytes(), ..floor::SMALL };
     let replayed = floor::replay(wire, source, fault, &course.threads);
     let (touches, last_touch) = replayed.map_err(BenchError::io("the floor's replay"))?;
     Ok(Replayed { touches, last_touch, needless: 0, all: None })

@@ -17,6 +17,7 @@ pub mod operator;
 pub mod peer;
 pub mod protocol;
 pub mod reattach;
+mod recorded;
 pub mod recording;
 mod registering;
 pub mod release;

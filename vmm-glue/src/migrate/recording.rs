@@ -3,7 +3,8 @@
 //! The tether's thread hands over what an epoch held and goes on; a thread of this file's own writes. Where the disk is too slow for that, or
 //! the file as large as it may be, the recording ends there, told of as a state: a trace with a gap would be of another guest.
 
-use super::observation::{Kind, Observer};
+use super::observation::Observer;
+use super::recorded::{Recorded, Written};
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::RamBlock;
 use belay_checkpoint::policy::trace::file::{Stretch, Writer};
@@ -11,62 +12,56 @@ use belay_transport::{PAGE_SIZE, RegionId};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::fs::File;
 use std::io::{self, BufWriter};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Epochs that may wait for the disk.
 const WAITING: usize = 256;
-/// Longest that the end of a migration waits for what is still to be written.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A recording, from when its file is there until it is dropped.
 #[derive(Debug)]
 pub struct Recording {
-    path: PathBuf,
-    observer: Observer,
+    recorded: Recorded,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 enum State {
     /// The file is there; the guest has not come.
-    Waiting {
-        file: File,
-        most_bytes: u64,
-    },
-    /// Hanging up ends it; `written` hangs up when all that was handed over is in the file.
+    Waiting(File),
+    /// Hanging up ends it.
     Going {
         to: Sender<Stretch>,
-        written: Receiver<()>,
+        written: Written,
         regions: Vec<(RegionId, u32)>,
     },
     Over {
-        written: Option<Receiver<()>>,
+        written: Option<Written>,
     },
 }
 
 impl Recording {
     /// Makes `path`, which must not be there. At most `most_bytes` are written.
     pub fn create(path: &Path, most_bytes: u64, observer: Observer) -> io::Result<Self> {
-        let file = File::create_new(path)?;
-        Ok(Self { path: path.to_owned(), observer, state: Mutex::new(State::Waiting { file, most_bytes }) })
+        let (recorded, file) = Recorded::create(path, most_bytes, observer)?;
+        Ok(Self { recorded, state: Mutex::new(State::Waiting(file)) })
     }
 
     /// The guest's memory is known. A tether that begins again goes on with the same recording.
     pub fn begins(&self, memory: &[RamBlock]) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State::Waiting { file, most_bytes } = &*state else { return };
-        *state = match file.try_clone().and_then(|file| self.going(file, *most_bytes, memory)) {
+        let State::Waiting(file) = &*state else { return };
+        *state = match file.try_clone().and_then(|file| self.going(file, memory)) {
             Ok(going) => going,
             Err(error) => {
-                over(&self.observer, &self.path, &error);
+                self.recorded.over(&error);
                 State::Over { written: None }
             }
         };
     }
 
-    fn going(&self, file: File, most_bytes: u64, memory: &[RamBlock]) -> io::Result<State> {
+    fn going(&self, file: File, memory: &[RamBlock]) -> io::Result<State> {
         let (mut regions, mut pages) = (Vec::new(), 0_u32);
         for block in memory {
             regions.push((block.id, pages));
@@ -77,14 +72,7 @@ impl Recording {
         }
         let writer = Writer::new(BufWriter::new(file), pages)?;
         let (to, stretches) = bounded(WAITING);
-        let (done, written) = bounded(1);
-        let (observer, path) = (self.observer.clone(), self.path.clone());
-        std::thread::Builder::new().name("belay-record".into()).spawn(move || {
-            if let Err(error) = write_all(writer, &stretches, most_bytes) {
-                over(&observer, &path, &error);
-            }
-            drop(done);
-        })?;
+        let written = self.recorded.write("belay-record", move |recorded| write_all(writer, &stretches, recorded))?;
         Ok(State::Going { to, written, regions })
     }
 
@@ -103,7 +91,7 @@ impl Recording {
             // The other side has said why.
             Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(_)) => {
-                over(&self.observer, &self.path, &io::Error::other(format!("{WAITING} epochs wait for the disk")));
+                self.recorded.over(&io::Error::other(format!("{WAITING} epochs wait for the disk")));
             }
         }
         state.end();
@@ -126,26 +114,20 @@ impl Drop for Recording {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.end();
         if let State::Over { written: Some(written) } = state {
-            let _ = written.recv_timeout(LAST_WORDS);
+            written.wait();
         }
     }
 }
 
-/// Says that nothing more will be recorded.
-fn over(observer: &Observer, path: &Path, why: &io::Error) {
-    let state = "recording-over".to_owned();
-    observer.note(None, Kind::State { state, why: format!("{} ends here: {why}", path.display()) });
-}
-
-fn write_all(mut writer: Writer<BufWriter<File>>, stretches: &Receiver<Stretch>, most_bytes: u64) -> io::Result<()> {
+fn write_all(
+    mut writer: Writer<BufWriter<File>>,
+    stretches: &Receiver<Stretch>,
+    recorded: &Recorded,
+) -> io::Result<()> {
     for stretch in stretches {
         writer.write(stretch)?;
-        if writer.bytes() >= most_bytes {
-            writer.flush()?;
-            return Err(io::Error::other(format!(
-                "{} bytes were written, which is as much as was asked for",
-                writer.bytes()
-            )));
+        if let Err(full) = recorded.room_beyond(writer.bytes()) {
+            return writer.flush().and(Err(full));
         }
     }
     writer.flush()
@@ -159,6 +141,7 @@ mod tests {
     use belay_transport::PageSize;
     use belay_transport::region::RamFile;
     use std::io::BufReader;
+    use std::path::PathBuf;
     use std::sync::Arc;
 
     fn block(id: u16, pages: usize) -> RamBlock {

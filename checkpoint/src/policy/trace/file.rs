@@ -8,8 +8,9 @@
 //! and what is wrong is told by its line.
 
 use super::{Slot, Trace};
+use crate::json_lines::{LineReader, LineWriter, LinesError};
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, Write};
 use std::time::Duration;
 
 const VERSION: u32 = 1;
@@ -38,17 +39,6 @@ struct Line {
     runs: Vec<(u32, u32)>,
 }
 
-/// Why a file is no trace.
-#[derive(Debug, thiserror::Error)]
-pub enum TraceError {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
-    #[error("line {line}: {what}")]
-    Line { line: usize, what: String },
-    #[error("it has no stretch of time in it")]
-    Empty,
-}
-
 /// A stretch of a guest's time with its pages in runs: what [`Writer`] takes, so that who records need not take pages apart.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stretch {
@@ -70,88 +60,69 @@ impl Stretch {
 
 /// Writes a trace as it comes.
 #[derive(Debug)]
-pub struct Writer<W: Write> {
-    into: W,
-    bytes: u64,
-}
+pub struct Writer<W: Write>(LineWriter<W>);
 
 impl<W: Write> Writer<W> {
     /// Of a guest of so many pages.
     pub fn new(into: W, pages: u32) -> io::Result<Self> {
-        let mut writer = Self { into, bytes: 0 };
-        writer.line(&Head { version: VERSION, pages })?;
-        Ok(writer)
+        let mut lines = LineWriter::new(into);
+        lines.line(&Head { version: VERSION, pages })?;
+        Ok(Self(lines))
     }
 
     /// What the guest did next.
     pub fn write(&mut self, stretch: Stretch) -> io::Result<()> {
         let Stretch { lasts, outputs, runs } = stretch;
-        self.line(&Line { us: u64::try_from(lasts.as_micros()).unwrap_or(u64::MAX), outputs, runs })
+        self.0.line(&Line { us: u64::try_from(lasts.as_micros()).unwrap_or(u64::MAX), outputs, runs })
     }
 
     /// Bytes written so far.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.0.bytes()
     }
 
     /// Hands on what is still in buffers.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.into.flush()
-    }
-
-    fn line(&mut self, line: &impl Serialize) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line)?;
-        text.push(b'\n');
-        self.bytes += text.len() as u64;
-        self.into.write_all(&text)
+        self.0.flush()
     }
 }
 
 /// Reads a whole trace.
-pub fn read(mut from: impl BufRead) -> Result<Trace, TraceError> {
-    let mut text = Vec::new();
-    let mut next = |line: usize| -> Result<Option<Vec<u8>>, TraceError> {
-        text.clear();
-        let length = from.by_ref().take(LONGEST_LINE + 1).read_until(b'\n', &mut text)?;
-        if length as u64 > LONGEST_LINE {
-            return Err(TraceError::Line { line, what: format!("it is longer than {LONGEST_LINE} bytes") });
-        }
-        Ok((length > 0).then(|| std::mem::take(&mut text)))
-    };
-    let bad = |line, what: String| TraceError::Line { line, what };
-    let head = next(1)?.ok_or(TraceError::Empty)?;
-    let Head { version, pages } = serde_json::from_slice(&head).map_err(|error| bad(1, error.to_string()))?;
+pub fn read(from: impl BufRead) -> Result<Trace, LinesError> {
+    const NOTHING: LinesError = LinesError::Empty { what: "stretch of time" };
+    let mut lines = LineReader::new(from);
+    let Head { version, pages } = lines.next(LONGEST_LINE)?.ok_or(NOTHING)?;
     if version != VERSION {
-        return Err(bad(1, format!("version {version}; this belay reads version {VERSION}")));
+        return Err(lines.wrong(format!("version {version}; this belay reads version {VERSION}")));
     }
     let (mut slots, mut writes) = (Vec::new(), 0);
-    let mut line = 2;
-    while let Some(text) = next(line)? {
-        let Line { us, outputs, runs } = serde_json::from_slice(&text).map_err(|error| bad(line, error.to_string()))?;
-        let lasts = Duration::from_micros(us);
-        if lasts > LONGEST_SLOT || outputs > MOST_OUTPUTS || slots.len() == MOST_SLOTS {
-            return Err(bad(
-                line,
-                format!(
-                    "{lasts:?} with {outputs} packets, after {} stretches; {LONGEST_SLOT:?}, {MOST_OUTPUTS} and {MOST_SLOTS} are the most",
-                    slots.len()
-                ),
-            ));
+    while let Some(line) = lines.next::<Line>(LONGEST_LINE)? {
+        if slots.len() == MOST_SLOTS {
+            return Err(lines.wrong(format!("more than {MOST_SLOTS} stretches")));
         }
-        let mut slot = Slot { lasts, pages: Vec::new(), outputs };
-        for (first, count) in runs {
-            let end = first.checked_add(count).filter(|end| *end <= pages);
-            let end = end.ok_or_else(|| bad(line, format!("{count} pages from {first} on; the guest has {pages}")))?;
-            writes += u64::from(count);
-            if writes > MOST_WRITES {
-                return Err(bad(line, format!("more than {MOST_WRITES} pages written so far")));
-            }
-            slot.pages.extend(first..end);
-        }
-        slots.push(slot);
-        line += 1;
+        slots.push(slot(line, pages, &mut writes).map_err(|what| lines.wrong(what))?);
     }
-    if slots.is_empty() { Err(TraceError::Empty) } else { Ok(Trace { pages, slots }) }
+    if slots.is_empty() { Err(NOTHING) } else { Ok(Trace { pages, slots }) }
+}
+
+/// A stretch of a guest with so many pages. `writes`: pages written in all of them so far.
+fn slot(line: Line, pages: u32, writes: &mut u64) -> Result<Slot, String> {
+    let Line { us, outputs, runs } = line;
+    let lasts = Duration::from_micros(us);
+    if lasts > LONGEST_SLOT || outputs > MOST_OUTPUTS {
+        return Err(format!("{lasts:?} with {outputs} packets; {LONGEST_SLOT:?} and {MOST_OUTPUTS} are the most"));
+    }
+    let mut slot = Slot { lasts, pages: Vec::new(), outputs };
+    for (first, count) in runs {
+        let end = first.checked_add(count).filter(|end| *end <= pages);
+        let end = end.ok_or_else(|| format!("{count} pages from {first} on; the guest has {pages}"))?;
+        *writes += u64::from(count);
+        if *writes > MOST_WRITES {
+            return Err(format!("more than {MOST_WRITES} pages written so far"));
+        }
+        slot.pages.extend(first..end);
+    }
+    Ok(slot)
 }
 
 #[cfg(test)]
@@ -189,6 +160,7 @@ mod tests {
         assert!(after("{\"us\":9999999999,\"outputs\":0,\"runs\":[]}").starts_with("line 3: 9999.9"));
         assert!(after("{\"us\":1,\"outputs\":0}").starts_with("line 3: missing field `runs`"));
         assert!(after("").starts_with("line 3: "));
+        assert_eq!(refused(&TEXT[..TEXT.len() - 1]), "line 2: it ends in the middle; the recording was cut off");
     }
 
     proptest! {

@@ -9,9 +9,10 @@
 //! told by its line.
 
 use super::{Fault, FaultTrace, Region};
+use belay_checkpoint::json_lines::{LineReader, LineWriter, LinesError};
 use belay_transport::{FrameIndex, PageSize, RegionId};
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, Write};
 
 const VERSION: u32 = 1;
 /// Longest first line: a run of zero frames for every other page of 16 GiB.
@@ -56,100 +57,61 @@ struct Line {
     write: bool,
 }
 
-/// Why a file is no trace of faults.
-#[derive(Debug, thiserror::Error)]
-pub enum FaultTraceError {
-    #[error("it cannot be read")]
-    Io(#[from] io::Error),
-    #[error("line {line}: {what}")]
-    Line { line: usize, what: String },
-    #[error("it has no fault in it")]
-    Empty,
-}
-
 /// Writes a trace as it comes.
 #[derive(Debug)]
-pub struct Writer<W: Write> {
-    into: W,
-    bytes: u64,
-}
+pub struct Writer<W: Write>(LineWriter<W>);
 
 impl<W: Write> Writer<W> {
     /// Of a guest with such memory, served by so many shards.
     pub fn new(into: W, shards: u16, regions: &[Region]) -> io::Result<Self> {
-        let mut writer = Self { into, bytes: 0 };
         let region = |region: &Region| HeadRegion {
             id: region.id.0,
             page_bytes: region.page_size.bytes() as u64,
             frames: region.frames,
             zero: region.zero.clone(),
         };
-        writer.line(&Head { version: VERSION, shards, regions: regions.iter().map(region).collect() })?;
-        Ok(writer)
+        let mut lines = LineWriter::new(into);
+        lines.line(&Head { version: VERSION, shards, regions: regions.iter().map(region).collect() })?;
+        Ok(Self(lines))
     }
 
     pub fn write(&mut self, fault: &Fault) -> io::Result<()> {
         let Fault { ns, waited_ns, shard, thread, region, frame, write } = *fault;
-        self.line(&Line { ns, waited_ns, shard, thread, region: region.0, frame: frame.0, write })
+        self.0.line(&Line { ns, waited_ns, shard, thread, region: region.0, frame: frame.0, write })
     }
 
     /// Bytes written so far.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.0.bytes()
     }
 
     /// Hands on what is still in buffers.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.into.flush()
-    }
-
-    fn line(&mut self, line: &impl Serialize) -> io::Result<()> {
-        let mut text = serde_json::to_vec(line)?;
-        text.push(b'\n');
-        self.bytes += text.len() as u64;
-        self.into.write_all(&text)
+        self.0.flush()
     }
 }
 
 /// Reads a whole trace.
-pub fn read(mut from: impl BufRead) -> Result<FaultTrace, FaultTraceError> {
-    let mut text = Vec::new();
-    if !next(&mut from, (1, LONGEST_HEAD), &mut text)? {
-        return Err(FaultTraceError::Empty);
-    }
-    let (shards, regions) = head(&text).map_err(|what| FaultTraceError::Line { line: 1, what })?;
+pub fn read(from: impl BufRead) -> Result<FaultTrace, LinesError> {
+    const NOTHING: LinesError = LinesError::Empty { what: "fault" };
+    let mut lines = LineReader::new(from);
+    let first = lines.next(LONGEST_HEAD)?.ok_or(NOTHING)?;
+    let (shards, regions) = head(first).map_err(|what| lines.wrong(what))?;
     let mut faults = Vec::new();
-    let mut line = 2;
-    while next(&mut from, (line, LONGEST_LINE), &mut text)? {
-        let fault = fault(&text, shards, &regions).and_then(|fault| match faults.len() {
-            MOST_FAULTS => Err(format!("more than {MOST_FAULTS} faults")),
-            _ => Ok(fault),
-        });
-        faults.push(fault.map_err(|what| FaultTraceError::Line { line, what })?);
-        line += 1;
+    while let Some(line) = lines.next(LONGEST_LINE)? {
+        if faults.len() == MOST_FAULTS {
+            return Err(lines.wrong(format!("more than {MOST_FAULTS} faults")));
+        }
+        faults.push(fault(&line, shards, &regions).map_err(|what| lines.wrong(what))?);
     }
     if faults.is_empty() {
-        return Err(FaultTraceError::Empty);
+        return Err(NOTHING);
     }
     faults.sort_by_key(|fault| fault.ns);
     Ok(FaultTrace { shards, regions, faults })
 }
 
-/// The next line, if there is one. It must be whole: what was cut off is no trace's end.
-fn next(from: &mut impl BufRead, (line, longest): (usize, u64), text: &mut Vec<u8>) -> Result<bool, FaultTraceError> {
-    text.clear();
-    let length = from.take(longest + 1).read_until(b'\n', text)? as u64;
-    let wrong = |what| Err(FaultTraceError::Line { line, what });
-    match text.last() {
-        None => Ok(false),
-        Some(b'\n') => Ok(true),
-        Some(_) if length > longest => wrong(format!("it is longer than {longest} bytes")),
-        Some(_) => wrong("it ends in the middle; the recording was cut off".to_owned()),
-    }
-}
-
-fn head(text: &[u8]) -> Result<(u16, Vec<Region>), String> {
-    let Head { version, shards, regions } = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+fn head(Head { version, shards, regions }: Head) -> Result<(u16, Vec<Region>), String> {
     if version != VERSION {
         return Err(format!("version {version}; this belay reads version {VERSION}"));
     }
@@ -181,9 +143,8 @@ fn head(text: &[u8]) -> Result<(u16, Vec<Region>), String> {
     Ok((shards, all))
 }
 
-fn fault(text: &[u8], shards: u16, regions: &[Region]) -> Result<Fault, String> {
-    let line: Line = serde_json::from_slice(text).map_err(|error| error.to_string())?;
-    let Line { ns, waited_ns, shard, thread, region, frame, write } = line;
+fn fault(line: &Line, shards: u16, regions: &[Region]) -> Result<Fault, String> {
+    let Line { ns, waited_ns, shard, thread, region, frame, write } = *line;
     if shard >= shards {
         return Err(format!("shard {shard}; there are {shards}"));
     }

@@ -6,43 +6,38 @@
 
 use super::file::Writer;
 use super::{Fault, Region};
-use crate::migrate::observation::{Kind, Observer};
+use crate::migrate::observation::Observer;
+use crate::migrate::recorded::{Recorded, Written};
 use belay_transport::RegionId;
 use belay_transport::pull::{FaultLog, Noted, PageClass, RegionPlan};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Between two looks at what the shards have noted: at most a twentieth of what their rings hold.
 const LOOK: Duration = Duration::from_millis(10);
-/// Longest that the end of a migration waits for what is still to be written.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Most faults that wait for an answer. Each is a thread's, or one that the engine has sent back.
 const MOST_WAITING: usize = 1 << 16;
 
 /// A recording, from when its file is there until it is dropped.
 #[derive(Debug)]
 pub struct FaultRecording {
-    path: PathBuf,
-    observer: Observer,
+    recorded: Recorded,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 enum State {
     /// The file is there; the guest has not come.
-    Waiting {
-        file: File,
-        most_bytes: u64,
-    },
-    /// Hanging up `going` ends it; `written` hangs up when all that was noted is in the file.
+    Waiting(File),
+    /// Hanging up `going` ends it.
     Going {
         going: Sender<()>,
-        written: Receiver<()>,
+        written: Written,
     },
     Over,
 }
@@ -50,8 +45,8 @@ enum State {
 impl FaultRecording {
     /// Makes `path`, which must not be there. At most `most_bytes` are written, but for the last look's.
     pub fn create(path: &Path, most_bytes: u64, observer: Observer) -> io::Result<Self> {
-        let file = File::create_new(path)?;
-        Ok(Self { path: path.to_owned(), observer, state: Mutex::new(State::Waiting { file, most_bytes }) })
+        let (recorded, file) = Recorded::create(path, most_bytes, observer)?;
+        Ok(Self { recorded, state: Mutex::new(State::Waiting(file)) })
     }
 
     /// An engine is about to start over such regions: the log it is to have. None for a second one, whose clock would be another: the recording
@@ -60,7 +55,7 @@ impl FaultRecording {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let before = std::mem::replace(&mut *state, State::Over);
         let begun = match before {
-            State::Waiting { file, most_bytes } => self.going(file, most_bytes, shards, regions),
+            State::Waiting(file) => self.going(file, shards, regions),
             State::Going { going, written } => {
                 end(going, &written);
                 Err(io::Error::other("the guest is pulled anew, over another session"))
@@ -73,32 +68,21 @@ impl FaultRecording {
                 Some(log)
             }
             Err(error) => {
-                over(&self.observer, &self.path, &error);
+                self.recorded.over(&error);
                 None
             }
         }
     }
 
-    fn going(
-        &self,
-        file: File,
-        most_bytes: u64,
-        shards: usize,
-        regions: &[RegionPlan],
-    ) -> io::Result<(State, Arc<FaultLog>)> {
+    fn going(&self, file: File, shards: usize, regions: &[RegionPlan]) -> io::Result<(State, Arc<FaultLog>)> {
         let told = u16::try_from(shards).map_err(io::Error::other)?;
         let regions: Vec<Region> = regions.iter().map(region).collect();
         let writer = Writer::new(BufWriter::new(file), told, &regions)?;
         let log = Arc::new(FaultLog::new(shards));
         let (going, until) = bounded(0);
-        let (done, written) = bounded(1);
-        let (observer, path, noted) = (self.observer.clone(), self.path.clone(), Arc::clone(&log));
-        std::thread::Builder::new().name("belay-faults".into()).spawn(move || {
-            if let Err(error) = write_all(Writing::new(writer), &noted, &until, most_bytes) {
-                over(&observer, &path, &error);
-            }
-            drop(done);
-        })?;
+        let noted = Arc::clone(&log);
+        let write = move |recorded: &Recorded| write_all(Writing::new(writer), &noted, &until, recorded);
+        let written = self.recorded.write("belay-faults", write)?;
         Ok((State::Going { going, written }, log))
     }
 }
@@ -113,15 +97,9 @@ impl Drop for FaultRecording {
 }
 
 /// Hangs up, and waits for what is still to be written.
-fn end(going: Sender<()>, written: &Receiver<()>) {
+fn end(going: Sender<()>, written: &Written) {
     drop(going);
-    let _ = written.recv_timeout(LAST_WORDS);
-}
-
-/// Says that nothing more will be recorded.
-fn over(observer: &Observer, path: &Path, why: &io::Error) {
-    let state = "recording-over".to_owned();
-    observer.note(None, Kind::State { state, why: format!("{} ends here: {why}", path.display()) });
+    written.wait();
 }
 
 fn region(plan: &RegionPlan) -> Region {
@@ -139,7 +117,7 @@ fn write_all(
     mut writing: Writing<BufWriter<File>>,
     log: &FaultLog,
     until: &Receiver<()>,
-    most_bytes: u64,
+    recorded: &Recorded,
 ) -> io::Result<()> {
     loop {
         let last = !matches!(until.recv_timeout(LOOK), Err(RecvTimeoutError::Timeout));
@@ -147,10 +125,8 @@ fn write_all(
         if last || taken.is_err() {
             return taken.and(writing.rest());
         }
-        if writing.writer.bytes() >= most_bytes {
-            let bytes = writing.writer.bytes();
-            writing.writer.flush()?;
-            return Err(io::Error::other(format!("{bytes} bytes were written, which is as much as was asked for")));
+        if let Err(full) = recorded.room_beyond(writing.writer.bytes()) {
+            return writing.writer.flush().and(Err(full));
         }
     }
 }
@@ -216,7 +192,9 @@ impl<W: Write> Writing<W> {
 mod tests {
     use super::super::file;
     use super::*;
+    use belay_checkpoint::json_lines::LinesError;
     use belay_transport::{FrameIndex, PageSize};
+    use std::path::PathBuf;
 
     fn fault(ns: u64, frame: u64) -> Noted {
         Noted::Fault { at_ns: ns, region: RegionId(1), frame: FrameIndex(frame), write: false, thread: 9 }
@@ -227,7 +205,7 @@ mod tests {
     }
 
     /// What is in the file after these were noted.
-    fn written(noted: &[Noted]) -> Result<super::super::FaultTrace, file::FaultTraceError> {
+    fn written(noted: &[Noted]) -> Result<super::super::FaultTrace, LinesError> {
         let regions = [Region { id: RegionId(1), page_size: PageSize::Small, frames: 64, zero: Vec::new() }];
         let mut text = Vec::new();
         let mut writing = Writing::new(Writer::new(&mut text, 1, &regions).unwrap());
@@ -284,7 +262,7 @@ mod tests {
         let _log = recording.begins(1, &[]).expect("the first engine's");
         let state = recording.state.lock().unwrap();
         let State::Going { written, .. } = &*state else { panic!("it has begun") };
-        assert_eq!(written.recv_timeout(LAST_WORDS), Err(RecvTimeoutError::Disconnected));
+        assert!(written.wait());
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         assert_eq!(text, "{\"belay-faults\":1,\"shards\":1,\"regions\":[]}\n");
