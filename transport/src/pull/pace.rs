@@ -97,6 +97,43 @@ impl Pace {
     }
 }
 
+/// How long a shard that has nothing to do stays awake, by how soon something came before.
+///
+/// As KVM's halt polling has it (Documentation/virt/kvm/halt-polling.rst): what came soon would have been met awake, so it grows; what
+/// came late was not worth it, so it shrinks. To fall asleep and to be woken takes both sides many times what a fault does where an idle
+/// processor halts, and the time until something comes is then mostly that.
+#[derive(Debug)]
+pub(super) struct Spin {
+    ns: u64,
+    most_ns: u64,
+}
+
+/// What it shrinks to.
+const LEAST_SPIN_NS: u64 = 1_000;
+/// What came within so many times the longest spin came soon: the sleep itself is most of that.
+const SOON: u64 = 4;
+
+impl Spin {
+    pub(super) fn new(most_ns: u64) -> Self {
+        Self { ns: most_ns / 4, most_ns }
+    }
+
+    /// How long to stay awake now.
+    #[inline]
+    pub(super) fn ns(&self) -> u64 {
+        self.ns
+    }
+
+    /// Something came after so long without any.
+    pub(super) fn came_after(&mut self, idle_ns: u64) {
+        self.ns = if idle_ns <= self.most_ns * SOON {
+            (self.ns * 2).min(self.most_ns)
+        } else {
+            (self.ns / 2).max(LEAST_SPIN_NS.min(self.most_ns))
+        };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +162,19 @@ mod tests {
         let mut far = Pace::new(&Tuning::default());
         far.demand_completed(30_000_000);
         assert_eq!(far.awake_ns(2_000_000), 0);
+    }
+
+    #[test]
+    fn who_has_something_soon_stays_awake_for_it_even_after_having_slept_and_who_has_not_does_not() {
+        let mut spin = Spin::new(50_000);
+        (0..20).for_each(|_| spin.came_after(10_000_000));
+        assert_eq!(spin.ns(), LEAST_SPIN_NS);
+        // Longer than it spun, and no longer than a sleep takes.
+        (0..20).for_each(|_| spin.came_after(90_000));
+        assert_eq!(spin.ns(), 50_000);
+        let mut never = Spin::new(0);
+        (0..20).for_each(|at| never.came_after(at * 1_000));
+        assert_eq!(never.ns(), 0);
     }
 
     #[test]

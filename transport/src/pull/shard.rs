@@ -10,7 +10,7 @@
 
 use super::install;
 use super::log::Noted;
-use super::pace::Pace;
+use super::pace::{Pace, Spin};
 use super::plan::{LandingPlan, MAX_READ_BYTES, PageClass, ShardParts, reads_a_frame};
 use super::shared::{Counters, PullFailure, Shared, drain, signal};
 use super::slots::{LaneOf, Slot, Slots};
@@ -73,7 +73,7 @@ pub(super) struct Shard {
     /// Slots that have landed and could not be shown yet.
     retry: Vec<usize>,
     finished: bool,
-    spin_ns: u64,
+    spin: Spin,
     /// READs the largest frame takes; a chunk is one READ, or one such frame.
     reads_a_frame: usize,
 }
@@ -108,7 +108,7 @@ impl Shard {
             windows,
             finished: false,
             reads_a_frame: shared.regions.iter().map(reads_a_frame).max().unwrap_or(1),
-            spin_ns: shared.tuning.spin.as_nanos() as u64 / 4,
+            spin: Spin::new(shared.tuning.spin.as_nanos() as u64),
             shared,
         }
     }
@@ -147,15 +147,15 @@ impl Shard {
                 self.check_timeouts()?;
             }
             if busy {
-                if idle_since.take().is_some() {
-                    self.spin_ns = (self.spin_ns * 2).min(self.shared.tuning.spin.as_nanos() as u64);
+                if let Some(since) = idle_since.take() {
+                    self.spin.came_after(self.shared.now_ns() - since);
                 }
                 continue;
             }
             self.notice_end();
             let now = self.shared.now_ns();
             let idle = now - *idle_since.get_or_insert(now);
-            if idle < self.spin_ns {
+            if idle < self.spin.ns() {
                 continue;
             }
             if self.slots.demand_in_use()
@@ -170,7 +170,6 @@ impl Shard {
             }
             self.check_timeouts()?;
             self.sleep(now)?;
-            idle_since = None;
         }
         Ok(())
     }
@@ -474,7 +473,6 @@ impl Shard {
             std::thread::yield_now();
             return Ok(());
         }
-        self.spin_ns = (self.spin_ns / 2).max(1_000);
         let mut wake_in = IDLE_NS;
         if let Some(until) = self.shared.background_held_until(now_ns) {
             wake_in = wake_in.min(until - now_ns);
