@@ -2,7 +2,7 @@
 
 use crate::belay::{ANSWER, Belay};
 use crate::error::BenchError;
-use crate::report::{Better, Case, Measure};
+use crate::report::{Axis, Better, Case, Line, Mark, Measure, Plot, Role};
 use belay_transport::Deadline;
 use belay_transport::fabric::FabricKind;
 use belay_vmm_glue::migrate::observation::Kind;
@@ -39,6 +39,9 @@ const NOTICED: Duration = Duration::from_secs(30);
 /// How `belay send` ends after a catch.
 const CAUGHT: i32 = 10;
 
+/// Drawn at least of what was before the loss, and of what came after the catch.
+const SHOWN_MS: f64 = 100.0;
+
 pub const BESIDE: &str = "noticed to running, without the fold";
 
 /// One loss, in milliseconds.
@@ -54,6 +57,8 @@ pub struct Lost {
     total_pages: f64,
     pages: f64,
     resent: f64,
+    /// When each new packet was seen, since the loss.
+    packets: Vec<f64>,
 }
 
 /// Moves a guest, loses its destination once it has been tethered for so long with all pages there, and looks at the catch.
@@ -122,7 +127,9 @@ pub fn lose(belay: &Belay, fabric: FabricKind, loss: Loss, tethered: Duration, t
     if !verdict.is_good() {
         return Err(refused(format!("output was not as if nothing had happened: {verdict}")));
     }
-    let silence = handed_over(&observer.seen()).ok_or_else(|| refused("no output came after the catch".to_owned()))?;
+    let seen = observer.seen();
+    let lost_at = lost.saturating_duration_since(observer.began()).as_secs_f64() * 1e3;
+    let silence = handed_over(&seen).ok_or_else(|| refused("no output came after the catch".to_owned()))?;
     Ok(Lost {
         noticed: noticed.saturating_duration_since(lost).as_secs_f64() * 1e3,
         revoked,
@@ -133,19 +140,46 @@ pub fn lose(belay: &Belay, fabric: FabricKind, loss: Loss, tethered: Duration, t
         total_pages,
         pages,
         resent,
+        packets: new(&seen).iter().map(|packet| ms(packet.at_us) - lost_at).collect(),
     })
 }
 
 /// Microseconds between the last new packet of one sender and the first new one of the next, the last time that it changed: at the catch.
 /// The first time was the switch.
 fn handed_over(seen: &[Seen]) -> Option<u64> {
-    let mut known = BTreeSet::new();
-    let new: Vec<&Seen> = seen.iter().filter(|packet| known.insert(packet.sequence)).collect();
+    let new = new(seen);
     let changes: Vec<&[&Seen]> = new.windows(2).filter(|pair| pair[0].sender != pair[1].sender).collect();
     match changes[..] {
         [_, .., last] => Some(last[1].at_us.saturating_sub(last[0].at_us)),
         _ => None,
     }
+}
+
+/// Those of the packets that had not been seen before.
+fn new(seen: &[Seen]) -> Vec<&Seen> {
+    let mut known = BTreeSet::new();
+    seen.iter().filter(|packet| known.insert(packet.sequence)).collect()
+}
+
+/// What the world saw of the loss that it had to wait longest but half of them for.
+fn course(loss: Loss, all: &[Lost]) -> Option<Plot> {
+    let mut by_silence: Vec<&Lost> = all.iter().collect();
+    by_silence.sort_by(|one, other| one.silence.total_cmp(&other.silence));
+    let lost = by_silence.get(by_silence.len() / 2)?;
+    let running = lost.noticed + lost.revoked + lost.folded + lost.loaded + lost.running;
+    // As much again on both sides of the silence, and no more than there is.
+    let around = -lost.silence.max(SHOWN_MS)..=running + lost.silence.max(SHOWN_MS);
+    let shown: Vec<f64> = lost.packets.iter().copied().filter(|at| around.contains(at)).collect();
+    // It stays at what it was until the next one comes.
+    let points = shown.iter().enumerate().flat_map(|(before, &at)| [(at, before as f64), (at, before as f64 + 1.0)]);
+    let mark = |at, name: &str| Mark { at, name: name.to_owned() };
+    Some(Plot::TimeLine {
+        title: format!("What the world sees of a destination that is lost ({loss})"),
+        x: Axis::linear("since the loss", "ms"),
+        y: Axis::linear("packets seen", ""),
+        lines: vec![Line { name: "guest".to_owned(), role: Role::Ours, points: points.collect() }],
+        marks: vec![mark(0.0, "lost"), mark(lost.noticed, "noticed"), mark(running, "running")],
+    })
 }
 
 /// What all losses of one kind took.
@@ -169,6 +203,7 @@ pub fn case(fabric: FabricKind, loss: Loss, tethered: Duration, all: &[Lost]) ->
     lower("pages left to fold", "", &|lost| lost.pages);
     lower("pages checkpointed before", "", &|lost| lost.total_pages);
     lower("packets sent again", "", &|lost| lost.resent);
+    case.plots.extend(course(loss, all));
     case
 }
 

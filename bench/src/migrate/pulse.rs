@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 const PAGE: usize = belay_transport::PAGE_SIZE;
 /// How often a pulse is felt.
 const EVERY: Duration = Duration::from_micros(200);
+/// What a point of its course stands for.
+pub const STRETCH: Duration = Duration::from_millis(10);
+/// Points of the longest: five minutes.
+const LONGEST_COURSE: usize = 30_000;
 
 /// What the guest has counted so far.
 #[derive(Clone)]
@@ -77,12 +81,28 @@ pub fn times_between(before: &Count, after: &Count, least: u64) -> Vec<u64> {
 }
 
 /// What was felt.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Felt {
     /// The longest that the guest made no step.
     pub longest: Duration,
     pub steps: u64,
     pub time: Duration,
+    /// Steps of each [`STRETCH`], from the first on.
+    pub course: Vec<u64>,
+}
+
+impl Felt {
+    /// Counts steps that were found at such a time. What comes after [`LONGEST_COURSE`] is not drawn.
+    fn stepped(&mut self, at: Duration, steps: u64) {
+        self.steps += steps;
+        let stretch = (at.as_nanos() / STRETCH.as_nanos()) as usize;
+        if stretch < LONGEST_COURSE {
+            if stretch >= self.course.len() {
+                self.course.resize(stretch + 1, 0);
+            }
+            self.course[stretch] += steps;
+        }
+    }
 }
 
 /// A thread that feels a guest's pulse wherever it is.
@@ -98,19 +118,22 @@ impl Pulse {
         let stopped = Arc::clone(&stop);
         let watch = move || {
             let steps = || Ok::<u64, BenchError>(here.word(STEPS)?.max(there.word(STEPS)?));
-            let (begun, first) = (Instant::now(), steps()?);
-            let (mut moved_at, mut last, mut longest) = (begun, first, Duration::ZERO);
+            let (begun, mut last) = (Instant::now(), steps()?);
+            let mut felt = Felt { longest: Duration::ZERO, steps: 0, time: Duration::ZERO, course: Vec::new() };
+            let mut moved_at = begun;
             loop {
                 // Read first: what stands still when the watch ends counts up to its end.
                 let over = stopped.load(Ordering::Acquire);
                 let is = steps()?;
                 let now = Instant::now();
-                longest = longest.max(now - moved_at);
+                felt.longest = felt.longest.max(now - moved_at);
+                felt.time = now - begun;
+                felt.stepped(felt.time, is.saturating_sub(last));
                 if is != last {
                     (moved_at, last) = (now, is);
                 }
                 if over {
-                    return Ok(Felt { longest, steps: last - first, time: now - begun });
+                    return Ok(felt);
                 }
                 std::thread::sleep(EVERY);
             }
@@ -140,6 +163,15 @@ mod tests {
             assert!(shortest(bucket) <= ns, "{ns} in {bucket}");
             assert!(bucket + 1 == BUCKET_COUNT || ns < shortest(bucket + 1), "{ns} in {bucket}");
         }
+    }
+
+    #[test]
+    fn a_course_has_the_steps_of_each_stretch_and_those_without_any() {
+        let mut felt = Felt { longest: Duration::ZERO, steps: 0, time: Duration::ZERO, course: Vec::new() };
+        for (stretch, steps) in [(0, 2), (0, 3), (3, 4), (LONGEST_COURSE as u32, 5)] {
+            felt.stepped(STRETCH * stretch, steps);
+        }
+        assert_eq!((felt.steps, felt.course), (14, vec![5, 0, 0, 4]));
     }
 
     #[test]

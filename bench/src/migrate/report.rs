@@ -2,7 +2,8 @@
 
 use super::Way;
 use super::machine::Machine;
-use crate::report::{Better, Case, Measure};
+use super::pulse::STRETCH;
+use crate::report::{Axis, Better, Case, Line, Mark, Measure, Plot, Role};
 use crate::table::median;
 use std::time::Duration;
 
@@ -17,8 +18,27 @@ pub struct Sample {
     pub faults: u64,
     pub bytes: Option<u64>,
     pub hosts: [Duration; 2],
+    /// Steps of the guest in each [`STRETCH`] from the order on.
+    pub course: Vec<u64>,
     /// Why the guest was of no use afterwards.
     pub lost_guest: Option<String>,
+}
+
+/// The guest's pace from the order on, in the move that took as long as half of them.
+fn course(way: &str, sample: &Sample) -> Plot {
+    let stretch_ms = STRETCH.as_secs_f64() * 1e3;
+    let point = |(at, steps): (usize, &u64)| ((at as f64 + 0.5) * stretch_ms, *steps as f64 / stretch_ms);
+    Plot::TimeLine {
+        title: format!("The guest's pace while it is moved: {way}"),
+        x: Axis::linear("since the order", "ms"),
+        y: Axis::linear("pages written", "1/ms"),
+        lines: vec![Line {
+            name: "guest".to_owned(),
+            role: Role::Ours,
+            points: sample.course.iter().enumerate().map(point).collect(),
+        }],
+        marks: vec![Mark { at: sample.total.as_secs_f64() * 1e3, name: "moved".to_owned() }],
+    }
 }
 
 /// All moves by one way: medians.
@@ -105,6 +125,9 @@ impl Moves {
         ];
         let measures = measures.into_iter().filter(|(.., rounds)| !rounds.is_empty());
         case.measures.extend(measures.map(|(name, unit, rounds)| Measure::new(name, unit, Better::Lower, rounds)));
+        let mut kept: Vec<&Sample> = of_way().filter(|sample| sample.lost_guest.is_none()).collect();
+        kept.sort_by_key(|sample| sample.total);
+        case.plots.extend(kept.get(kept.len() / 2).map(|sample| course(&row.way, sample)));
         case
     }
 

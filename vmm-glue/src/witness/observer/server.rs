@@ -104,6 +104,11 @@ impl ObserverServer {
         &self.address
     }
 
+    /// When [`Seen::at_us`] was 0.
+    pub fn began(&self) -> Instant {
+        self.shared.began
+    }
+
     /// Everything seen so far.
     pub fn seen(&self) -> Vec<Seen> {
         self.shared.lock().seen.clone()
