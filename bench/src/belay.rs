@@ -4,7 +4,7 @@ use crate::error::BenchError;
 use belay_transport::fabric::FabricKind;
 use belay_transport::stop_point::ANNOUNCED;
 use belay_vmm_glue::migrate::observation::Kind;
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, set_parent_process_death_signal, waitid};
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -205,17 +205,34 @@ impl Told {
         let (wanted, end) = (format!("{ANNOUNCED}{point}"), Instant::now() + bound);
         loop {
             match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok((_, Line::Said(line))) if line == wanted => return Ok(()),
+                Ok((_, Line::Said(line))) if line == wanted => break,
                 Ok((_, line)) => {
                     self.take(line);
                 }
-                Err(_) => {
-                    let why =
-                        format!("belay did not come to {point} within {} s: {}", bound.as_secs(), self.complaint());
-                    return Err(BenchError::Refused { why });
-                }
+                Err(_) => return Err(self.not_at(point, bound)),
             }
         }
+        // It says so first, and stops then: told to go on in between it would stop for good.
+        while !self.stands()? {
+            if Instant::now() > end {
+                return Err(self.not_at(point, bound));
+            }
+            // A wait of the kernel's has no bound.
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+
+    /// Whether it has been stopped, or has ended, which its lines tell of.
+    fn stands(&self) -> Result<bool, BenchError> {
+        let any = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let found = waitid(WaitId::Pid(self.pid()), any);
+        found.map(|status| status.is_some()).map_err(|errno| BenchError::io("look at belay")(errno.into()))
+    }
+
+    fn not_at(&self, point: &str, bound: Duration) -> BenchError {
+        let why = format!("belay did not come to {point} within {} s: {}", bound.as_secs(), self.complaint());
+        BenchError::Refused { why }
     }
 
     /// Lets it go on from there.
