@@ -2,6 +2,7 @@
 //! work, for both sizes of a page and both landings.
 
 use crate::carrier::{Carrier, Device};
+use crate::cores::{self, Cores};
 use crate::error::BenchError;
 use crate::report::{Axis, Better, Case, Goal, Latency, Measure, Output, Plot, Point, Reference, Report, Role, Series};
 use crate::rig::{Rig, Shape, Source, soon};
@@ -59,7 +60,7 @@ pub fn run(args: &FaultArgs) -> Result<ExitCode, BenchError> {
         };
         let sources = Sources::new(bytes)?;
         for (page_size, bounce) in [(PageSize::Small, false), (PageSize::Small, true), (PageSize::Huge, false)] {
-            let shape = Shape { page_size, bounce, ..Shape::default() };
+            let shape = Shape { page_size, bounce, cores: Cores::first_two(), ..Shape::default() };
             match one_thread(wire, &sources, &shape, amount, &bar) {
                 Ok((case, goals)) => {
                     bar.suspend(|| case.print());
@@ -107,10 +108,11 @@ fn one_thread(
     let landing = if shape.bounce { "bounce and COPY" } else { "in place" };
     let carrier = Carrier::beside(wire);
     let case = Case::new("one thread").with("fabric", kind(&carrier)).with("pages", shape.page_size);
-    let mut case = case.with("landing", landing);
+    let placed = if shape.cores.is_some() { "on a processor each" } else { "anywhere" };
+    let mut case = case.with("landing", landing).with("threads", placed);
     bar.set_message(case.title());
     let order = scattered(amount.bytes / page, amount.touches.min(amount.bytes / page));
-    let fault = floor::Fault { page, copy: shape.bounce };
+    let fault = floor::Fault { page, copy: shape.bounce, cores: shape.cores };
     let (mut floors, mut ours, mut loaded) = (floor::Faults::default(), Side::new(), Side::new());
     let [mut engine, mut beside, mut toucher, mut beside_toucher, mut under_pull] = [(); 5].map(|()| Vec::new());
     let mut asked = Vec::new();
@@ -259,7 +261,7 @@ fn engine_round(
     unloaded: bool,
 ) -> Result<(Side, Duration), BenchError> {
     let rig = Rig::new(carrier, &sources.ours, shape)?;
-    touch(rig.engine, &rig.guest, orders, shape.page_size.bytes(), unloaded)
+    touch(rig.engine, &rig.guest, orders, shape, unloaded)
 }
 
 /// `1 thread`, `2 threads`.
@@ -306,22 +308,25 @@ impl Side {
     }
 }
 
-/// Touches pages of `guest`, a thread for each of `orders`, one page after the other while `engine` serves them, with or without its
+/// Touches pages of `guest`, a thread for each of `orders`, one page of that shape after the other while `engine` serves them, with or without its
 /// background pull; ends the engine. Also how long all touches took together.
 pub fn touch(
     engine: Engine,
     guest: &Mapping,
     orders: &[&[usize]],
-    page_bytes: usize,
+    shape: &Shape,
     unloaded: bool,
 ) -> Result<(Side, Duration), BenchError> {
     if !unloaded {
         engine.resume_background();
     }
     let start = Instant::now();
+    let in_turn = |order| {
+        shape.cores.inspect(|cores| cores::keep_on(cores.toucher));
+        touch_in_turn(guest, order, shape.page_size.bytes(), unloaded)
+    };
     let touched: Result<Vec<Vec<u64>>, BenchError> = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            orders.iter().map(|order| scope.spawn(move || touch_in_turn(guest, order, page_bytes, unloaded))).collect();
+        let threads: Vec<_> = orders.iter().map(|order| scope.spawn(move || in_turn(order))).collect();
         threads.into_iter().map(|thread| thread.join().map_err(|_| BenchError::Thread("a touching thread"))?).collect()
     });
     let took = start.elapsed();

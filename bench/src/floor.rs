@@ -11,6 +11,7 @@ mod replay;
 mod scan;
 mod scattered;
 
+use crate::cores::{self, Cores};
 use linux_raw_sys::general as raw;
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_REGISTER};
 use std::io::{self, Read, Write};
@@ -131,10 +132,12 @@ pub struct Fault {
     pub page: usize,
     /// COPY from where the bytes are, instead of writing them to the page's alias and CONTINUE.
     pub copy: bool,
+    /// Where the serving thread and the touching ones are kept.
+    pub cores: Option<Cores>,
 }
 
 /// Pages of 4 KiB, written through an alias.
-pub const SMALL: Fault = Fault { page: PAGE, copy: false };
+pub const SMALL: Fault = Fault { page: PAGE, copy: false, cores: None };
 
 impl Memory {
     fn new(len: usize, fault: Fault) -> io::Result<Self> {
@@ -200,10 +203,17 @@ pub fn faults_of(
             Wire::Memory => None,
             Wire::Tcp => Some(connect(scope, source, fault.page)?),
         };
-        let server = scope.spawn(|| serve(&memory, source, &stop, peer, wait));
+        let server = scope.spawn(|| {
+            fault.cores.inspect(|cores| cores::keep_on(cores.server));
+            serve(&memory, source, &stop, peer, wait)
+        });
         let start = Instant::now();
         let memory = &memory;
-        let touchers: Vec<_> = orders.iter().map(|order| scope.spawn(move || touch(memory, order))).collect();
+        let toucher = |order| {
+            fault.cores.inspect(|cores| cores::keep_on(cores.toucher));
+            touch(memory, order)
+        };
+        let touchers: Vec<_> = orders.iter().map(|order| scope.spawn(move || toucher(order))).collect();
         let mut toucher = Vec::new();
         for one in touchers {
             toucher.extend(one.join().map_err(|_| io::Error::other("a thread that touched panicked"))?);
@@ -313,7 +323,7 @@ pub fn ask(Source(source): &Source, order: &[usize], page: usize) -> io::Result<
 /// Copies (or receives) and shows all of the source in chunks, each of whole pages of `page` bytes.
 pub fn sweep(wire: Wire, Source(source): &Source, chunk: usize, page: usize) -> io::Result<Duration> {
     let len = source.len;
-    let memory = Memory::new(len, Fault { page, copy: false })?;
+    let memory = Memory::new(len, Fault { page, ..SMALL })?;
     match wire {
         Wire::Memory => {
             let start = Instant::now();

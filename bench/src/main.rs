@@ -4,6 +4,7 @@ mod belay;
 mod carrier;
 mod catch;
 mod checkpoint;
+mod cores;
 mod envelope;
 mod error;
 mod fault;

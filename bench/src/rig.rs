@@ -1,6 +1,7 @@
 //! A source, a session over a real fabric and an engine, in one process.
 
 use crate::carrier::Carrier;
+use crate::cores::Cores;
 use crate::error::BenchError;
 use belay_transport::fabric::{
     FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, ReadKey, initiator, owner,
@@ -186,6 +187,8 @@ pub struct Shape {
     /// Into bounce buffers and copied, as where a VMM's frames cannot be shared; else in place.
     pub bounce: bool,
     pub shards: u16,
+    /// Where the first shard's thread and those that touch are kept.
+    pub cores: Option<Cores>,
     pub tuning: Tuning,
     /// What each frame is, if not all are the source's.
     pub classes: Option<Vec<ClassRun>>,
@@ -202,6 +205,7 @@ impl Default for Shape {
             page_size: PageSize::Small,
             bounce: false,
             shards: 1,
+            cores: None,
             tuning: Tuning::default(),
             classes: None,
             observer: Arc::new(NoObserver),
@@ -261,7 +265,8 @@ impl Rig {
             let of = |index: u16| frames * u64::from(index) / u64::from(shape.shards);
             let range = ShardRange { region: RegionId(0), frames: of(index)..of(index + 1) };
             let (fault, bulk) = (ends.lane(LaneKind::Fault, index)?, ends.lane(LaneKind::Bulk, index)?);
-            Ok(ShardParts { uffd: shape.uffd(&guest, &range)?, fault, bulk, ranges: vec![range], core: None })
+            let core = shape.cores.filter(|_| index == 0).map(|cores| cores.server);
+            Ok(ShardParts { uffd: shape.uffd(&guest, &range)?, fault, bulk, ranges: vec![range], core })
         });
         let shards = shards.collect::<Result<Vec<_>, BenchError>>()?;
         let (install, tuning) = (Install::Clean, shape.tuning);

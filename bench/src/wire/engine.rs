@@ -12,7 +12,7 @@ use crate::error::BenchError;
 use crate::fault::{Side, mid, scattered, touch};
 use crate::floor::{self, PAGE};
 use crate::profile::{Profiler, copying_share, threads_named};
-use crate::rig::{self, Landing, soon};
+use crate::rig::{self, Landing, Shape, soon};
 use crate::table::{self, Row};
 use belay_transport::fabric::{FabricKind, Lane};
 use belay_transport::pull::Engine;
@@ -83,7 +83,7 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
         let waiting = waiting.map_err(BenchError::io("the floor that waits"))?;
         let before = round.met.usage()?;
         let (engine, guest, met) = round.engine(options)?;
-        let unloaded = touch(engine, &guest, &[&order], PAGE, true)?.0;
+        let unloaded = touch(engine, &guest, &[&order], &Shape::default(), true)?.0;
         used.add(met.usage()?.since(&before));
         met.done()?;
 
@@ -94,7 +94,7 @@ pub fn fault(client: &mut Client, options: &Options) -> Result<Outcome, BenchErr
 
         let round = Round::new(client, options.memory, PAGE)?;
         let (engine, guest, met) = round.engine(options)?;
-        loaded.add(touch(engine, &guest, &[&order], PAGE, false)?.0);
+        loaded.add(touch(engine, &guest, &[&order], &Shape::default(), false)?.0);
         met.done()?;
 
         let p50 = unloaded.server.value_at_quantile(0.5) as f64;
