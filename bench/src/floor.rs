@@ -196,6 +196,18 @@ pub fn faults_of(
     orders: &[&[usize]],
     wait: Duration,
 ) -> io::Result<(Faults, Duration)> {
+    served(wire, source, fault, wait, orders, |memory, order| touch(memory, order))
+}
+
+/// Serves what a thread for each of `threads` touches; also how long all touches took together.
+fn served<T: Sync>(
+    wire: Wire,
+    source: &Map,
+    fault: Fault,
+    wait: Duration,
+    threads: &[T],
+    touch: impl Fn(&Memory, &T) -> Vec<u64> + Sync,
+) -> io::Result<(Faults, Duration)> {
     let memory = Memory::new(source.len, fault)?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -208,12 +220,12 @@ pub fn faults_of(
             serve(&memory, source, &stop, peer, wait)
         });
         let start = Instant::now();
-        let memory = &memory;
-        let toucher = |order| {
+        let (memory, touch) = (&memory, &touch);
+        let one = |thread| {
             fault.cores.inspect(|cores| cores::keep_on(cores.toucher));
-            touch(memory, order)
+            touch(memory, thread)
         };
-        let touchers: Vec<_> = orders.iter().map(|order| scope.spawn(move || toucher(order))).collect();
+        let touchers: Vec<_> = threads.iter().map(|thread| scope.spawn(move || one(thread))).collect();
         let mut toucher = Vec::new();
         for one in touchers {
             toucher.extend(one.join().map_err(|_| io::Error::other("a thread that touched panicked"))?);

@@ -1,8 +1,7 @@
 //! Pages touched as a trace has them, by several threads with time between, while the leanest loop serves them.
 
-use super::{Fault, Map, Memory, Source, Wire, connect, serve};
+use super::{Fault, Map, Source, Wire, served};
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Before what is waited for a thread is awake: what being woken may be late by.
@@ -39,27 +38,9 @@ pub fn replay(
     fault: Fault,
     threads: &[Vec<Step>],
 ) -> io::Result<(Vec<u64>, Duration)> {
-    let memory = Memory::new(source.len, fault)?;
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let peer = match wire {
-            Wire::Memory => None,
-            Wire::Tcp => Some(connect(scope, source, fault.page)?),
-        };
-        let server = scope.spawn(|| serve(&memory, source, &stop, peer, Duration::ZERO));
-        let start = Instant::now();
-        let guest = &memory.guest;
-        let touchers: Vec<_> =
-            threads.iter().map(|steps| scope.spawn(move || touch(guest, fault.page, steps))).collect();
-        let mut all = Vec::new();
-        for one in touchers {
-            all.extend(one.join().map_err(|_| io::Error::other("a thread that touched panicked"))?);
-        }
-        let took = start.elapsed();
-        stop.store(true, Ordering::Release);
-        server.join().map_err(|_| io::Error::other("the floor's server panicked"))??;
-        Ok((all, took))
-    })
+    let touched =
+        served(wire, source, fault, Duration::ZERO, threads, |memory, steps| touch(&memory.guest, fault.page, steps));
+    touched.map(|(faults, took)| (faults.toucher, took))
 }
 
 fn touch(guest: &Map, page: usize, steps: &[Step]) -> Vec<u64> {
