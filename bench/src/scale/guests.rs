@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// Longest that all of them may take to move.
 const MOVED: Duration = Duration::from_secs(300);
+/// More guests than processors are late with their signs of life; how late is for `suspicion` to say.
+const LEASE: &str = "10s";
 /// The source's last stop point before it pauses the guest.
 const READY: &str = "source-prepared";
 /// A guest stays tethered for so long after its last page has come; then its processes' memory is looked at, and it is released.
@@ -117,7 +119,7 @@ fn prepare(
     let memory = memory.to_string();
     let words = ["send", "--fabric", &carrier, "--to", &to, "--state-dir", &here, "--memory", &memory];
     let guest = ["--dirty-rate", "5k", "--policy", policy, "--release", TETHERED, "--run-before", "200ms"];
-    let sender = belay.start(&[&words[..], &guest, &["--stop-at", READY]].concat())?;
+    let sender = belay.start(&[&words[..], &guest, &["--lease", LEASE, "--stop-at", READY]].concat())?;
     Ok((sender, receiver))
 }
 

@@ -111,6 +111,11 @@ impl Tethered {
         }
     }
 
+    /// Pages of all checkpoints so far: a guest that writes much has some that nobody asked for.
+    pub fn pages_committed(&self) -> u64 {
+        self.epochs.pages()
+    }
+
     /// Waits until the source has folded it: until nobody works for it any more.
     pub fn wait_folded(&self, epoch: Epoch) -> Result<(), BenchError> {
         let folded = self.folder.wait_folded(epoch, soon()).folded;
@@ -174,25 +179,38 @@ impl Arrivals for Pulled {
     }
 }
 
-/// The last epoch that committed.
+/// What has committed.
 #[derive(Default)]
-struct Epochs(Mutex<EpochStats>);
+struct Epochs(Mutex<Committed>);
+
+#[derive(Debug, Default)]
+struct Committed {
+    last: EpochStats,
+    /// Of all of them.
+    pages: u64,
+}
 
 impl Epochs {
     fn of(&self, epoch: u64) -> EpochStats {
         // Told of right after the waiter is woken.
         loop {
-            let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let last = self.0.lock().unwrap_or_else(PoisonError::into_inner).last;
             if last.epoch >= epoch {
                 return last;
             }
             std::thread::yield_now();
         }
     }
+
+    fn pages(&self) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pages
+    }
 }
 
 impl EpochObserver for Epochs {
     fn committed(&self, stats: &EpochStats) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = *stats;
+        let mut committed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        committed.pages += stats.pages;
+        committed.last = *stats;
     }
 }
