@@ -290,6 +290,7 @@ fn once(
         faults: waited.len() as u64,
         bytes: moved.bytes,
         hosts: [host_a, host_b],
+        ordered: moved.ordered.saturating_duration_since(begun),
         course: felt.course,
         lost_guest,
     };

@@ -1,10 +1,12 @@
 //! What whoever moved a guest says of it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// See the module.
 #[derive(Debug, Clone, Copy)]
 pub struct Moved {
+    /// When it was told to.
+    pub ordered: Instant,
     /// From the order until the source has nothing of the guest's any more.
     pub total: Duration,
     /// That the guest ran nowhere, as the one who stopped it says.

@@ -16,7 +16,7 @@ pub fn migrate(belay: &Belay, fabric: FabricKind, source: &Vm, destination: &Vm)
     let (fabric, state) = (fabric.to_string(), belay.path("there"));
     let words = ["receive", "--fabric", &fabric, "--listen", &address, "--state-dir", &state, "qemu", "--qmp", &there];
     let (mut receiver, address) = belay.start(&words)?.listening()?;
-    let begun = Instant::now();
+    let ordered = Instant::now();
     let words = ["send", "--fabric", &fabric, "--to", &address, "--policy", "none"];
     let dirs = ["--state-dir", &belay.path("here"), "--run-dir", &belay.path("run"), "qemu", "--qmp", &here];
     let mut sender = belay.start(&[&words[..], &dirs].concat())?;
@@ -24,7 +24,8 @@ pub fn migrate(belay: &Belay, fabric: FabricKind, source: &Vm, destination: &Vm)
     sender.end()?;
     receiver.end()?;
     Ok(Moved {
-        total: released - begun,
+        ordered,
+        total: released - ordered,
         blackout: sender.blackout(),
         bytes: receiver.bytes(),
         helpers: [sender.cpu(), receiver.cpu()],

@@ -67,7 +67,7 @@ pub fn migrate(own: Own, source: &mut Vm, destination: &mut Vm) -> Result<Moved,
     prepare(&mut there, own)?;
     let port = listening(&mut there)?;
     here.forget_events();
-    let begun = Instant::now();
+    let ordered = Instant::now();
     order(&mut here, "migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
     if own.is_postcopy() {
         // At once, as belay does; refused until the migration has begun.
@@ -84,7 +84,7 @@ pub fn migrate(own: Own, source: &mut Vm, destination: &mut Vm) -> Result<Moved,
         event.name == "MIGRATION" && matches!(status, "completed" | "failed" | "cancelled" | "postcopy-paused")
     };
     let ended = here.wait_for("migrate", over, Deadline::after(MIGRATED)).map_err(qmp)?;
-    let total = begun.elapsed();
+    let total = ordered.elapsed();
     let told = order(&mut here, "query-migrate", json!({}))?;
     if ended.data.get("status").and_then(Value::as_str) != Some("completed") {
         return Err(BenchError::Refused { why: format!("QEMU's migration did not complete: {told}") });
@@ -93,6 +93,7 @@ pub fn migrate(own: Own, source: &mut Vm, destination: &mut Vm) -> Result<Moved,
     set_capabilities(&mut there, own, false)?;
     let number = |value: Option<&Value>| value.and_then(Value::as_u64);
     Ok(Moved {
+        ordered,
         total,
         blackout: number(told.get("downtime")).map(Duration::from_millis),
         bytes: number(told.get("ram").and_then(|ram| ram.get("transferred"))),

@@ -18,16 +18,19 @@ pub struct Sample {
     pub faults: u64,
     pub bytes: Option<u64>,
     pub hosts: [Duration; 2],
-    /// Steps of the guest in each [`STRETCH`] from the order on.
+    /// When the order was given, in the guest's course.
+    pub ordered: Duration,
+    /// Steps of the guest in each [`STRETCH`], from a little before the order on.
     pub course: Vec<u64>,
     /// Why the guest was of no use afterwards.
     pub lost_guest: Option<String>,
 }
 
-/// The guest's pace from the order on, in the move that took as long as half of them.
+/// The guest's pace around the order, in the move that took as long as half of them.
 fn course(way: &str, sample: &Sample) -> Plot {
     let stretch_ms = STRETCH.as_secs_f64() * 1e3;
-    let point = |(at, steps): (usize, &u64)| ((at as f64 + 0.5) * stretch_ms, *steps as f64 / stretch_ms);
+    let ordered_ms = sample.ordered.as_secs_f64() * 1e3;
+    let point = |(at, steps): (usize, &u64)| ((at as f64 + 0.5) * stretch_ms - ordered_ms, *steps as f64 / stretch_ms);
     Plot::TimeLine {
         title: format!("The guest's pace while it is moved: {way}"),
         x: Axis::linear("since the order", "ms"),
