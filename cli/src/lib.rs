@@ -33,6 +33,7 @@ mod soak;
 mod takeover;
 mod vmm;
 
+use belay_transport::explain;
 use belay_vmm_glue::migrate::operator::Ask;
 use clap::{Parser, Subcommand};
 use exit::Exit;
@@ -174,7 +175,7 @@ fn wrong_command_line(error: &clap::Error) -> Exit {
 
 /// Prints an error with everything that caused it, and what to do next.
 pub(crate) fn complain(error: &dyn std::error::Error, advice: &str) {
-    eprintln!("belay: {}", belay_vmm_glue::migrate::protocol::explain(error));
+    eprintln!("belay: {}", explain(error));
     if !advice.is_empty() {
         eprintln!("       {advice}");
     }

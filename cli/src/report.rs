@@ -2,8 +2,8 @@
 
 use crate::exit::Exit;
 use crate::logs::{self, Logs};
+use belay_transport::explain;
 use belay_vmm_glue::migrate::observation::{Kind, Observation, Observer};
-use belay_vmm_glue::migrate::protocol::explain;
 use belay_vmm_glue::migrate::status::Board;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;

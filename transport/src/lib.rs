@@ -20,6 +20,8 @@ pub mod stop_point;
 mod testing;
 pub mod uffd;
 pub mod units;
+mod words;
 
 pub use deadline::Deadline;
 pub use units::{FrameIndex, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageSize, RegionId};
+pub use words::{explain, harmless};

@@ -247,7 +247,9 @@ fn a_frame_beyond_the_limit_is_neither_sent_nor_received() {
     rustix::net::send(a.as_fd(), &u32::MAX.to_le_bytes(), rustix::net::SendFlags::empty()).unwrap();
     let error = b.recv(soon()).unwrap_err();
     assert!(matches!(error, SessionError::FrameTooLarge { limit: 1000, .. }), "{error}");
-    assert!(matches!(b.recv(soon()), Err(SessionError::Broken)));
+    // Whoever comes after the failure hears what it was.
+    let after = b.recv(soon()).unwrap_err();
+    assert_eq!(after.to_string(), format!("the control stream has ended before: {error}"));
 }
 
 #[test]
@@ -271,7 +273,8 @@ fn a_send_that_nobody_takes_ends_at_its_deadline_and_breaks_the_stream() {
         let control = &session.source.control;
         let error = control.send(&vec![0; 60 << 20], Deadline::after(Duration::from_millis(100))).unwrap_err();
         assert!(matches!(error, SessionError::TimedOut { .. }), "{over:?}: {error}");
-        assert!(matches!(control.send(b"more", soon()), Err(SessionError::Broken)));
+        let after = control.send(b"more", soon()).unwrap_err();
+        assert_eq!(after.to_string(), format!("the control stream has ended before: {error}"));
     }
 }
 
@@ -282,7 +285,8 @@ fn p6_a_closed_control_stream_is_a_failure_wherever_it_comes() {
         drop(session.source);
         let error = session.destination.control.recv(soon()).unwrap_err();
         assert!(matches!(error, SessionError::PeerClosed { .. }), "{over:?}: {error}");
-        assert!(matches!(session.destination.control.recv(soon()), Err(SessionError::Broken)));
+        let after = session.destination.control.recv(soon()).unwrap_err();
+        assert_eq!(after.to_string(), format!("the control stream has ended before: {error}"));
 
         let session = meet(over);
         let waiting = Arc::clone(&session.destination.control);
@@ -301,8 +305,10 @@ fn shutting_down_wakes_our_own_receiver() {
             let waiter = scope.spawn(|| control.recv(soon()).unwrap_err());
             control.shutdown();
             let error = waiter.join().unwrap();
-            assert!(matches!(error, SessionError::PeerClosed { .. } | SessionError::Broken), "{over:?}: {error}");
+            assert!(matches!(error, SessionError::PeerClosed { .. } | SessionError::Broken { .. }), "{over:?}: {error}");
         });
+        let after = control.send(b"more", soon()).unwrap_err();
+        assert_eq!(after.to_string(), "the control stream has ended before: this side has closed it");
     }
 }
 

@@ -13,9 +13,9 @@ use crate::options::{
 };
 use crate::quantity::{Bytes, Span};
 use crate::{fabric, report};
+use belay_transport::explain;
 use belay_transport::session::{Address, Security};
 use belay_vmm_glue::migrate::observation::{Kind, monotonic_us};
-use belay_vmm_glue::migrate::protocol::explain;
 use child::{Proc, Role, Said};
 use clap::Args;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};

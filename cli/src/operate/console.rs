@@ -5,6 +5,7 @@ use super::protocol::{self, FrameError, LONGEST_REQUEST, LONGEST_WAIT_MS, Reques
 use super::serve::{Dialect, Door, Heard, Looked, Server, Stream};
 use crate::exit::Exit;
 use crate::{metrics, report};
+use belay_transport::explain;
 use belay_vmm_glue::migrate::observation::{Kind, Observer};
 use belay_vmm_glue::migrate::operator::{Answer, Order, WAITING_ORDERS, Words};
 use belay_vmm_glue::migrate::status::Board;
@@ -98,7 +99,7 @@ impl Console {
                 return refused(&error, "Choose another --run-dir.", Exit::Failed);
             }
             Err(error) => {
-                let why = belay_vmm_glue::migrate::protocol::explain(&error);
+                let why = explain(&error);
                 let why =
                     format!("`belay status` will not find this process: {why}; --run-dir chooses another directory");
                 observer.note(None, Kind::State { state: "no-socket".to_owned(), why });

@@ -12,11 +12,12 @@ use crate::send::{
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
+use belay_transport::explain;
 use belay_transport::{Deadline, PageSize};
 use belay_vmm_glue::guard::is_ending;
 use belay_vmm_glue::migrate::observation::{Kind, Observer, us};
 use belay_vmm_glue::migrate::operator::Words;
-use belay_vmm_glue::migrate::protocol::{PROTOCOL_VERSION, explain};
+use belay_vmm_glue::migrate::protocol::PROTOCOL_VERSION;
 use belay_vmm_glue::migrate::reattach::Identity;
 use belay_vmm_glue::migrate::settings::{Bounds, Proposal, VmmSpec};
 use belay_vmm_glue::migrate::source::keep::Keep;

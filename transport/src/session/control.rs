@@ -6,11 +6,11 @@ use super::SessionError;
 use super::socket::wait_for;
 use super::stream::{LaneStream, Raw, pull_tls, push_tls};
 use crate::deadline::Deadline;
+use crate::words::explain;
 use rustix::event::PollFlags;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// How much a receive asks for at once.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -24,7 +24,8 @@ pub struct Control {
     /// Serialises senders; a frame is sent whole.
     sending: Mutex<()>,
     receiving: Mutex<Receiving>,
-    broken: AtomicBool,
+    /// What ended it first.
+    ended: OnceLock<String>,
     max_frame_bytes: usize,
 }
 
@@ -48,7 +49,7 @@ impl Control {
             tls: tls.map(Mutex::new),
             sending: Mutex::new(()),
             receiving: Mutex::default(),
-            broken: AtomicBool::new(false),
+            ended: OnceLock::new(),
             max_frame_bytes: max_frame_bytes.min(u32::MAX as usize),
         }
     }
@@ -80,7 +81,7 @@ impl Control {
 
     /// Ends the stream in both directions. A thread that waits in [`Control::recv`] returns, and so does the peer's.
     pub fn shutdown(&self) {
-        self.broken.store(true, Ordering::Release);
+        let _ = self.ended.set("this side has closed it".to_owned());
         if let Some(tls) = &self.tls {
             let mut tls = lock(tls);
             tls.send_close_notify();
@@ -90,13 +91,14 @@ impl Control {
     }
 
     fn usable(&self) -> Result<(), SessionError> {
-        if self.broken.load(Ordering::Acquire) { Err(SessionError::Broken) } else { Ok(()) }
+        self.ended.get().map_or(Ok(()), |first| Err(SessionError::Broken { first: first.clone() }))
     }
 
     fn remember<T>(&self, result: Result<T, SessionError>) -> Result<T, SessionError> {
         match &result {
             Ok(_) | Err(SessionError::TimedOut { doing: "receiving a frame", .. }) => {}
-            Err(_) => self.broken.store(true, Ordering::Release),
+            Err(SessionError::Broken { .. }) => {}
+            Err(error) => drop(self.ended.set(explain(error))),
         }
         result
     }

@@ -128,7 +128,7 @@ fn frames(bytes: &[u8]) {
             (heard, model) => panic!("{heard:?} where {:?} was due", model.map(|(length, _)| length)),
         }
     }
-    assert!(matches!(control.recv(Deadline::after(Duration::ZERO)), Err(SessionError::Broken)));
+    assert!(matches!(control.recv(Deadline::after(Duration::ZERO)), Err(SessionError::Broken { .. })));
 }
 
 /// Nobody enters a session without knowing its token, and a control connection enters with a whole hello only.

@@ -127,8 +127,10 @@ pub enum SessionError {
     PeerClosed { doing: &'static str },
     #[error("{doing}: not done within {bound:?}")]
     TimedOut { doing: &'static str, bound: Duration },
-    #[error("the control stream is broken by an earlier failure")]
-    Broken,
+    #[error("the control stream has ended before: {first}")]
+    Broken { first: String },
+    #[error("there is no session with the peer any more")]
+    NoSession,
     #[error("a frame of {bytes} bytes is longer than the limit of {limit}")]
     FrameTooLarge { bytes: u64, limit: usize },
     #[error("the peer does not keep the protocol: {what}")]

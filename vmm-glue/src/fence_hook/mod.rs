@@ -19,7 +19,7 @@ mod holder;
 pub use holder::{HoldError, hold};
 
 use crate::guard::GuardCommand;
-use crate::migrate::peer::harmless;
+use belay_transport::harmless;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;

@@ -3,12 +3,12 @@
 //! One try has a deadline, tries come more and more seldom, and they go on until the arbiter has said, or nobody wants to know any more: what
 //! the operator can do meanwhile is said where it is told. Whether a claim that was not answered may be on its way is part of each report.
 
-use super::protocol::explain;
 use belay_checkpoint::arbiter::etcd::{Endpoint, Etcd};
 use belay_checkpoint::arbiter::{GuestName, Held, LendError, Ruling, Seat, Standing, Unruled};
 use belay_checkpoint::journal::MigrationId;
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_transport::Deadline;
+use belay_transport::explain;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Listening to the other host: a thread that turns control frames, and the end of them, into messages of a channel.
 
 use super::protocol;
-use belay_transport::Deadline;
 use belay_transport::session::{Control, SessionError};
+use belay_transport::{Deadline, explain};
 use crossbeam_channel::{Receiver, bounded};
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
@@ -16,19 +16,6 @@ pub enum Listened<M> {
     Message(M),
     /// The stream ended or broke, and how. Nothing comes after it. A failure, whatever came before (P6).
     Closed(String),
-}
-
-/// Longest text of the peer's that is shown.
-const SHOWN_CHARS: usize = 300;
-
-/// A text that the peer wrote, short and without what would steer a terminal or break a line of a log.
-pub fn harmless(text: &str) -> String {
-    let one_line = |c: char| if c.is_control() { ' ' } else { c };
-    let mut shown: String = text.chars().take(SHOWN_CHARS).map(one_line).collect();
-    if text.chars().nth(SHOWN_CHARS).is_some() {
-        shown.push('…');
-    }
-    shown
 }
 
 /// Messages not yet taken; more are left in the socket, so that a peer that talks too much waits.
@@ -52,10 +39,10 @@ pub fn listen_to<M: DeserializeOwned + Send + 'static>(control: Arc<Control>) ->
             let (heard, last) = match stream.recv(Deadline::after(Duration::from_millis(200))) {
                 Ok(frame) => match protocol::decode(&frame) {
                     Ok(message) => (Listened::Message(message), false),
-                    Err(error) => (Listened::Closed(protocol::explain(&error)), true),
+                    Err(error) => (Listened::Closed(explain(&error)), true),
                 },
                 Err(SessionError::TimedOut { .. }) => continue,
-                Err(error) => (Listened::Closed(protocol::explain(&error)), true),
+                Err(error) => (Listened::Closed(explain(&error)), true),
             };
             if sender.send(heard).is_err() || last {
                 return;
@@ -81,18 +68,5 @@ impl<M> Drop for Inbox<M> {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_text_of_the_peers_is_shown_short_and_harmless() {
-        let shown = harmless(&format!("\u{1b}[2J\r\nall is well{}", "!".repeat(10_000)));
-        assert!(shown.chars().all(|c| !c.is_control()) && shown.contains("all is well"), "{shown:?}");
-        assert_eq!(shown.chars().count(), SHOWN_CHARS + 1);
-        assert_eq!(harmless("plain, with ümläuts"), "plain, with ümläuts");
     }
 }

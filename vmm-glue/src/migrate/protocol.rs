@@ -218,19 +218,3 @@ pub enum ProtocolError {
     #[error("the peer sent {got} where {wanted} was due")]
     Unexpected { got: String, wanted: &'static str },
 }
-
-/// An error with everything that caused it, on one line.
-pub fn explain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        let said = next.to_string();
-        // Transparent errors repeat what they wrap.
-        if !text.ends_with(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        cause = next.source();
-    }
-    text
-}

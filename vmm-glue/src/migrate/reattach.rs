@@ -121,7 +121,8 @@ impl Identity {
 
 /// What a Hello's blob asks for, after its version: its first field is the same in every version.
 pub fn decode_proposal(blob: &[u8]) -> Result<Proposal, String> {
-    use super::protocol::{PROTOCOL_VERSION, decode, explain};
+    use super::protocol::{PROTOCOL_VERSION, decode};
+    use belay_transport::explain;
     match postcard::take_from_bytes::<u16>(blob) {
         Ok((version, _)) if version != PROTOCOL_VERSION => {
             Err(format!("migration protocol {version} is proposed, {PROTOCOL_VERSION} is spoken here"))

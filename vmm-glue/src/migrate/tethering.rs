@@ -3,7 +3,7 @@
 
 use super::destination::Happening;
 use super::observation::{Kind, ObservationId, Observer, us};
-use super::protocol::{RingOffer, explain};
+use super::protocol::RingOffer;
 use super::recording::Recording;
 use super::settings::{LeaseSettings, TetherSettings};
 use belay_checkpoint::dirty::{DirtySet, Harvested};
@@ -17,6 +17,7 @@ use belay_checkpoint::record::largest_record;
 use belay_checkpoint::ring::{Mailbox, RingShape, RingTooSmall, RingWriter, ShipError};
 use belay_checkpoint::staging::{Slot, StageError, Staging};
 use belay_checkpoint::tracker::{Groups, HELD_PAGES, UffdSyncTracker, UffdWpTracker, WhoseMemory, WriteFaults};
+use belay_transport::explain;
 use belay_transport::fabric::{FabricError, Initiator, Lane, RingKeys};
 use belay_transport::pull::{Discard, Engine, ShardRange};
 use belay_transport::uffd::Uffd;

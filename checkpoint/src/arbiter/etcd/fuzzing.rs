@@ -39,7 +39,7 @@ fn answer(heard: &[u8]) {
 /// A record that is believed is of the key that was asked for, has a version, and a claim that can be written down.
 fn body(bytes: &[u8]) {
     let refusal = gateway::refusal(bytes);
-    assert!(refusal.chars().count() <= 200 && !refusal.contains(char::is_control));
+    assert!(refusal.chars().count() <= 301 && !refusal.contains(char::is_control));
     let etcd = Etcd::new("http://127.0.0.1:2379".parse::<Endpoint>().expect("an endpoint"));
     let guest: GuestName = "vm1".parse().expect("a name");
     if let Ok(found) = gateway::read::<gateway::Ranged>(bytes) {
@@ -48,6 +48,9 @@ fn body(bytes: &[u8]) {
             Ok(None) => assert!(found.kvs.is_empty()),
             Err(error) => {
                 assert!(matches!(error, ArbiterError::Misunderstood { .. } | ArbiterError::ForeignRecord { .. }));
+                // Who may write into the arbiter writes no operator's terminal.
+                let said = error.to_string();
+                assert!(said.chars().count() <= 600 && !said.contains(char::is_control), "{said:?}");
             }
         }
     }

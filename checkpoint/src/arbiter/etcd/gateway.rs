@@ -1,5 +1,6 @@
 //! What etcd's gateway says: protobuf's messages in JSON, where 64-bit numbers are text and whatever is nought is left out.
 
+use belay_transport::harmless;
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
@@ -95,6 +96,5 @@ pub fn refusal(body: &[u8]) -> String {
     let said = serde_json::from_slice::<Value>(body).ok();
     let said = said.as_ref().and_then(|said| said.get("message").or_else(|| said.get("error"))?.as_str());
     let text = said.map_or_else(|| String::from_utf8_lossy(body), Into::into);
-    let printable = |c: char| if c.is_control() { ' ' } else { c };
-    text.trim().chars().take(200).map(printable).collect()
+    harmless(text.trim())
 }

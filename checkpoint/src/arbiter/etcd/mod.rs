@@ -15,7 +15,7 @@ mod http;
 pub use http::{Answer, HttpError, LONGEST};
 
 use super::{Arbiter, ArbiterError, Claim, GuestName, Held, LeaseId, Verdict, Version};
-use belay_transport::Deadline;
+use belay_transport::{Deadline, harmless};
 use gateway::{Granted, KeptAlive, Ranged, Transacted};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -123,7 +123,7 @@ impl Etcd {
         let foreign = |what: String| ArbiterError::ForeignRecord { guest: guest.clone(), what };
         let value =
             base64::decode(&record.value).ok_or_else(|| self.misunderstood(doing, "a value that is no base64"))?;
-        let claim: Claim = serde_json::from_slice(&value).map_err(|error| foreign(error.to_string()))?;
+        let claim: Claim = serde_json::from_slice(&value).map_err(|error| foreign(harmless(&error.to_string())))?;
         if !claim.fits() {
             return Err(foreign("its owner or migration has no bytes, or too many".to_owned()));
         }

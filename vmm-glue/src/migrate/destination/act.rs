@@ -2,13 +2,12 @@
 
 use super::{Destination, ENDED_BY_SIGNAL};
 use crate::migrate::observation::{Kind, named_state};
-use crate::migrate::protocol;
 use crate::migrate::protocol::ToSource;
 use crate::migrate::tethering::Leftover;
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::destination::{Action, Event, State};
-use belay_transport::Deadline;
 use belay_transport::stop_point::reached;
+use belay_transport::{Deadline, explain};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -39,7 +38,7 @@ impl Destination<'_> {
                 match tethering.start(guest, output, observer, self.last.clone(), recording) {
                     Ok(()) => None,
                     Err(error) => {
-                        self.why = protocol::explain(&error);
+                        self.why = explain(&error);
                         Some(Event::CommitFailed)
                     }
                 }
@@ -130,7 +129,7 @@ impl Destination<'_> {
             Err(error) => {
                 let advice = "The guest is this host's own and runs; what it sends is held until its disks are this host's too. Free the image: \
                               the disk relay goes on trying, and holds what the guest writes meanwhile. End no relay.";
-                self.note(Kind::Failed { what: protocol::explain(&error), advice: advice.to_owned() });
+                self.note(Kind::Failed { what: explain(&error), advice: advice.to_owned() });
             }
         }
     }
@@ -139,7 +138,7 @@ impl Destination<'_> {
         match self.tell(message) {
             Ok(()) => None,
             Err(error) => {
-                self.why = protocol::explain(&error);
+                self.why = explain(&error);
                 Some(Event::ConnectionClosed)
             }
         }
@@ -161,7 +160,7 @@ impl Destination<'_> {
                 Some(Event::GuestResumed)
             }
             Err(error) => {
-                self.why = protocol::explain(&error);
+                self.why = explain(&error);
                 Some(if matches!(self.state, State::Tethered { .. }) { Event::GuestDied } else { Event::PrepareFailed })
             }
         }
@@ -174,7 +173,7 @@ impl Destination<'_> {
             Ok(()) => true,
             Err(error) => {
                 self.note(Kind::Failed {
-                    what: protocol::explain(&error),
+                    what: explain(&error),
                     advice: "Its output is shut; it waits for a page that will not come.".to_owned(),
                 });
                 false
@@ -198,7 +197,7 @@ impl Destination<'_> {
             && let Err(error) = end.guest.resume()
         {
             let advice = "The guest is this host's own and stands still.".to_owned();
-            self.note(Kind::Failed { what: protocol::explain(&error), advice });
+            self.note(Kind::Failed { what: explain(&error), advice });
         }
         self.guest = Some(end.guest);
     }

@@ -4,10 +4,10 @@
 use super::Destination;
 use crate::migrate::arbitration::{Answer, Arbitration, Claims, Wanted};
 use crate::migrate::observation::Kind;
-use crate::migrate::protocol::explain;
 use belay_checkpoint::arbiter::{Ruling, Standing};
 use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::destination::{Event, State};
+use belay_transport::explain;
 use crossbeam_channel::Receiver;
 use std::time::{Duration, Instant};
 

@@ -4,15 +4,14 @@ use super::warden::Warden;
 use super::{Destination, ENDED_BY_SIGNAL, Happening, IDLE_TICK, Outcome, TICK};
 use crate::guard::is_ending;
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::{Listened, harmless};
-use crate::migrate::protocol;
+use crate::migrate::peer::Listened;
 use crate::migrate::protocol::{ToDestination, ToSource};
 use crate::migrate::settings::ReleasePolicy;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::destination::{Event, State};
-use belay_transport::FrameIndex;
 use belay_transport::pull::Engine;
 use belay_transport::stop_point::reached;
+use belay_transport::{FrameIndex, explain, harmless};
 use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 
@@ -81,7 +80,7 @@ impl Destination<'_> {
             }
             Happening::PullFailed => {
                 let failure = self.engine.as_ref().and_then(|engine| engine.failure());
-                self.why = failure.map_or("the pull failed".to_owned(), |failure| protocol::explain(&*failure));
+                self.why = failure.map_or("the pull failed".to_owned(), |failure| explain(&*failure));
                 Some(Event::ConnectionClosed)
             }
             Happening::LaneBroken(why) => {

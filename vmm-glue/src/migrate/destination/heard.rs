@@ -4,9 +4,9 @@
 use super::DestinationError;
 use super::order::before_the_switch;
 use crate::migrate::operator::Words;
-use crate::migrate::peer::{Inbox, Listened, harmless};
+use crate::migrate::peer::{Inbox, Listened};
 use crate::migrate::protocol::{ProtocolError, ToDestination};
-use belay_transport::Deadline;
+use belay_transport::{Deadline, harmless};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Select, at, never, select};
 use std::time::Duration;
 

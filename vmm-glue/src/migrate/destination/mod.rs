@@ -35,7 +35,6 @@ use belay_checkpoint::ownership::destination::{Event, State, step};
 use belay_checkpoint::staging::Staging;
 use belay_checkpoint::storage::Storage;
 use belay_checkpoint::tracker::WriteFaults;
-use belay_transport::Deadline;
 use belay_transport::fabric::{FabricError, LocalKey, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::pages::{PageStates, PagesError};
@@ -43,6 +42,7 @@ use belay_transport::pull::{Engine, PlanError, ShardParts, ShardRange};
 use belay_transport::region::RegionError;
 use belay_transport::session::{Control, Listener, RegionGeometry, SessionError};
 use belay_transport::uffd::{Uffd, UffdError};
+use belay_transport::{Deadline, explain};
 use claim::Claiming;
 pub use claim::DestinationArbiter;
 use crossbeam_channel::{Receiver, Sender};
@@ -256,10 +256,10 @@ pub fn run(
     let tell = |error: DestinationError| {
         // What could not be let in may be why: a lane that found no descriptor left, say.
         for rejection in listener.take_rejections() {
-            let (state, why) = ("turned-away".to_owned(), protocol::explain(&rejection.error));
+            let (state, why) = ("turned-away".to_owned(), explain(&rejection.error));
             observer.note(observer.latest().as_ref(), Kind::State { state, why });
         }
-        let reason = protocol::explain(&error);
+        let reason = explain(&error);
         let state = "aborted".to_owned();
         let because = observer.note(observer.latest().as_ref(), Kind::State { state, why: reason.clone() });
         // The source may be the one that failed; it has nothing to lose by not hearing this.
@@ -377,7 +377,7 @@ impl Destination<'_> {
     }
 
     fn tell(&self, message: &ToSource) -> Result<(), SessionError> {
-        let Some(link) = &self.link else { return Err(SessionError::Broken) };
+        let Some(link) = &self.link else { return Err(SessionError::NoSession) };
         link.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
     }
 

@@ -26,7 +26,7 @@ use belay_transport::pull::{ShardParts, ShardRange};
 use belay_transport::session::{DestinationSession, Incoming, Listener, SessionError};
 use belay_transport::stop_point::reached;
 use belay_transport::uffd::{Uffd, UffdError};
-use belay_transport::{Deadline, RegionId, fabric};
+use belay_transport::{Deadline, RegionId, explain, fabric};
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -50,12 +50,12 @@ pub(super) fn await_source(
         }
         let incoming = listener.accept(Deadline::after(Duration::from_millis(200)));
         for rejection in listener.take_rejections() {
-            turned_away(protocol::explain(&rejection.error));
+            turned_away(explain(&rejection.error));
         }
         match incoming {
             Ok(incoming) => match agree(incoming, bounds, staging) {
                 Ok(agreed) => return Ok(Some(agreed)),
-                Err(error) => turned_away(protocol::explain(&error)),
+                Err(error) => turned_away(explain(&error)),
             },
             Err(SessionError::TimedOut { .. }) => {}
             Err(error) => return Err(DestinationError::Connect(error)),

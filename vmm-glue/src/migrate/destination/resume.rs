@@ -21,7 +21,7 @@ use belay_transport::pages::PageStates;
 use belay_transport::pull::Discard;
 use belay_transport::region::RamFile;
 use belay_transport::session::{DestinationSession, Incoming};
-use belay_transport::{Deadline, fabric};
+use belay_transport::{Deadline, explain, fabric};
 use crossbeam_channel::bounded;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ impl Destination<'_> {
         }
         self.dialled_at = Instant::now();
         for rejection in self.listener.take_rejections() {
-            let why = protocol::explain(&rejection.error);
+            let why = explain(&rejection.error);
             self.note(Kind::State { state: "turned-away".to_owned(), why });
         }
         let incoming = self.listener.accept(Deadline::after(Duration::ZERO)).ok()?;
@@ -70,7 +70,7 @@ impl Destination<'_> {
         match self.reattach(incoming, &call) {
             Ok(event) => event,
             Err(error) => {
-                let what = format!("the source came back and could not be joined: {}", protocol::explain(&error));
+                let what = format!("the source came back and could not be joined: {}", explain(&error));
                 let advice =
                     "The guest stays fenced and its memory kept; the source decides, or dials again.".to_owned();
                 self.note(Kind::Failed { what, advice });

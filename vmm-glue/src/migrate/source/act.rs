@@ -6,7 +6,6 @@ use super::{Source, SourceError, fresh_nonce, io};
 use crate::guard::DeathWatch;
 use crate::migrate::lease::{Silence, boot_time};
 use crate::migrate::observation::{Kind, named_state, us};
-use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
 use crate::migrate::release::ReleaseError;
 use crate::migrate::switch_map::{PageClass, RegionClasses};
@@ -15,11 +14,11 @@ use belay_checkpoint::guest::{GuestError, RamBlock};
 use belay_checkpoint::ownership::Named;
 use belay_checkpoint::ownership::source::{Action, Event};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
-use belay_transport::Deadline;
 use belay_transport::fabric::FabricKind;
 use belay_transport::region::Extent;
 use belay_transport::session::SessionError;
 use belay_transport::stop_point::reached;
+use belay_transport::{Deadline, explain};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -145,7 +144,7 @@ impl Source<'_> {
     }
 
     pub(super) fn failed_switch(&mut self, error: &dyn std::error::Error) -> Event {
-        self.why = protocol::explain(error);
+        self.why = explain(error);
         Event::SwitchFailed
     }
 
@@ -165,7 +164,7 @@ impl Source<'_> {
         let mut map = Vec::new();
         let (mut peer_frames, mut zero_frames) = (0, 0);
         let offering = Instant::now();
-        let live = self.live.as_mut().ok_or(SessionError::Broken)?;
+        let live = self.live.as_mut().ok_or(SessionError::NoSession)?;
         let mut occupied = Vec::new();
         for (index, (block, &(_, key))) in self.guest.memory().iter().zip(&live.ram).enumerate() {
             // Again, now that the guest stands still: what was populated since is offered too, and nothing is given up after this.
@@ -224,7 +223,7 @@ impl Source<'_> {
         state: FoldState,
         lease: Duration,
     ) -> Result<(), SourceError> {
-        let live = self.live.as_ref().ok_or(SessionError::Broken)?;
+        let live = self.live.as_ref().ok_or(SessionError::NoSession)?;
         let owner = OwnerRegion::new(Arc::clone(&live.owner_region));
         owner.set_folded(state.epoch());
         owner.set_applied(state.epoch());
@@ -238,7 +237,7 @@ impl Source<'_> {
         reached("release-due");
         if let Err(error) = self.give_up_disks() {
             self.note(Kind::Failed {
-                what: protocol::explain(&error),
+                what: explain(&error),
                 advice: "The tether is kept, and the destination asks again.".to_owned(),
             });
             self.keep_disks();
@@ -254,14 +253,14 @@ impl Source<'_> {
             Err(error @ ReleaseError::NotWritten { .. }) => {
                 self.keep_disks();
                 self.note(Kind::Failed {
-                    what: protocol::explain(&error),
+                    what: explain(&error),
                     advice: "The tether is kept; make room or mend the directory, and the destination asks again."
                         .to_owned(),
                 });
                 Some(Event::ReleaseFailed)
             }
             Err(error @ ReleaseError::Unknown { .. }) => {
-                let what = protocol::explain(&error);
+                let what = explain(&error);
                 self.why = what.clone();
                 let advice = "This host will not resume the guest; it runs on at the destination, tethered. Look at the file and mend the disk. \
                               SIGINT ends this host's part, and the guest is then the destination's to promote.";
@@ -286,7 +285,7 @@ impl Source<'_> {
         if let Err(error) = storage.keep() {
             let advice =
                 "Free the image: nothing of the guest's can be written to it, and the tether will end.".to_owned();
-            self.note(Kind::Failed { what: protocol::explain(&error), advice });
+            self.note(Kind::Failed { what: explain(&error), advice });
         }
         if let Some(folder) = &self.folder {
             folder.hold(false);

@@ -7,9 +7,9 @@ use crate::migrate::protocol::ToDestination;
 use belay_checkpoint::fold::CatchError;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
-use belay_transport::Deadline;
 use belay_transport::fabric::{OWNER_EPOCH_OFFSET, RevokedRing};
 use belay_transport::stop_point::reached;
+use belay_transport::{Deadline, explain};
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ impl Source<'_> {
                 Some(Event::Revoked)
             }
             Err(error) => {
-                self.why = format!("cannot revoke: {}", protocol::explain(&error));
+                self.why = format!("cannot revoke: {}", explain(&error));
                 Some(Event::CatchFailed { can_retry: true })
             }
         }
@@ -69,8 +69,8 @@ impl Source<'_> {
     fn disks_stuck(&self) -> Option<String> {
         let storage = self.guest.storage()?;
         match self.folder.as_ref().and_then(|folder| folder.status().stuck) {
-            Some(stuck) => Some(protocol::explain(&stuck)),
-            None => storage.check().err().map(|error| protocol::explain(&error)),
+            Some(stuck) => Some(explain(&stuck)),
+            None => storage.check().err().map(|error| explain(&error)),
         }
     }
 
@@ -85,7 +85,7 @@ impl Source<'_> {
         self.disks_due.take_if(|due| due.expired())?;
         let State::Revoking { stuck: true, .. } = self.state else { return None };
         let still = match &mut self.last_read {
-            Some(Ok(recovered)) => recovered.unwritten.write().err().map(|error| protocol::explain(&error)),
+            Some(Ok(recovered)) => recovered.unwritten.write().err().map(|error| explain(&error)),
             _ => self.disks_stuck(),
         };
         if still.is_some() {
@@ -104,11 +104,11 @@ impl Source<'_> {
                 // Nobody else has it any more: it stays here until the image takes it.
                 Err(error) => {
                     self.last_read = Some(Ok(recovered));
-                    return self.waits_for_disks(protocol::explain(&error));
+                    return self.waits_for_disks(explain(&error));
                 }
             },
             Some(Err(CatchError::Unreadable { source, older })) => {
-                self.why = format!("the ring cannot be read past {}: {}", older.epoch, protocol::explain(&source));
+                self.why = format!("the ring cannot be read past {}: {}", older.epoch, explain(&source));
                 return Some(Event::CatchFailed { can_retry: false });
             }
             None => {
@@ -119,7 +119,7 @@ impl Source<'_> {
         };
         let load = Instant::now();
         if let Err(error) = self.guest.load(&recovered.device_state) {
-            self.why = format!("cannot load {}: {}", recovered.epoch, protocol::explain(&error));
+            self.why = format!("cannot load {}: {}", recovered.epoch, explain(&error));
             return Some(Event::CatchFailed { can_retry: false });
         }
         reached("catch-loaded");
@@ -147,7 +147,7 @@ impl Source<'_> {
         if self.recovered.is_some()
             && let Err(error) = self.guest.set_incarnation(nonce)
         {
-            return self.cannot_resume(protocol::explain(&error));
+            return self.cannot_resume(explain(&error));
         }
         let steps = (self.steps)();
         reached("catch-resume");
@@ -157,10 +157,10 @@ impl Source<'_> {
         if let Err(error) = self.keep.mark(home, &self.nonces[since..])
             && let Err(error) = self.keep.give_up_memory().map_err(|_| error)
         {
-            return self.cannot_resume(protocol::explain(&error));
+            return self.cannot_resume(explain(&error));
         }
         if let Err(error) = self.guest.resume() {
-            return self.cannot_resume(protocol::explain(&error));
+            return self.cannot_resume(explain(&error));
         }
         if let Some(recovered) = &self.recovered {
             let epoch = recovered.epoch.0;

@@ -6,9 +6,9 @@ use super::herald::NO_SESSION;
 use super::{Happening, Source};
 use crate::fence_hook::{Report, Runs, Target, Turn};
 use crate::migrate::observation::Kind;
-use crate::migrate::protocol::explain;
 use belay_checkpoint::outbox::OutputMode;
 use belay_checkpoint::ownership::source::{CatchStep, Event, State};
+use belay_transport::explain;
 use belay_transport::session::Address;
 
 /// What a source knows of its fence.

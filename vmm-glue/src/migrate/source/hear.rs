@@ -4,10 +4,11 @@ use super::herald::NO_SESSION;
 use super::{BY_ORDER, Happening, Outcome, Source, TICK};
 use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
-use crate::migrate::peer::{Listened, harmless};
-use crate::migrate::protocol::{ToSource, explain};
+use crate::migrate::peer::Listened;
+use crate::migrate::protocol::ToSource;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::fabric::FabricError;
+use belay_transport::{explain, harmless};
 use crossbeam_channel::{never, select};
 use std::time::{Duration, Instant};
 

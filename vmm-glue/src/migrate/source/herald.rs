@@ -4,10 +4,11 @@
 //! destination that is not there is asked for again, more and more seldom, until the grace is over.
 
 use super::{Happened, Happening};
-use crate::migrate::protocol::{self, ToDestination, explain};
+use crate::migrate::protocol::{self, ToDestination};
 use crate::migrate::reattach::Answered;
 use crate::migrate::settings::Proposal;
 use belay_transport::Deadline;
+use belay_transport::explain;
 use belay_transport::session::{self, Address, Offer, RegionGeometry, SessionConfig, SourceSession};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

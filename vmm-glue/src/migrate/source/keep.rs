@@ -4,7 +4,7 @@
 //! with it; the journal is there all the same, because a release has to be on disk before it is said.
 
 use super::SourceError;
-use crate::migrate::protocol::{self, explain};
+use crate::migrate::protocol;
 use crate::migrate::reattach::Identity;
 use crate::migrate::release::{ReleaseError, ReleaseRecord};
 use crate::migrate::settings::Proposal;
@@ -18,6 +18,7 @@ use belay_checkpoint::ownership::OwnerEpoch;
 use belay_checkpoint::ownership::source::State;
 use belay_checkpoint::record::Limits;
 use belay_checkpoint::ring::{OWNER_REGION_BYTES, RingReader, RingShape, Spool, SpoolError};
+use belay_transport::explain;
 use belay_transport::region::{Extent, Mapping, RamFile, RegionError};
 use belay_transport::session::RegionGeometry;
 use belay_transport::{Deadline, PAGE_SIZE, PageSize, RegionId};

@@ -38,7 +38,7 @@ use belay_transport::fabric::{FabricError, FabricKind, Owner, ReadKey};
 use belay_transport::numa::{NumaChoice, NumaError, Placement};
 use belay_transport::region::{Extent, Mapping, RegionError};
 use belay_transport::session::{Address, Control, LaneDialer, SessionConfig, SessionError, SourceSession};
-use belay_transport::{Deadline, RegionId};
+use belay_transport::{Deadline, RegionId, explain};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use fence::Fence;
 use herald::Herald;
@@ -405,7 +405,7 @@ impl<'a> Source<'a> {
     }
 
     fn tell(&self, message: &ToDestination) -> Result<(), SessionError> {
-        let Some(live) = &self.live else { return Err(SessionError::Broken) };
+        let Some(live) = &self.live else { return Err(SessionError::NoSession) };
         live.control.send(&protocol::encode(message), Deadline::after(self.config.bounds.handshake))
     }
 
@@ -422,7 +422,7 @@ impl<'a> Source<'a> {
 
     /// What cannot be kept must not be found as it was before either.
     fn nobody_takes_over(&mut self, error: &dyn std::error::Error) {
-        let what = protocol::explain(error);
+        let what = explain(error);
         let advice = match self.keep.give_up_memory() {
             Ok(()) => "The migration goes on; from here on nobody can take over from this process.".to_owned(),
             Err(error) => {

@@ -8,9 +8,9 @@ use crate::migrate::peer::{Listened, listen_to};
 use crate::migrate::protocol::{self, ToDestination, ToSource};
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
-use belay_transport::Deadline;
 use belay_transport::fabric::RevokedRing;
 use belay_transport::session::{SessionError, SourceSession};
+use belay_transport::{Deadline, explain};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -108,7 +108,7 @@ impl Source<'_> {
                 Ok(()) => None,
                 Err(SourceError::Cancelled) => Some(self.lost(Event::OperatorCatch, "the operator ordered the catch")),
                 Err(error) => {
-                    let why = format!("it came back and could not be tethered again: {}", protocol::explain(&error));
+                    let why = format!("it came back and could not be tethered again: {}", explain(&error));
                     Some(self.lost(Event::ConnectionClosed, &why))
                 }
             };
@@ -150,7 +150,7 @@ impl Source<'_> {
         for message in [fate, again] {
             control.send(&protocol::encode(&message), Deadline::after(bounds.handshake))?;
         }
-        let live = self.live.as_mut().ok_or(SessionError::Broken)?;
+        let live = self.live.as_mut().ok_or(SessionError::NoSession)?;
         self.last = live.open(self.config, &self.happened, self.words)?;
         self.noticed_at = None;
         self.note(Kind::TetheredAgain { committed: committed.0 });
