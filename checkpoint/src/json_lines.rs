@@ -1,5 +1,6 @@
 //! A file of JSON, a value a line: written as it comes, read within bounds. What is wrong with one is told by its line.
 
+use belay_transport::harmless;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, BufRead, Read, Write};
@@ -73,9 +74,9 @@ impl<R: BufRead> LineReader<R> {
         }
     }
 
-    /// What is wrong with the line that was read last.
+    /// What is wrong with the line that was read last. It may repeat the line's own words.
     pub fn wrong(&self, what: String) -> LinesError {
-        LinesError::Line { line: self.line, what }
+        LinesError::Line { line: self.line, what: harmless(&what) }
     }
 }
 

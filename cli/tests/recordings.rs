@@ -66,11 +66,11 @@ fn what_a_tethered_guest_wrote_and_sent_is_recorded_and_a_policy_can_be_tried_on
     let trace = writes::read(file).expect("it is whole");
     place.expect_nothing_left();
     assert_eq!(u64::from(trace.pages), MEMORY_PAGES);
-    assert!(trace.slots.len() as u64 >= commits, "{} of {commits} checkpoints", trace.slots.len());
-    let written: u64 = trace.slots.iter().map(|slot| slot.pages.len() as u64).sum();
+    assert!(trace.stretches.len() as u64 >= commits, "{} of {commits} checkpoints", trace.stretches.len());
+    let written: u64 = trace.stretches.iter().map(|stretch| stretch.pages().count() as u64).sum();
     assert!(written >= pages && pages > 0, "{written} of {pages} pages");
-    assert!(trace.slots.iter().any(|slot| slot.outputs > 0), "the guest tells how far it is");
-    let ran: Duration = trace.slots.iter().map(|slot| slot.lasts).sum();
+    assert!(trace.stretches.iter().any(|stretch| stretch.outputs > 0), "the guest tells how far it is");
+    let ran: Duration = trace.stretches.iter().map(|stretch| stretch.lasts).sum();
     assert!((Duration::from_millis(50)..Duration::from_secs(600)).contains(&ran), "{ran:?}");
     let costs = Costs {
         pause: Duration::from_micros(300),
@@ -82,7 +82,7 @@ fn what_a_tethered_guest_wrote_and_sent_is_recorded_and_a_policy_can_be_tried_on
         counts: true,
     };
     let outcome = simulate(&trace, &costs, &mut Adaptive::new(Duration::from_millis(50)), 1);
-    let sent: u64 = trace.slots.iter().map(|slot| u64::from(slot.outputs)).sum();
+    let sent: u64 = trace.stretches.iter().map(|stretch| u64::from(stretch.outputs)).sum();
     assert_eq!(outcome.delays_us.len(), sent, "every packet it sent was held and let go");
     assert!(outcome.epochs > 0 && outcome.bytes > 0);
 }

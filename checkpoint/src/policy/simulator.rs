@@ -114,16 +114,16 @@ pub fn simulate(trace: &Trace, costs: &Costs, policy: &mut dyn Policy, seed: u64
 impl Run<'_> {
     fn all(&mut self, policy: &mut dyn Policy) {
         let mut ask_at = Duration::ZERO;
-        for slot in &self.trace.slots {
-            let steps = (slot.lasts.as_nanos() / STEP.as_nanos()).max(1);
-            for &page in &slot.pages {
+        for stretch in &self.trace.stretches {
+            let steps = (stretch.lasts.as_nanos() / STEP.as_nanos()).max(1);
+            for page in stretch.pages() {
                 let (word, bit) = (&mut self.dirty[page as usize / 64], 1 << (page % 64));
                 self.dirty_pages += u64::from(*word & bit == 0);
                 *word |= bit;
             }
             for step in 0..steps {
                 if step + 1 == steps {
-                    self.emitted.extend((0..slot.outputs).map(|_| self.now));
+                    self.emitted.extend((0..stretch.outputs).map(|_| self.now));
                 }
                 // A commit wakes the loop, as the time that it was told to wait does.
                 if (self.commits_due() || self.now >= ask_at) && self.on_their_way.len() < SLOTS {
@@ -238,7 +238,7 @@ mod tests {
         let run = || simulate(&trace, &costs(10, true), &mut FixedPeriod(Duration::from_millis(10)), 1);
         let (one, other) = (run(), run());
         assert_eq!((one.epochs, one.bytes, one.delays_us.len()), (other.epochs, other.bytes, other.delays_us.len()));
-        let sent: u32 = trace.slots.iter().map(|slot| slot.outputs).sum();
+        let sent: u32 = trace.stretches.iter().map(|stretch| stretch.outputs).sum();
         assert_eq!(one.delays_us.len(), u64::from(sent));
         assert!(one.delays_us.max() >= 10_000 && one.delay_at(50.0) > Duration::from_millis(4));
         assert!((0.02..0.2).contains(&one.pause_share()), "{}", one.pause_share());
@@ -282,7 +282,7 @@ mod tests {
                 let trace = Workload::Phases.trace(5, PAGES, Duration::from_secs(3));
                 let costs = Costs { link_bytes_per_s: gigabits_tenth * 12_500_000, ..costs(1, true) };
                 let outcome = simulate(&trace, &costs, &mut *spec.build(), 2);
-                let sent: u32 = trace.slots.iter().map(|slot| slot.outputs).sum();
+                let sent: u32 = trace.stretches.iter().map(|stretch| stretch.outputs).sum();
                 assert_eq!(outcome.delays_us.len(), u64::from(sent), "{text}");
                 assert!(outcome.pause_share() < 0.9, "{text}: {}", outcome.pause_share());
             }

@@ -7,7 +7,8 @@ use super::observation::Observer;
 use super::recorded::{Recorded, Written};
 use belay_checkpoint::dirty::DirtySet;
 use belay_checkpoint::guest::RamBlock;
-use belay_checkpoint::policy::trace::file::{Stretch, Writer};
+use belay_checkpoint::policy::trace::Stretch;
+use belay_checkpoint::policy::trace::file::Writer;
 use belay_transport::{PAGE_SIZE, RegionId};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::fs::File;
@@ -178,10 +179,10 @@ mod tests {
         drop(recording);
         let trace = file::read(BufReader::new(File::open(&path).unwrap())).unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert_eq!((trace.pages, trace.slots.len()), (32, 101));
-        assert_eq!((&trace.slots[9].pages[..], trace.slots[9].outputs), (&[3, 4, 16][..], 2));
-        assert_eq!(trace.slots[9].lasts, Duration::from_millis(9));
-        assert_eq!(trace.slots[100].pages.len(), 0);
+        assert_eq!((trace.pages, trace.stretches.len()), (32, 101));
+        let tenth = Stretch { lasts: Duration::from_millis(9), outputs: 2, runs: vec![(3, 2), (16, 1)] };
+        assert_eq!(trace.stretches[9], tenth);
+        assert_eq!(trace.stretches[100].pages().count(), 0);
     }
 
     #[test]
@@ -199,6 +200,10 @@ mod tests {
         let trace = file::read(BufReader::new(File::open(&path).unwrap())).unwrap();
         let bytes = std::fs::metadata(&path).unwrap().len();
         std::fs::remove_file(&path).unwrap();
-        assert!((200..300).contains(&bytes) && (2..8).contains(&trace.slots.len()), "{bytes} {}", trace.slots.len());
+        assert!(
+            (200..300).contains(&bytes) && (2..8).contains(&trace.stretches.len()),
+            "{bytes} {}",
+            trace.stretches.len()
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! Traces made from a seed.
 
-use super::{Slot, Trace};
+use super::{Stretch, Trace};
 use std::fmt;
 use std::time::Duration;
 
@@ -24,20 +24,20 @@ pub enum Workload {
 impl Workload {
     pub const ALL: [Self; 6] = [Self::Idle, Self::Sequential, Self::Random, Self::Zipf, Self::WriteHeavy, Self::Phases];
 
-    /// What a guest of `pages` pages does in `length`, in slots of 1 ms.
+    /// What a guest of `pages` pages does in `length`, in stretches of 1 ms.
     pub fn trace(self, seed: u64, pages: u32, length: Duration) -> Trace {
         let mut random = Random(seed);
         let mut at = 0;
         let count = (length.as_millis() as u64).max(1);
-        let slots = (0..count).map(|ms| self.slot(ms, pages, &mut random, &mut at)).collect();
-        Trace { pages, slots }
+        let stretches = (0..count).map(|ms| self.stretch(ms, pages, &mut random, &mut at)).collect();
+        Trace { pages, stretches }
     }
 
-    fn slot(self, ms: u64, pages: u32, random: &mut Random, at: &mut u32) -> Slot {
-        let mut slot = Slot { lasts: Duration::from_millis(1), ..Slot::default() };
+    fn stretch(self, ms: u64, pages: u32, random: &mut Random, at: &mut u32) -> Stretch {
+        let mut stretch = Stretch { lasts: Duration::from_millis(1), ..Stretch::default() };
         let mut write = |page: u32| {
-            if !slot.pages.contains(&page) {
-                slot.pages.push(page);
+            if !stretch.pages().any(|written| written == page) {
+                stretch.wrote(page);
             }
         };
         // Request and response: 1,000 packets a second, in bursts and gaps.
@@ -47,8 +47,8 @@ impl Workload {
                 if ms.is_multiple_of(10) {
                     write(random.below(64.min(pages)));
                 }
-                slot.outputs = u32::from(ms.is_multiple_of(100));
-                return slot;
+                stretch.outputs = u32::from(ms.is_multiple_of(100));
+                return stretch;
             }
             Self::Sequential => (0..20).for_each(|_| {
                 write(*at);
@@ -63,11 +63,11 @@ impl Workload {
             Self::WriteHeavy => (0..120).for_each(|_| write(random.below(2000.min(pages)))),
             Self::Phases => {
                 let phase = [Self::Idle, Self::Random, Self::WriteHeavy][(ms / 1000 % 3) as usize];
-                return phase.slot(ms, pages, random, at);
+                return phase.stretch(ms, pages, random, at);
             }
         }
-        slot.outputs = u32::from(talks);
-        slot
+        stretch.outputs = u32::from(talks);
+        stretch
     }
 }
 
