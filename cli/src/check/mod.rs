@@ -11,7 +11,8 @@ pub use facts::Facts;
 pub use judge::{Finding, Verdict, judge};
 
 use crate::exit::Exit;
-use crate::report::counted;
+use crate::report::{counted, printable};
+use belay_transport::harmless;
 use clap::Args;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -110,16 +111,19 @@ fn print_json(out: &mut dyn Write, findings: &[Finding]) -> io::Result<()> {
 }
 
 fn print_table(out: &mut dyn Write, findings: &[Finding], words: &Words) -> io::Result<()> {
-    let width = findings.iter().map(|finding| finding.name.len()).max().unwrap_or(0);
-    for finding in findings {
+    // Names of a guest's parts are a QEMU's words, and a QEMU may be its guest's by now.
+    let names: Vec<String> = findings.iter().map(|finding| harmless(&finding.name)).collect();
+    let line = |text: &str| printable(&text.replace('\n', " "));
+    let width = names.iter().map(String::len).max().unwrap_or(0);
+    for (finding, name) in findings.iter().zip(&names) {
         let verdict = match finding.verdict {
             Verdict::Ok => "ok",
             Verdict::Degraded => "degraded",
             Verdict::Missing => "MISSING",
         };
-        writeln!(out, "{verdict:8}  {:width$}  {}", finding.name, finding.detail)?;
+        writeln!(out, "{verdict:8}  {name:width$}  {}", line(&finding.detail))?;
         for mend in &finding.mend {
-            writeln!(out, "{:8}  {:width$}    mend: {mend}", "", "")?;
+            writeln!(out, "{:8}  {:width$}    mend: {}", "", "", line(mend))?;
         }
     }
     let (missing, degraded) = (missing(findings), findings.iter().filter(|f| f.verdict == Verdict::Degraded).count());

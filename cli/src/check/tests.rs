@@ -136,6 +136,22 @@ fn the_table_and_the_json_say_the_same() {
 }
 
 #[test]
+fn what_a_qemu_calls_its_parts_neither_steers_a_terminal_nor_makes_a_line_of_the_table() {
+    let name = format!("RAM \u{1b}[2J{}", "m".repeat(10_000));
+    let finding = Finding {
+        name: name.into(),
+        verdict: Verdict::Missing,
+        detail: "process 7, \u{1b}]0;title\u{7}\nok        all".to_owned(),
+        mend: vec!["mem-path=/dev/shm\r\n".to_owned()],
+    };
+    let mut table = vec![];
+    print_table(&mut table, &[finding], &OF_A_HOST).expect("table");
+    let table = String::from_utf8(table).expect("utf-8");
+    assert!(table.lines().count() == 4 && table.len() < 2000, "{table:?}");
+    assert!(table.chars().all(|c| c == '\n' || !c.is_control()), "{table:?}");
+}
+
+#[test]
 fn this_host_can_be_looked_at() {
     let facts = Facts::of_this_host();
     let findings = judge(&facts);

@@ -3,7 +3,7 @@
 //! QEMU is the other side of a trust boundary here: it runs a guest, and a guest may have taken it over. Lines are bounded, every
 //! wait has a deadline, and what it says is data.
 
-use belay_transport::Deadline;
+use belay_transport::{Deadline, harmless};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 const MOST_LINE_BYTES: usize = 8 << 20;
 /// Events kept until somebody asks for them; beyond it the oldest are dropped.
 const MOST_EVENTS: usize = 1024;
+/// Bytes of their lines that are kept, but for the newest.
+const MOST_EVENT_BYTES: usize = 1 << 20;
 /// Between two tries while nothing listens at the socket.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -81,7 +83,9 @@ pub struct Qmp {
     buffer: Vec<u8>,
     /// Up to where `buffer` is known to hold no line's end.
     searched: usize,
-    events: VecDeque<Event>,
+    /// Each with its line's bytes.
+    events: VecDeque<(Event, usize)>,
+    event_bytes: usize,
     last_id: u64,
     version: Version,
 }
@@ -109,8 +113,9 @@ impl Qmp {
     pub fn over(stream: UnixStream, path: &Path, deadline: Deadline) -> Result<Self, QmpError> {
         let started = Instant::now();
         let version = Version { major: 0, minor: 0, micro: 0 };
-        let mut qmp = Self { stream, buffer: vec![], searched: 0, events: VecDeque::new(), last_id: 0, version };
-        let greeting = match qmp.line("greet", deadline) {
+        let (buffer, events) = (Vec::new(), VecDeque::new());
+        let mut qmp = Self { stream, buffer, searched: 0, events, event_bytes: 0, last_id: 0, version };
+        let (greeting, _) = match qmp.line("greet", deadline) {
             Err(QmpError::TimedOut { .. }) => {
                 return Err(QmpError::NoGreeting { path: path.to_owned(), waited_ms: started.elapsed().as_millis() });
             }
@@ -118,7 +123,7 @@ impl Qmp {
         };
         let version = greeting.pointer("/QMP/version/qemu").cloned().unwrap_or_default();
         qmp.version = Version::deserialize(version)
-            .map_err(|error| QmpError::NotQmp(format!("a greeting without QEMU's version: {error}")))?;
+            .map_err(|error| QmpError::NotQmp(harmless(&format!("a greeting without QEMU's version: {error}"))))?;
         qmp.execute("qmp_capabilities", json!({}), deadline)?;
         Ok(qmp)
     }
@@ -173,8 +178,8 @@ impl Qmp {
     /// What was returned to the command `id`.
     fn answer(&mut self, command: &str, id: u64, deadline: Deadline) -> Result<Value, QmpError> {
         loop {
-            let mut answer = self.line(command, deadline)?;
-            if self.keep_event(&answer)? {
+            let (mut answer, bytes) = self.line(command, deadline)?;
+            if self.keep_event(&answer, bytes)? {
                 continue;
             }
             if answer.get("id").and_then(Value::as_u64).is_some_and(|answered| answered != id) {
@@ -182,7 +187,7 @@ impl Qmp {
                 continue;
             }
             if let Some(error) = answer.get("error") {
-                let word = |name| error.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+                let word = |name| harmless(error.get(name).and_then(Value::as_str).unwrap_or_default());
                 let (class, description) = (word("class"), word("desc"));
                 return Err(QmpError::Refused { asked: command.to_owned(), class, description });
             }
@@ -201,31 +206,42 @@ impl Qmp {
         deadline: Deadline,
     ) -> Result<Event, QmpError> {
         loop {
-            while let Some(event) = self.events.pop_front() {
+            while let Some(event) = self.oldest_event() {
                 if wanted(&event) {
                     return Ok(event);
                 }
             }
-            let line = self.line(what, deadline)?;
-            self.keep_event(&line)?;
+            let (line, bytes) = self.line(what, deadline)?;
+            self.keep_event(&line, bytes)?;
         }
     }
 
     /// Drops the events that came so far: what is waited for next comes after this.
     pub fn forget_events(&mut self) {
         self.events.clear();
+        self.event_bytes = 0;
     }
 
-    fn keep_event(&mut self, line: &Value) -> Result<bool, QmpError> {
+    fn oldest_event(&mut self) -> Option<Event> {
+        let (event, bytes) = self.events.pop_front()?;
+        self.event_bytes -= bytes;
+        Some(event)
+    }
+
+    /// Keeps what was said in a line of so many bytes if it is an event.
+    fn keep_event(&mut self, line: &Value, bytes: usize) -> Result<bool, QmpError> {
         let Some(name) = line.get("event") else { return Ok(false) };
         let name = name.as_str().ok_or_else(|| QmpError::NotQmp("an event without a name".to_owned()))?.to_owned();
         let stamp = |part: &str| line.pointer(part).and_then(Value::as_i64).unwrap_or(0);
         let at_us =
             stamp("/timestamp/seconds").saturating_mul(1_000_000).saturating_add(stamp("/timestamp/microseconds"));
-        if self.events.len() == MOST_EVENTS {
-            self.events.pop_front();
+        while self.events.len() >= MOST_EVENTS
+            || (self.event_bytes + bytes > MOST_EVENT_BYTES && !self.events.is_empty())
+        {
+            self.oldest_event();
         }
-        self.events.push_back(Event { name, data: line.get("data").cloned().unwrap_or_default(), at_us });
+        self.event_bytes += bytes;
+        self.events.push_back((Event { name, data: line.get("data").cloned().unwrap_or_default(), at_us }, bytes));
         Ok(true)
     }
 
@@ -269,7 +285,8 @@ impl Qmp {
         }
     }
 
-    fn line(&mut self, asked: &str, deadline: Deadline) -> Result<Value, QmpError> {
+    /// The next line and how many bytes it had.
+    fn line(&mut self, asked: &str, deadline: Deadline) -> Result<(Value, usize), QmpError> {
         let started = Instant::now();
         loop {
             if let Some(end) = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n') {
@@ -278,7 +295,7 @@ impl Qmp {
                     .map_err(|error| QmpError::NotQmp(format!("a line of {end} bytes: {error}")))?;
                 self.buffer.drain(..=end);
                 self.searched = 0;
-                return Ok(line);
+                return Ok((line, end));
             }
             self.searched = self.buffer.len();
             if self.buffer.len() > MOST_LINE_BYTES {
@@ -384,6 +401,11 @@ mod tests {
             open(&[&format!("{GREETING}\n"), "{\"return\": {}, \"id\": 1}\n", &format!("{refusal}\n")]);
         let error = qmp.unwrap().execute("device_add", json!({}), soon()).unwrap_err();
         assert_eq!(error.to_string(), "QEMU refused device_add: no such thing (GenericError)");
+        let refusal = format!(r#"{{"id": 2, "error": {{"class": "a\u001b[2J", "desc": "{}"}}}}"#, "no".repeat(10_000));
+        let (qmp, _thread) =
+            open(&[&format!("{GREETING}\n"), "{\"return\": {}, \"id\": 1}\n", &format!("{refusal}\n")]);
+        let error = qmp.unwrap().execute("device_add", json!({}), soon()).unwrap_err().to_string();
+        assert!(error.len() < 500 && error.ends_with("… (a [2J)"), "a QEMU's words stay words: {error:?}");
     }
 
     #[test]
@@ -427,10 +449,19 @@ mod tests {
         let (qmp, _thread) = open(&[&format!("{GREETING}\n"), "{\"return\": {}, \"id\": 1}\n"]);
         let mut qmp = qmp.unwrap();
         for number in 0..MOST_EVENTS + 7 {
-            qmp.keep_event(&json!({ "event": format!("E{number}") })).unwrap();
+            qmp.keep_event(&json!({ "event": format!("E{number}") }), 16).unwrap();
         }
         assert_eq!(qmp.events.len(), MOST_EVENTS);
         assert_eq!(qmp.wait_for("any", |_| true, soon()).unwrap().name, "E7");
+        // Long ones to a bound in bytes, and the newest however long it is.
+        qmp.forget_events();
+        for number in 0..20 {
+            qmp.keep_event(&json!({ "event": format!("L{number}") }), MOST_EVENT_BYTES / 4).unwrap();
+        }
+        assert_eq!((qmp.events.len(), qmp.event_bytes), (4, MOST_EVENT_BYTES));
+        qmp.keep_event(&json!({ "event": "huge" }), MOST_LINE_BYTES).unwrap();
+        assert_eq!(qmp.wait_for("any", |_| true, soon()).unwrap().name, "huge");
+        assert_eq!((qmp.events.len(), qmp.event_bytes), (0, 0));
     }
 
     #[test]
