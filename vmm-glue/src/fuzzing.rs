@@ -28,9 +28,14 @@ pub fn apart(data: &[u8]) {
     }
 }
 
-/// Frames of a QEMU's network, what its relay is told and tells, and the device state of a QEMU guest.
+/// What a QEMU says over QMP, frames of its network, what its relays are told and tell, and the device state of a QEMU guest.
 pub fn qemu(data: &[u8]) {
     crate::qemu::fuzzing::qemu(bounded(data));
+}
+
+/// What was recorded of a guest: its faults, and what it wrote and sent.
+pub fn traces(data: &[u8]) {
+    crate::migrate::fuzzing::traces(bounded(data));
 }
 
 /// What a dead page server left for the next.

@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{apart, control, guard, observer, qemu, will};
+use super::{apart, control, guard, observer, qemu, traces, will};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ fn at(target: &str) -> PathBuf {
 
 #[test]
 fn the_corpus_of_control_breaks_no_promise() {
-    check(&at("control"), &crate::migrate::fuzzing::seeds(), control);
+    check(&at("control"), &crate::migrate::fuzzing::control_seeds(), control);
 }
 
 #[test]
@@ -44,7 +44,17 @@ fn the_corpus_of_qemu_breaks_no_promise() {
     check(&at("qemu"), &crate::qemu::fuzzing::seeds(), qemu);
 }
 
+#[test]
+fn the_corpus_of_traces_breaks_no_promise() {
+    check(&at("traces"), &crate::migrate::fuzzing::trace_seeds(), traces);
+}
+
 proptest! {
+    #[test]
+    fn no_recording_breaks_a_promise(input in changed(corpus(&at("traces")))) {
+        traces(&input);
+    }
+
     #[test]
     fn no_bytes_of_a_qemu_or_its_relay_break_a_promise(input in changed(corpus(&at("qemu")))) {
         qemu(&input);

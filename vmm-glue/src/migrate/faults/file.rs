@@ -162,7 +162,6 @@ fn fault(line: &Line, shards: u16, regions: &[Region]) -> Result<Fault, String> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     const TEXT: &str = r#"{"belay-faults":1,"shards":2,"regions":[{"id":0,"page_bytes":4096,"frames":64,"zero":[[3,4],[9,1]]},{"id":7,"page_bytes":2097152,"frames":2,"zero":[]}]}
 {"ns":120034,"waited_ns":31200,"shard":0,"thread":4711,"region":0,"frame":17,"write":true}
@@ -226,22 +225,5 @@ mod tests {
         assert!(after("").starts_with("line 4: "));
         assert!(after(&" ".repeat(5000)).starts_with("line 4: it is longer than 4096 bytes"));
         assert_eq!(refused(&TEXT[..TEXT.len() - 9]), "line 3: it ends in the middle; the recording was cut off");
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_at_all_make_it_panic_or_name_a_frame_that_is_not_there(at in 0..TEXT.len(), byte: u8, cut in 0..TEXT.len(), more: Vec<u8>) {
-            let mut bytes = TEXT.as_bytes().to_vec();
-            bytes[at] = byte;
-            bytes.truncate(cut.max(at));
-            bytes.extend(more);
-            if let Ok(trace) = read(&*bytes) {
-                prop_assert!(trace.faults.is_sorted_by_key(|fault| fault.ns));
-                for fault in trace.faults {
-                    let region = trace.regions.iter().find(|region| region.id == fault.region).unwrap();
-                    prop_assert!(fault.frame.0 < region.frames);
-                }
-            }
-        }
     }
 }

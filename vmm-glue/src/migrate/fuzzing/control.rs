@@ -1,9 +1,9 @@
 //! The control protocol under any bytes.
 
-use super::protocol::{MAX_REASON_BYTES, ToDestination, ToSource, decode, encode};
-use super::settings::{Proposal, ReleasePolicy};
-use super::switch_map::RegionClasses;
 use crate::fuzzing::says_the_same_again;
+use crate::migrate::protocol::{MAX_REASON_BYTES, ToDestination, ToSource, decode, encode};
+use crate::migrate::settings::{Proposal, ReleasePolicy};
+use crate::migrate::switch_map::RegionClasses;
 use std::time::Duration;
 
 pub(crate) fn control(data: &[u8]) {
@@ -75,7 +75,7 @@ fn accepted(proposal: &Proposal) {
 /// Inputs of our own encoders, for the corpus.
 #[cfg(test)]
 pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    use super::golden::{proposal, to_destination, to_source};
+    use crate::migrate::golden::{proposal, to_destination, to_source};
     let of = |mode: u8, bytes: Vec<u8>| [vec![mode], bytes].concat();
     let classes = RegionClasses { id: belay_transport::RegionId(0), runs: vec![(2, 1), (1, 300), (2, 6)] };
     let mut seeds = vec![("proposal", of(2, encode(&proposal()))), ("map", of(3, encode(&(307u64, classes))))];
