@@ -42,24 +42,27 @@ pub fn journal(data: &[u8]) {
 /// Makes what checksums and counts say fit the bytes, as a hostile writer would: the sums are no secret. Segments are those that the
 /// lengths make, up to a trailer.
 fn seal(image: &mut [u8], mut sequence: u64, epoch: u64) {
-    let (mut at, mut segments, mut chain) = (0, 0u64, Vec::new());
+    let (mut at, mut segments, mut bytes, mut chain) = (0, 0u64, 0u64, Vec::new());
     while let Some(Ok((header, rest))) = image.get_mut(at..).map(SegmentHeader::mut_from_prefix) {
         let section = &mut header.section;
         let Some(body) = rest.get_mut(..section.len.get() as usize) else { return };
         let last = section.kind.get() == kind::TRAILER;
         if last && let Ok((trailer, _)) = Trailer::mut_from_prefix(body) {
             trailer.segments = segments.into();
-            trailer.bytes = (at as u64).into();
+            trailer.bytes = bytes.into();
             trailer.chain = crc(&chain).into();
         }
         section.checksum = crc(body).into();
-        chain.extend_from_slice(section.as_bytes());
         sequence += 1;
+        // A pad is a segment of the ring's and none of the record's.
+        if section.kind.get() != kind::PAD {
+            chain.extend_from_slice(section.as_bytes());
+            (segments, bytes) = (segments + 1, bytes + stride(section.len.get() as usize) as u64);
+        }
         (header.magic, header.version, header.nonce) = (MAGIC.into(), VERSION.into(), NONCE.into());
         (header.sequence, header.epoch) = (sequence.into(), epoch.into());
         *header = header.sealed();
         at += header.stride();
-        segments += 1;
         if last {
             return;
         }
@@ -103,27 +106,40 @@ fn holds(view: &RecordView, image_bytes: usize) {
     assert!(view.page_count() as usize * PAGE_SIZE + view.device_state.len() + output <= image_bytes);
 }
 
-/// A ring that a hostile destination has written, seen by the source's reader.
+/// A ring that a hostile destination writes, round and round, wherever the source's reader has given room.
 pub fn ring(data: &[u8]) {
     let Some((mode, bytes)) = data[..data.len().min(MOST_BYTES)].split_first() else { return };
-    let mut ring = vec![0; RING_BYTES];
-    let room = RING_BYTES - SEGMENTS_OFFSET;
-    let bytes = &bytes[..bytes.len().min(room)];
-    ring[SEGMENTS_OFFSET..SEGMENTS_OFFSET + bytes.len()].copy_from_slice(bytes);
+    let (mut stream, mut ring) = (bytes.to_vec(), vec![0; RING_BYTES]);
     thread_local! {
         static FRESH: RingReader = RingReader::new(RING_BYTES, NONCE, OVERFLOW_BYTES).expect("a little memory");
     }
     let mut reader = FRESH.with(Clone::clone);
-    let whole = u64::from(mode % 8);
-    for _ in 0..whole {
-        // One record after the other is made whole, as if it had just been written.
-        let at = SEGMENTS_OFFSET + (reader.consumed() % reader.shape().bytes) as usize;
-        seal(&mut ring[at..], reader.sequence(), reader.committed().next().0);
-        if !drain(&mut reader, &ring) {
+    let mut whole = mode % 8;
+    loop {
+        let at = reader.consumed() as usize;
+        let Some(next) = stream.get_mut(at..) else { return };
+        if whole > 0 {
+            // One record after the other is made whole, as if it had just been written.
+            seal(next, reader.sequence(), reader.committed().next().0);
+        }
+        write(&mut ring, &stream, at, reader.shape().bytes as usize);
+        let goes_on = drain(&mut reader, &ring);
+        if !goes_on || (whole == 0 && reader.consumed() as usize == at) {
             return;
         }
+        whole = whole.saturating_sub(1);
     }
-    drain(&mut reader, &ring);
+}
+
+/// Puts what follows `at` in the `stream` of all that is ever written where it belongs in a ring of `lap` bytes, as far as there is room.
+fn write(ring: &mut [u8], stream: &[u8], mut at: usize, lap: usize) {
+    let end = stream.len().min(at + lap);
+    while at < end {
+        let offset = at % lap;
+        let count = (lap - offset).min(end - at);
+        ring[SEGMENTS_OFFSET + offset..][..count].copy_from_slice(&stream[at..at + count]);
+        at += count;
+    }
 }
 
 /// What is taken of a ring that stands still.

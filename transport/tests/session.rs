@@ -305,7 +305,10 @@ fn shutting_down_wakes_our_own_receiver() {
             let waiter = scope.spawn(|| control.recv(soon()).unwrap_err());
             control.shutdown();
             let error = waiter.join().unwrap();
-            assert!(matches!(error, SessionError::PeerClosed { .. } | SessionError::Broken { .. }), "{over:?}: {error}");
+            assert!(
+                matches!(error, SessionError::PeerClosed { .. } | SessionError::Broken { .. }),
+                "{over:?}: {error}"
+            );
         });
         let after = control.send(b"more", soon()).unwrap_err();
         assert_eq!(after.to_string(), "the control stream has ended before: this side has closed it");
