@@ -4,8 +4,9 @@ mod running;
 
 use belay_checkpoint::guest::{Guest, Packet, PacketSink};
 use belay_checkpoint::ownership::{Fate, OwnerEpoch};
-use belay_checkpoint::ring::OWNER_REGION_BYTES;
-use belay_transport::fabric::{self, Lane, LaneId, LaneKind, Owner, ReadKey, RingKeys};
+use belay_checkpoint::record::{self, CRITICAL, FIRST, Head, SectionHeader, SegmentHeader, Trailer, kind};
+use belay_checkpoint::ring::{OWNER_REGION_BYTES, SEGMENTS_OFFSET};
+use belay_transport::fabric::{self, Lane, LaneId, LaneKind, LocalKey, Owner, ReadKey, RingKeys, Write};
 use belay_transport::region::{Mapping, RamFile};
 use belay_transport::session::{
     self, Address, Control, DestinationSession, Listener, Offer, RegionGeometry, Security, SessionConfig, SourceSession,
@@ -22,6 +23,7 @@ use belay_vmm_glue::migrate::switch_map::RegionClasses;
 use running::{BOUND, Place, Process};
 use std::sync::Arc;
 use std::time::Duration;
+use zerocopy::IntoBytes;
 
 const MEMORY: u64 = 8 << 20;
 const FRAMES: u64 = MEMORY / PAGE_SIZE as u64;
@@ -298,7 +300,11 @@ fn p7_a_proposal_beyond_every_limit_is_refused_and_the_wait_goes_on() {
 /// The destination's half of a session, with no guest at all.
 struct Pretender {
     session: DestinationSession,
-    _lanes: Vec<Box<dyn Lane>>,
+    lanes: [Box<dyn Lane>; 4],
+    /// Where it may write, and what is asked of what it writes.
+    ring: (RingKeys, RingOffer),
+    /// What it writes from.
+    pen: (Arc<Mapping>, LocalKey),
     _guard: std::os::fd::OwnedFd,
 }
 
@@ -307,17 +313,28 @@ impl Pretender {
     fn new(listener: &Listener) -> Self {
         let session = listener.accept(bound()).expect("a source comes").accept(&[], bound()).unwrap();
         let heard = hear::<ToDestination>(&session.control);
-        assert!(matches!(heard, Some(ToDestination::Prepare { .. })), "{heard:?}");
+        let Some(ToDestination::Prepare { ring, ring_geometry, .. }) = heard else { panic!("{heard:?}") };
         let mut initiator = fabric::initiator(&session).expect("a data path");
+        let pen = Arc::new(RamFile::memfd("pen", 1 << 16, PageSize::Small).unwrap().map().unwrap());
+        let key = initiator.register_local(&pen).unwrap();
         let ids = [(LaneKind::Fault, 0), (LaneKind::Bulk, 0), (LaneKind::Checkpoint, 0), (LaneKind::Checkpoint, 1)];
         let lanes = ids.map(|(kind, index)| initiator.open_lane(LaneId { kind, index }, 8, bound()).unwrap());
         let guard = session.lanes.take_guard(bound()).unwrap();
-        Self { session, _lanes: lanes.into(), _guard: guard }
+        Self { session, lanes, ring: (ring, ring_geometry), pen: (pen, key), _guard: guard }
     }
 
     fn say(&self, message: &ToSource) {
         // A source that has had enough has hung up; what counts is how it ended.
         let _ = self.session.control.send(&encode(message), bound());
+    }
+
+    /// Writes `bytes` into the ring, where the first segment belongs.
+    fn write(&mut self, bytes: &[u8]) {
+        let (pen, local) = &self.pen;
+        pen.write(0, bytes);
+        let (remote, remote_offset) = (self.ring.0.ring, SEGMENTS_OFFSET as u64);
+        let write = Write { id: 1, remote, remote_offset, local: *local, local_offset: 0, len: bytes.len() as u32 };
+        self.lanes[2].commit(&write, bound()).expect("the ring may be written");
     }
 
     fn prepared(&self) {
@@ -433,5 +450,129 @@ fn p2_p9_whatever_a_destination_says_or_does_not_say_the_guest_runs_on_at_the_so
             });
         }
     });
+    place.expect_nothing_left();
+}
+
+/// The first record of a session, sealed as a writer seals it, with these sections.
+fn record(nonce: u64, version: u16, sections: &[(u16, &[u8])]) -> Vec<u8> {
+    let (mut image, mut chain) = (Vec::new(), Vec::new());
+    let mut put = |sequence: u64, kind: u16, body: &[u8], image: &mut Vec<u8>| {
+        let (len, checksum) = ((body.len() as u32).into(), record::crc(body).into());
+        let section = SectionHeader { kind: kind.into(), flags: CRITICAL.into(), len, checksum, ..Default::default() };
+        let (magic, flags) = (record::MAGIC.into(), if sequence == 1 { FIRST } else { 0 }.into());
+        let (version, nonce, sequence) = (version.into(), nonce.into(), sequence.into());
+        let header =
+            SegmentHeader { magic, version, flags, nonce, sequence, epoch: 1.into(), section, check: 0.into() };
+        let end = image.len() + header.stride();
+        image.extend_from_slice(header.sealed().as_bytes());
+        image.extend_from_slice(body);
+        image.resize(end, 0);
+        chain.extend_from_slice(section.as_bytes());
+        record::crc(&chain)
+    };
+    let head = Head { page_shift: 12.into(), regions: 1.into(), taken_at_ns: 1.into() };
+    let mut sum = put(1, kind::HEAD, head.as_bytes(), &mut image);
+    for (index, (kind, body)) in sections.iter().enumerate() {
+        sum = put(2 + index as u64, *kind, body, &mut image);
+    }
+    let (segments, bytes) = ((1 + sections.len() as u64).into(), (image.len() as u64).into());
+    let trailer = Trailer { segments, bytes, chain: sum.into(), reserved: 0.into() };
+    put(2 + sections.len() as u64, kind::TRAILER, trailer.as_bytes(), &mut image);
+    image
+}
+
+/// A source of a small guest whose destination is a liar, up to where the guest is said to run there.
+fn lied_to(place: &Place, name: &str) -> (Process, Pretender) {
+    let any = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(&any, SessionConfig::new(Security::LoopbackOnly)).unwrap();
+    let (to, state, run) = (listener.address().to_string(), place.text("source"), place.text("run"));
+    let source = place.belay(&[
+        "send",
+        "--json",
+        "--to",
+        &to,
+        "--drive",
+        "threads",
+        "--memory",
+        "8M",
+        "--run-before",
+        "0ms",
+        "--run-on",
+        "50ms",
+        "--check",
+        "--lease",
+        "5s",
+        "--state-dir",
+        &state,
+        "--run-dir",
+        &run,
+        "--name",
+        name,
+    ]);
+    let liar = Pretender::new(&listener);
+    liar.resumed();
+    (source, liar)
+}
+
+#[test]
+fn p9_a_checkpoint_that_the_source_cannot_take_has_nobody_shut_out_and_the_operator_decides() {
+    const UNKNOWN: u16 = 99;
+    type Lie = fn(u64) -> Vec<u8>;
+    let lies: [(&str, Lie, &str); 3] = [
+        ("of-another-version", |nonce| record(nonce, record::VERSION + 1, &[]), "version"),
+        ("with-an-unknown-section", |nonce| record(nonce, record::VERSION, &[(UNKNOWN, b"?")]), "99"),
+        ("without-device-state", |nonce| record(nonce, record::VERSION, &[]), "device state"),
+    ];
+    let place = Place::new();
+    std::thread::scope(|all| {
+        for (what, lie, why) in lies {
+            let place = &place;
+            all.spawn(move || {
+                let (mut source, mut liar) = lied_to(place, what);
+                let order = |more: &[&str]| {
+                    let run = place.text("run");
+                    let mut order = place.belay(&[&["catch", what, "--run-dir", &run, "--json"], more].concat());
+                    (order.end(), order.story())
+                };
+                let (code, story) = order(&["--older", "--i-know-what-came-after-is-undone"]);
+                assert!(code == 31 && story.contains("no checkpoint has been refused"), "{what}: {code} {story}");
+                liar.write(&lie(liar.ring.1.nonce));
+                let stuck = source.wait_for_event("failed");
+                assert!(
+                    source.story().contains("no checkpoint after epoch 0 can be taken"),
+                    "{what}: {}",
+                    source.story()
+                );
+                assert!(source.story().contains(why), "{what}: {stuck} {}", source.story());
+                // Neither revoked nor told so: it could go on with the guest, if it had one.
+                let heard = liar.session.control.recv(Deadline::after(Duration::from_millis(50)));
+                assert!(matches!(heard, Err(session::SessionError::TimedOut { .. })), "{what}: {heard:?}");
+                assert!(source.events("revoked").next().is_none(), "{what}: {}", source.story());
+
+                let (code, story) = order(&[]);
+                assert!(code == 31 && story.contains("--older"), "{what}: {code} {story}");
+                assert_eq!(order(&["--older"]).0, 2, "the word is asked for as well");
+                let (code, story) = order(&["--older", "--i-know-what-came-after-is-undone"]);
+                assert_eq!(code, 0, "{what}: {story} {}", source.story());
+                assert_eq!(source.end(), 10, "{what}: {}", source.story());
+                assert!(source.was("caught-from-older"), "{what}: {}", source.story());
+                source.expect_whole();
+            });
+        }
+    });
+    place.expect_nothing_left();
+}
+
+#[test]
+fn p9_a_checkpoint_that_does_not_load_is_kept_until_the_operator_ends_it() {
+    let place = Place::new();
+    let (mut source, mut liar) = lied_to(&place, "vm");
+    liar.write(&record(liar.ring.1.nonce, record::VERSION, &[(kind::DEVICE_STATE, b"no state of any guest")]));
+    drop(liar);
+    source.wait_for_event("failed");
+    assert!(source.story().contains("cannot load epoch 1"), "{}", source.story());
+    source.signal(libc::SIGTERM);
+    assert_eq!(source.end(), 14, "{}", source.story());
+    assert!(!source.was("lost"), "{}", source.story());
     place.expect_nothing_left();
 }

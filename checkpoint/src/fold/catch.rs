@@ -12,6 +12,11 @@ use crate::mutation::{Mutation, mutated};
 use crate::ring::{RingBytes, RingReader, Step, Still};
 use std::time::{Duration, Instant};
 
+/// Longest that a last read waits for memory.
+const SHORTAGE_BOUND: Duration = Duration::from_secs(2);
+/// Between two looks whether there is some.
+const SHORTAGE_AGAIN: Duration = Duration::from_millis(20);
+
 /// A stopped folder, waiting for the revoked ring.
 #[derive(Debug)]
 pub struct Catch {
@@ -114,10 +119,15 @@ impl Catch {
         let began = Instant::now();
         let (epoch, pages) = (self.state.epoch(), self.state.folded_pages());
         self.state.keep_unwritten();
-        let failed = match self.failed.take() {
+        let mut failed = match self.failed.take() {
             Some(failed) => Some(failed),
             None => self.last_read(ring, ring.still()).err(),
         };
+        // Nobody else has these records any more, and a host that was short of memory for a moment has it the next.
+        while failed.as_ref().is_some_and(FoldError::is_shortage) && began.elapsed() < SHORTAGE_BOUND {
+            std::thread::sleep(SHORTAGE_AGAIN);
+            failed = self.last_read(ring, ring.still()).err();
+        }
         let timings = CatchTimings {
             stopping: self.stopping,
             last_read: began.elapsed(),

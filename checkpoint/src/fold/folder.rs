@@ -13,8 +13,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Until a disk's image that could not be written is tried again.
-const DISK_AGAIN: Duration = Duration::from_millis(200);
+/// Until what this host had no room for is tried again.
+const SHORTAGE_AGAIN: Duration = Duration::from_millis(200);
 
 /// How the folder behaves.
 #[derive(Debug, Clone, Copy)]
@@ -58,7 +58,7 @@ pub struct FoldStatus {
     pub consumed: u64,
     /// Why it stopped by itself, if it did.
     pub failed: Option<FoldError>,
-    /// Why a disk's image cannot be written at the moment: the epoch waits, and is tried again and again.
+    /// What this host lacks room for at the moment, on a disk's image or in memory: the epoch waits, and is tried again and again.
     pub stuck: Option<FoldError>,
 }
 
@@ -230,9 +230,9 @@ impl Work {
             match if failed { Ok(false) } else { self.turn() } {
                 Ok(true) => self.quiet = 0,
                 Ok(false) => self.park(),
-                Err(error @ FoldError::Disk { .. }) => {
-                    // Storage fills up and is given room again. Its record is complete, and the next step brings it again.
-                    self.again = Some(Instant::now() + DISK_AGAIN);
+                Err(error) if error.is_shortage() => {
+                    // Storage and memory fill up and are given room again. The record is complete, and the next step brings it again.
+                    self.again = Some(Instant::now() + SHORTAGE_AGAIN);
                     self.shared.status().stuck = Some(error);
                 }
                 Err(error) => {

@@ -75,6 +75,14 @@ pub enum FoldError {
     Inconsistent { read: Epoch, folded: Epoch },
 }
 
+impl FoldError {
+    /// Whether it is this host that lacks something: over once there is room again, and until then nothing is lost, because the record is complete
+    /// and is taken whole by the next try.
+    pub fn is_shortage(&self) -> bool {
+        matches!(self, Self::Disk { .. } | Self::NoMemory { .. } | Self::NotKept { .. })
+    }
+}
+
 /// Guest RAM and what belongs to it, as of one epoch.
 #[derive(Debug)]
 pub struct FoldState {
@@ -314,5 +322,7 @@ fn keep(cell: &mut Cell, epoch: Epoch, image: &[u8]) -> Result<(), FoldError> {
 mod both_ways;
 #[cfg(test)]
 mod redo;
+#[cfg(test)]
+mod shortage;
 #[cfg(test)]
 mod tests;

@@ -86,13 +86,23 @@ pub struct OrderArgs {
 #[command(after_help = "\
 With `belay send --arbiter` a catch waits until the arbiter says that the guest is the source's. --force does not, for an arbiter that is gone for \
 good. It is your word that the destination neither has the guest nor ever will: a destination that had gone on alone, or that the arbiter \
-says yes to later, RUNS IT TOO, and nothing can merge the two again. Make sure that its host is off first.")]
+says yes to later, RUNS IT TOO, and nothing can merge the two again. Make sure that its host is off first.
+
+Where a checkpoint cannot be taken (it is damaged, or the destination lies) nothing is caught by itself: the world may have seen what only that \
+one remembers. If every page is at the destination, end belay here and promote the guest there. --older goes on here instead, from the newest one that can \
+be taken.")]
 pub struct CatchArgs {
     #[command(flatten)]
     order: OrderArgs,
     /// Do not wait for the arbiter: nothing but your word then keeps two hosts from running this guest
     #[arg(long, requires = "i_know_the_destination_is_gone")]
     force: bool,
+    /// Where newer checkpoints cannot be taken: from the newest that can be
+    #[arg(long, requires = "i_know_what_came_after_is_undone", conflicts_with = "force")]
+    older: bool,
+    /// With --older: your word that what the guest did and showed after that checkpoint may be undone
+    #[arg(long, requires = "older")]
+    i_know_what_came_after_is_undone: bool,
     /// With --force: your word that the destination does not run this guest, will not, and had not made it its own
     #[arg(long, requires = "force")]
     i_know_the_destination_is_gone: bool,
@@ -278,7 +288,12 @@ pub fn catch(args: &CatchArgs) -> Exit {
             "belay: by force, without the arbiter's leave: should the destination run this guest, now or later, two hosts do. Keep it off"
         );
     }
-    order(&args.order, if args.force { Ask::CatchByForce } else { Ask::Catch })
+    let ask = match (args.force, args.older) {
+        (true, _) => Ask::CatchByForce,
+        (_, true) => Ask::CatchOlder,
+        _ => Ask::Catch,
+    };
+    order(&args.order, ask)
 }
 
 /// Runs `belay promote`.

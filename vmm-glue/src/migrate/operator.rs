@@ -33,6 +33,9 @@ pub enum Ask {
     /// As [`Ask::Catch`], without an arbiter that does not answer: the operator's word that the destination neither has the guest nor ever
     /// will.
     CatchByForce,
+    /// As [`Ask::Catch`], from the newest checkpoint that can be taken, where a newer one cannot: the operator's word that what the guest did and
+    /// showed after it may be undone.
+    CatchOlder,
     /// Call the migration off while the guest has not left. At either.
     Cancel,
     /// Give the guest to a destination that is cut off from a source that will not come back. At the destination.
@@ -50,7 +53,7 @@ impl Ask {
     pub fn name(self) -> &'static str {
         match self {
             Self::Release => "release",
-            Self::Catch | Self::CatchByForce => "catch",
+            Self::Catch | Self::CatchByForce | Self::CatchOlder => "catch",
             Self::Cancel => "cancel",
             Self::Promote { .. } => "promote",
         }

@@ -12,7 +12,7 @@ use crate::migrate::switch_map::{PageClass, RegionClasses};
 use belay_checkpoint::fold::{FoldConfig, FoldState, Folder};
 use belay_checkpoint::guest::{GuestError, RamBlock};
 use belay_checkpoint::ownership::Named;
-use belay_checkpoint::ownership::source::{Action, Event};
+use belay_checkpoint::ownership::source::{Action, CatchStep, Event, State};
 use belay_checkpoint::ring::{OwnerRegion, RingReader};
 use belay_transport::fabric::FabricKind;
 use belay_transport::region::Extent;
@@ -127,11 +127,25 @@ impl Source<'_> {
                 "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \
                  word for the catch. --catch-on-loss gives it beforehand."
             }
-            Named::CannotRevoke if self.disks_due.is_some() => {
-                "The guest's memory is kept here. Make room on the storage, or mend it: the catch goes on by itself then. SIGINT tries it again, once."
+            Named::CannotRevoke if self.room_due.is_some() => {
+                "The guest's memory is kept here. Make room on the storage, or in memory, or mend it: the catch goes on by itself then. SIGINT tries it again, once."
             }
-            Named::CatchStuck if self.disks_due.is_some() => {
+            Named::CatchStuck if self.room_due.is_some() => {
                 "The guest is in this process alone: do not end it. Make room on the storage, or mend it: the catch goes on by itself then."
+            }
+            Named::CatchStuck if self.unreadable().is_some() => match self.state {
+                State::Revoking { step: CatchStep::Claim, .. } => {
+                    "Nobody is shut out and the guest's memory is kept on both hosts. If every page is at the destination, end belay here and promote the guest \
+                     there. `belay catch --older` goes on here instead, from that checkpoint: what the guest did and showed after it is undone."
+                }
+                _ => {
+                    "The guest is in this process alone: do not end it. `belay catch --older` goes on from that checkpoint: what the guest did and showed after it \
+                     is undone."
+                }
+            },
+            Named::CatchStuck if matches!(self.state, State::Revoking { step: CatchStep::Fold, .. }) => {
+                "The guest is in this process alone: do not end it. Mend what failed, then `belay catch` tries again. A signal tries once more and ends this process \
+                 if that fails too: then what --memory-dir keeps is all that is left of the guest."
             }
             Named::CannotRevoke | Named::CatchStuck => {
                 "The guest's memory is kept here. Mend what failed, then send SIGINT to try again, once."

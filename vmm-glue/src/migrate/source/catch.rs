@@ -5,6 +5,7 @@ use crate::migrate::observation::{Kind, us};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
 use belay_checkpoint::fold::CatchError;
+use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::fabric::{OWNER_EPOCH_OFFSET, RevokedRing};
@@ -13,18 +14,18 @@ use belay_transport::{Deadline, explain};
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-/// Between two looks whether the images can be written, while a catch waits for them.
-const DISKS_AGAIN: Duration = Duration::from_millis(500);
+/// Between two looks whether there is room on the images or in memory, while a catch waits for it.
+const ROOM_AGAIN: Duration = Duration::from_millis(500);
 
 impl Source<'_> {
     /// Shuts the old destination out; at the instant from which nothing can commit, the ring is read and folded for the last time.
     pub(super) fn revoke(&mut self) -> Option<Event> {
         reached("catch-begun");
-        self.disks_due = None;
+        self.room_due = None;
         let begun = Instant::now();
         // While nothing is revoked nothing is lost: the destination has the guest, its disks too.
-        if let Some(why) = self.disks_stuck() {
-            return self.waits_for_disks(why);
+        if let Some(why) = self.short_of_room() {
+            return self.waits_for_room(why);
         }
         // Nothing that comes back from here on is listened to but to be told so.
         self.herald = None;
@@ -65,38 +66,65 @@ impl Source<'_> {
         }
     }
 
-    /// Why what has committed cannot be in the guest's images, if it cannot.
-    fn disks_stuck(&self) -> Option<String> {
-        let storage = self.guest.storage()?;
+    /// Why what has committed cannot be in the guest's memory and images for the moment, if it cannot.
+    fn short_of_room(&self) -> Option<String> {
         match self.folder.as_ref().and_then(|folder| folder.status().stuck) {
             Some(stuck) => Some(explain(&stuck)),
-            None => storage.check().err().map(|error| explain(&error)),
+            None => self.guest.storage()?.check().err().map(|error| explain(&error)),
         }
     }
 
-    fn waits_for_disks(&mut self, why: String) -> Option<Event> {
-        self.why = why;
-        self.disks_due = Some(Deadline::after(DISKS_AGAIN));
+    /// Why no checkpoint after that of the epoch can be taken here, if one cannot that no room would help.
+    pub(super) fn unreadable(&self) -> Option<(Epoch, String)> {
+        match (&self.folder, &self.last_read) {
+            (Some(folder), _) => {
+                let status = folder.status();
+                status.failed.map(|failed| (status.folded, explain(&failed)))
+            }
+            (None, Some(Err(CatchError::Unreadable { source, older }))) => Some((older.epoch, explain(source))),
+            _ => None,
+        }
+    }
+
+    /// A newer checkpoint may have been promised to the world than can be had here, so neither is the destination shut out nor the guest resumed
+    /// before the operator says so.
+    pub(super) fn waits_for_the_word(&mut self) -> Option<Event> {
+        let (epoch, why) = self.unreadable().filter(|_| !self.take_older)?;
+        self.why = format!("no checkpoint after {epoch} can be taken: {why}");
         Some(Event::CatchFailed { can_retry: true })
     }
 
+    fn waits_for_room(&mut self, why: String) -> Option<Event> {
+        self.why = why;
+        self.room_due = Some(Deadline::after(ROOM_AGAIN));
+        Some(Event::CatchFailed { can_retry: true })
+    }
+
+    /// The operator's word stands in for checkpoints that cannot be taken: on what that stands is noted for whoever looks into it afterwards.
+    pub(super) fn caught_from_older(&mut self) -> Event {
+        self.take_older = true;
+        let why = format!("{}; by the operator's word the guest goes on from there", self.why);
+        self.note(Kind::State { state: "caught-from-older".to_owned(), why });
+        Event::OperatorCatch
+    }
+
     /// A catch that only the images hold up begins again by itself where they may be written again.
-    pub(super) fn disks_again(&mut self) -> Option<Event> {
-        self.disks_due.take_if(|due| due.expired())?;
+    pub(super) fn room_again(&mut self) -> Option<Event> {
+        self.room_due.take_if(|due| due.expired())?;
         let State::Revoking { stuck: true, .. } = self.state else { return None };
         let still = match &mut self.last_read {
             Some(Ok(recovered)) => recovered.unwritten.write().err().map(|error| explain(&error)),
-            _ => self.disks_stuck(),
+            _ => self.short_of_room(),
         };
         if still.is_some() {
-            self.disks_due = Some(Deadline::after(DISKS_AGAIN));
+            self.room_due = Some(Deadline::after(ROOM_AGAIN));
             return None;
         }
         Some(Event::OperatorCatch)
     }
 
     pub(super) fn fold_and_load(&mut self) -> Option<Event> {
-        self.disks_due = None;
+        self.room_due = None;
         let begun = Instant::now();
         let recovered = match self.last_read.take() {
             Some(Ok(mut recovered)) => match recovered.unwritten.write() {
@@ -104,12 +132,13 @@ impl Source<'_> {
                 // Nobody else has it any more: it stays here until the image takes it.
                 Err(error) => {
                     self.last_read = Some(Ok(recovered));
-                    return self.waits_for_disks(explain(&error));
+                    return self.waits_for_room(explain(&error));
                 }
             },
-            Some(Err(CatchError::Unreadable { source, older })) => {
-                self.why = format!("the ring cannot be read past {}: {}", older.epoch, explain(&source));
-                return Some(Event::CatchFailed { can_retry: false });
+            Some(Err(CatchError::Unreadable { older, .. })) if self.take_older => *older,
+            Some(Err(error)) => {
+                self.last_read = Some(Err(error));
+                return self.waits_for_the_word();
             }
             None => {
                 self.why =
@@ -120,7 +149,9 @@ impl Source<'_> {
         let load = Instant::now();
         if let Err(error) = self.guest.load(&recovered.device_state) {
             self.why = format!("cannot load {}: {}", recovered.epoch, explain(&error));
-            return Some(Event::CatchFailed { can_retry: false });
+            // It is all here still, for a second try.
+            self.last_read = Some(Ok(recovered));
+            return Some(Event::CatchFailed { can_retry: true });
         }
         reached("catch-loaded");
         self.note(Kind::Recovered {

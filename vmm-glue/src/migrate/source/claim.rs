@@ -10,6 +10,10 @@ use belay_checkpoint::ownership::source::{CatchStep, Event, State};
 impl Source<'_> {
     /// Claims the guest for the catch under `owner_epoch`. Without an arbiter it is granted at once.
     pub(super) fn claim(&mut self, owner_epoch: OwnerEpoch) -> Option<Event> {
+        // Before anybody is asked or told: it may be that the guest has to go on at the destination.
+        if let Some(waits) = self.waits_for_the_word() {
+            return Some(waits);
+        }
         let Some(arbitration) = &self.config.arbiter else { return Some(Event::ArbiterGranted) };
         // Whose the guest is is not known from here on, so nobody who comes back can be told.
         (self.herald, self.asking) = (None, None);

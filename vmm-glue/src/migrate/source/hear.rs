@@ -6,6 +6,7 @@ use crate::migrate::lease::boot_time;
 use crate::migrate::observation::{Kind, us};
 use crate::migrate::peer::Listened;
 use crate::migrate::protocol::ToSource;
+use belay_checkpoint::fold::FoldError;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::fabric::FabricError;
 use belay_transport::{explain, harmless};
@@ -211,15 +212,16 @@ impl Source<'_> {
         {
             return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
         }
-        self.tell_of_stuck_disks();
-        if let Some(event) = self.disks_again() {
+        self.tell_of_what_is_stuck();
+        if let Some(event) = self.room_again() {
             return Some(event);
         }
         if let State::Serving(_) = self.state
             && let (Some(folder), Some(silence)) = (&self.folder, &mut self.silence)
         {
             if let Some(failed) = folder.status().failed {
-                return Some(self.lost(Event::ConnectionClosed, &format!("its checkpoints cannot be taken: {failed}")));
+                let why = format!("its checkpoints cannot be taken: {}", explain(&failed));
+                return Some(self.lost(Event::ConnectionClosed, &why));
             }
             if silence.has_lasted(&folder.heard(), boot_time()) {
                 let bound =
@@ -231,19 +233,26 @@ impl Source<'_> {
         None
     }
 
-    /// An image that cannot be written is told once, and that it can again.
-    fn tell_of_stuck_disks(&mut self) {
+    /// What there is no room for is told once, and that there is again.
+    fn tell_of_what_is_stuck(&mut self) {
         let Some(folder) = &self.folder else { return };
         match folder.status().stuck {
             Some(stuck) if !std::mem::replace(&mut self.stuck_told, true) => {
-                let advice = "It is tried again and again: make room on the storage, or mend it. What the guest sends is held meanwhile, and it stops \
-                              when no more can be; a catch waits too, and goes on by itself. Nothing is lost. If this host's disk relay has gone, end belay here and \
-                              promote the guest at the destination."
-                    .to_owned();
+                let (make_room, and_if) = match stuck {
+                    FoldError::Disk { .. } => (
+                        "make room on the storage, or mend it",
+                        " If this host's disk relay has gone, end belay here and promote the guest at the destination.",
+                    ),
+                    _ => ("give this host memory, or room where --memory-dir is", ""),
+                };
+                let advice = format!(
+                    "It is tried again and again: {make_room}. What the guest sends is held meanwhile, and it stops when no more can be; a catch waits too, \
+                     and goes on by itself. Nothing is lost.{and_if}"
+                );
                 self.note(Kind::Failed { what: explain(&stuck), advice });
             }
             None if std::mem::take(&mut self.stuck_told) => {
-                let why = "the image takes what has committed again".to_owned();
+                let why = "what has committed is taken again".to_owned();
                 self.note(Kind::State { state: "disk-written".to_owned(), why });
             }
             _ => {}

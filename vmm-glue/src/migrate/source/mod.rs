@@ -246,10 +246,12 @@ pub struct Source<'a> {
     ticked_at: Instant,
     /// The signal that said that a catch would lose the guest.
     warned: bool,
-    /// That a disk's image cannot be written was told.
+    /// That what has committed cannot be taken, for want of room, was told.
     stuck_told: bool,
-    /// A catch waits for the images, which are looked at again then.
-    disks_due: Option<Deadline>,
+    /// A catch waits for room on a disk's image or in memory, which is looked at again then.
+    room_due: Option<Deadline>,
+    /// The operator's word: the guest comes back from an older checkpoint where the newest cannot be taken.
+    take_older: bool,
     /// A catch that had stuck was ordered again.
     ordered_again: bool,
     outcome: Option<Outcome>,
@@ -380,7 +382,8 @@ impl<'a> Source<'a> {
             ticked_at: Instant::now(),
             warned: false,
             stuck_told: false,
-            disks_due: None,
+            room_due: None,
+            take_older: false,
             ordered_again: false,
             outcome: None,
         }
@@ -503,7 +506,7 @@ impl<'a> Source<'a> {
                 self.outcome = Some(Outcome::Ceded { why: std::mem::take(&mut self.why) });
             }
             // It is in this process and nowhere else: only writing its disks is left, which is tried for as long as it takes.
-            State::Revoking { stuck: true, step: CatchStep::Fold, .. } => {}
+            State::Revoking { stuck: true, step: CatchStep::Fold, .. } if self.room_due.is_some() => {}
             // Nothing is lost by a catch that has stuck: it waits for the operator's word, once.
             State::Revoking { stuck: true, .. } if self.ordered_again && self.outcome.is_none() => {
                 self.outcome = Some(Outcome::AwaitsOperator { why: std::mem::take(&mut self.why) });

@@ -33,10 +33,18 @@ impl Source<'_> {
             // Sent on its way, and nobody has said yet that it runs: taken back like a switch that fails late.
             (Ask::Catch, State::Switching { .. }) => Ok((Event::Cancelled, "the guest is being taken back")),
             (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
-            (Ask::Catch, State::Revoking { stuck, .. }) => {
+            (Ask::Catch, State::Revoking { stuck: true, .. }) if self.waits_for_the_word().is_some() => {
+                Err(format!("{}. Trying again changes nothing: `belay catch --older` goes on from that one", self.why))
+            }
+            (Ask::CatchOlder, State::Revoking { stuck: true, .. }) if self.waits_for_the_word().is_some() => {
+                Ok((Event::OperatorCatch, "the guest is taken back from an older checkpoint"))
+            }
+            (Ask::CatchOlder, _) => Err("no checkpoint has been refused here, so the newest is what the guest comes back from: `belay catch`".to_owned()),
+            (Ask::Catch, State::Revoking { step, stuck, .. }) => {
                 self.hurry_the_fence();
                 let asks_arbiter = self.hurry_the_arbiter();
-                self.ordered_again = stuck;
+                // An order never ends the only process that has the guest; a signal may.
+                self.ordered_again = stuck && step != CatchStep::Fold;
                 Ok((
                     Event::OperatorCatch,
                     match stuck {
@@ -59,8 +67,10 @@ impl Source<'_> {
         };
         match event {
             Ok((event, what)) => {
+                let older = order.ask == Ask::CatchOlder;
                 self.pending.accept(order, what);
                 Some(match event {
+                    Event::OperatorCatch if older => self.caught_from_older(),
                     Event::OperatorCatch => self.lost(event, BY_ORDER),
                     Event::CatchByForce => self.caught_by_force(),
                     event => {
@@ -81,7 +91,7 @@ impl Source<'_> {
         let state = self.state;
         let (why, back) = (&self.why, self.recovered.as_ref().map(|recovered| recovered.epoch));
         self.pending.settle(|ask| match (ask, state, outcome) {
-            (Ask::Catch | Ask::CatchByForce, State::Running { .. }, _) if back.is_some() => {
+            (Ask::Catch | Ask::CatchByForce | Ask::CatchOlder, State::Running { .. }, _) if back.is_some() => {
                 Some(Ok(format!("the guest runs here again, from {}", back.expect("asked above"))))
             }
             (_, State::Running { .. }, _) => Some(Ok("the guest never left and runs here".to_owned())),
