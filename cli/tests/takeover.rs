@@ -192,8 +192,9 @@ fn a_source_taken_over_without_its_destination_has_the_guest_from_the_newest_com
 #[test]
 fn a_source_that_dies_at_any_step_of_a_catch_is_taken_over_and_nothing_is_lost() {
     needs_kvm!("takeover");
-    for point in ["catch-begun", "catch-unrevoked", "catch-revoked", "catch-loaded", "catch-resume"] {
-        let mut road = Road::start("local", &HELD, &["--stop-at", point]);
+    let points = ["catch-begun", "catch-unrevoked", "catch-revoked", "catch-loaded", "catch-resume"];
+    for (fabric, point) in ["local", "tcp"].into_iter().flat_map(|fabric| points.map(|point| (fabric, point))) {
+        let mut road = Road::start(fabric, &HELD, &["--stop-at", point]);
         road.await_mid_pull(30);
         road.destination.crash();
         road.crash_where_it_stopped();
