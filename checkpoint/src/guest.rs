@@ -72,6 +72,11 @@ pub trait Guest: Send {
         false
     }
 
+    /// At a source whose guest is away: sees to what a catch will need, and gives what there is to tell of it. Called every few milliseconds.
+    fn tend(&mut self) -> Option<Result<String, GuestError>> {
+        None
+    }
+
     /// Its writable disks, where their images are kept apart from what it writes ([`crate::storage`]).
     fn storage(&self) -> Option<Arc<dyn Storage>> {
         None

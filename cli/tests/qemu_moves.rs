@@ -51,6 +51,11 @@ fn a_running_qemu_guest_moves_without_a_gap_and_its_memory_is_right_all_along() 
 
 /// Moves a tethered guest, strikes, and looks at what comes back.
 fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
+    comes_back_after(machine, |_| {}, strike);
+}
+
+/// The same, where something happens at the source before.
+fn comes_back_after(machine: &Machine, before: impl FnOnce(&mut Process), strike: impl FnOnce(&mut Process, i32)) {
     let (place, folder) = (Place::new(), shared_memory());
     let mut source = Qemu::start(&place, folder.path(), machine, "here");
     source.wait_until_booted();
@@ -62,6 +67,7 @@ fn comes_back(machine: &Machine, strike: impl FnOnce(&mut Process, i32)) {
     let qemu = destination.seen.iter().find(|event| event["event"] == "vmm-started").expect("told")["pid"].as_i64();
     let qemu = qemu.expect("a pid") as i32;
     assert!(is_running(qemu));
+    before(&mut sender);
     strike(&mut destination, qemu);
     let caught = sender.wait_for_event("caught");
     assert!(caught["epoch"].as_u64().is_some_and(|epoch| epoch > 0), "{caught}");
@@ -95,6 +101,26 @@ fn a_tethered_guest_whose_qemu_is_killed_comes_back_in_the_standby_at_its_last_c
     // Two blocks, one of them above 4 GiB, and two vCPUs.
     let machine = Machine { vcpus: 2, blocks: vec![96, 64], ..Machine::of("q35,max-ram-below-4g=128M", Some(linux)) };
     comes_back(&machine, |destination, qemu| {
+        kill(qemu, libc::SIGKILL);
+        assert_eq!(destination.end(), 13, "{}", destination.story());
+    });
+}
+
+#[test]
+fn a_standby_that_dies_while_its_guest_is_away_is_replaced_and_the_guest_comes_back_in_the_other() {
+    if no_qemu() {
+        return;
+    }
+    let Some(linux) = Linux::here() else { return };
+    let standby_dies = |sender: &mut Process| {
+        let started = sender.wait_for_event("standby-started");
+        let pid = started["pid"].as_i64().expect("a pid") as i32;
+        kill(pid, libc::SIGKILL);
+        let replaced = sender.wait_for_state("standby-replaced");
+        assert!(replaced["why"].as_str().is_some_and(|why| why.contains(&format!("process {pid},"))), "{replaced}");
+        assert!(!sender.was("revoking"), "{}", sender.story());
+    };
+    comes_back_after(&Machine::of("q35", Some(linux)), standby_dies, |destination, qemu| {
         kill(qemu, libc::SIGKILL);
         assert_eq!(destination.end(), 13, "{}", destination.story());
     });

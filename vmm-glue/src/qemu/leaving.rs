@@ -34,6 +34,9 @@ use std::time::Duration;
 /// For all questions together, and for a QEMU that is started.
 const BOUND: Duration = Duration::from_secs(30);
 
+/// Between two tries to start a standby in place of one that has ended.
+const STANDBY_AGAIN: Duration = Duration::from_secs(5);
+
 /// Why a running QEMU's guest cannot be moved as it is.
 #[derive(Debug, thiserror::Error)]
 pub enum LeavingError {
@@ -95,11 +98,22 @@ struct Standby {
     header: Vec<u8>,
 }
 
+/// What a standby is started from.
+struct Spare {
+    plan: StandbyPlan,
+    guest: Inspection,
+    header: Vec<u8>,
+    /// Not before, after one that could not be started.
+    after: Option<Deadline>,
+}
+
 /// See the module.
 pub struct LeavingGuest {
     machine: Machine,
     blocks: Vec<RamBlock>,
     standby: Option<Standby>,
+    /// What another one is made of, should this one end.
+    spare: Option<Spare>,
     relayed: Option<Relayed>,
     wire: Wire,
     /// Taken in hand already; they stay with the guest until it has left.
@@ -127,14 +141,13 @@ impl LeavingGuest {
             let alias = Arc::new(file.map().map_err(failed("map guest RAM"))?);
             blocks.push(block(RegionId(index as u16), ram, file, alias, &machine.process)?);
         }
-        let standby = match plan {
-            Some(plan) => Some(Standby::start(plan, &mut machine, &guest)?),
-            None => None,
-        };
+        let spare = plan.map(|plan| Spare::new(plan, &mut machine, guest)).transpose()?;
+        let standby = spare.as_ref().map(|spare| spare.start(&machine.process)).transpose()?;
         Ok(Self {
             machine,
             blocks,
             standby,
+            spare,
             relayed,
             wire,
             disks: Disks::default(),
@@ -158,6 +171,33 @@ impl LeavingGuest {
     /// The standby's process and monitor.
     pub fn standby(&self) -> Option<(&Process, PathBuf)> {
         self.standby.as_ref().map(|standby| (&standby.machine.process, standby.launched.monitor()))
+    }
+
+    /// Starts another standby where the one that waited has ended: what is there of the guest is not its own.
+    fn replace_standby(&mut self) -> Option<Result<String, GuestError>> {
+        let ended = self.standby.as_ref().is_none_or(|standby| standby.machine.process.has_ended());
+        let spare = self.spare.as_mut().filter(|_| ended && !self.caught)?;
+        if spare.after.is_some_and(|after| !after.expired()) {
+            return None;
+        }
+        // Its directory is the next one's.
+        let before = self.standby.take().map(|standby| standby.machine.process.number());
+        let name = before.map_or("the one before".to_owned(), |pid| format!("process {pid}"));
+        spare.after = Some(Deadline::after(STANDBY_AGAIN));
+        Some(match spare.start(&self.machine.process) {
+            Ok(standby) => {
+                let (now, monitor) = (standby.machine.process.number(), standby.launched.monitor());
+                self.standby = Some(standby);
+                Ok(format!(
+                    "the standby, {name}, has ended; process {now} waits in its place, its monitor is {}",
+                    monitor.display()
+                ))
+            }
+            Err(error) => {
+                let what = format!("start another standby in place of {name}, which has ended");
+                Err(failed(&what)(io::Error::other(error)))
+            }
+        })
     }
 
     fn let_go_of(&self, relayed: &Relayed) -> Result<(), GuestError> {
@@ -188,31 +228,36 @@ impl LeavingGuest {
     }
 }
 
-impl Standby {
-    fn start(plan: &StandbyPlan, running: &mut Machine, guest: &Inspection) -> Result<Self, LeavingError> {
+impl Spare {
+    fn new(plan: &StandbyPlan, running: &mut Machine, guest: Inspection) -> Result<Self, LeavingError> {
         let mut devices = Vec::new();
         running.save_devices(&mut devices)?;
         let header = first_header(&devices)?.to_vec();
+        Ok(Self { plan: plan.clone(), guest, header, after: None })
+    }
+
+    /// Starts one, over the memory of the process that runs the guest or has.
+    fn start(&self, running: &Process) -> Result<Standby, LeavingError> {
+        let Self { plan, guest, header, .. } = self;
         let (program, arguments) = match &plan.command {
             Some(command) => {
                 let (program, arguments) = command.split_first().ok_or(StandbyError::Empty)?;
                 (program.clone(), arguments.to_vec())
             }
             None => {
-                let arguments =
-                    standby::arguments(&running.process.command_line()?, &elsewhere(&running.process, guest)?)?;
-                (running.process.executable()?.into(), arguments.into_iter().map(OsString::from).collect())
+                let arguments = standby::arguments(&running.command_line()?, &elsewhere(running, guest)?)?;
+                (running.executable()?.into(), arguments.into_iter().map(OsString::from).collect())
             }
         };
         let (directory, leash) = (plan.directory.clone(), plan.leash.clone());
-        let working_directory = Some(running.process.working_directory()?);
+        let working_directory = Some(running.working_directory()?);
         let deadline = Deadline::after(BOUND);
         let launch = Launch { program, arguments, working_directory, directory, leash };
         let (launched, mut machine) = launch.start(deadline)?;
         let there = Inspection::of(&mut machine.qmp, &machine.process, deadline)?;
         expect_alike(guest, &there)?;
         machine.prepare_stream()?;
-        Ok(Self { launched, machine, header })
+        Ok(Standby { launched, machine, header: header.clone() })
     }
 }
 
@@ -325,14 +370,25 @@ impl Guest for LeavingGuest {
 
     fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
         let none = || GuestError::Unsupported("no standby was started to load a guest into".to_owned());
+        if let Some(spare) = &mut self.spare {
+            spare.after = None;
+        }
+        if let Some(Err(error)) = self.replace_standby() {
+            return Err(error);
+        }
         let standby = self.standby.as_mut().ok_or_else(none)?;
         let (state, next_output) = State::read(state)?;
-        match state {
-            State::Stream(stream) => standby.machine.stream_in(&[stream])?,
+        let loaded = match state {
+            State::Stream(stream) => standby.machine.stream_in(&[stream]),
             State::Devices(devices) => {
                 let prefix = self.prefix.as_ref().ok_or_else(none)?;
-                standby.machine.stream_in(&[prefix, behind_the_prefix(devices)])?;
+                standby.machine.stream_in(&[prefix, behind_the_prefix(devices)])
             }
+        };
+        if let Err(error) = loaded {
+            // It has been told to take a guest and takes no second one: the next try is another's.
+            self.standby = None;
+            return Err(error);
         }
         self.wire.count_from(next_output);
         self.caught = true;
@@ -350,6 +406,10 @@ impl Guest for LeavingGuest {
 
     fn tracker(&mut self, kind: TrackerKind) -> Result<Box<dyn DirtyTracker>, GuestError> {
         Err(GuestError::NoTracker { kind, reason: "nothing is tracked at a source".to_owned() })
+    }
+
+    fn tend(&mut self) -> Option<Result<String, GuestError>> {
+        self.replace_standby()
     }
 
     fn storage(&self) -> Option<Arc<dyn Storage>> {

@@ -213,6 +213,7 @@ impl Source<'_> {
             return Some(self.lost(Event::LeaseRanOut, "its lease has run out"));
         }
         self.tell_of_what_is_stuck();
+        self.tend();
         if let Some(event) = self.room_again() {
             return Some(event);
         }
@@ -231,6 +232,22 @@ impl Source<'_> {
             }
         }
         None
+    }
+
+    /// What a catch will need is seen to while the guest is away.
+    fn tend(&mut self) {
+        if !matches!(self.state, State::Serving(_) | State::Resuming(_) | State::Revoking { stuck: true, .. }) {
+            return;
+        }
+        match self.guest.tend() {
+            Some(Ok(why)) => drop(self.note(Kind::State { state: "standby-replaced".to_owned(), why })),
+            Some(Err(error)) => {
+                let advice = "The guest goes on at the destination; until there is one a catch waits. Another is started every few seconds. Its log says why it cannot."
+                    .to_owned();
+                self.note(Kind::Failed { what: explain(&error), advice });
+            }
+            None => {}
+        }
     }
 
     /// What there is no room for is told once, and that there is again.
