@@ -19,7 +19,9 @@ use belay_vmm_glue::migrate::settings::ReleasePolicy;
 use belay_vmm_glue::migrate::source::Outcome;
 use common::no_kvm;
 use common::roles::{Seen, TestHost, be_a_guard_if_asked, destination_config, move_away, running_guest, source_config};
-use crossbeam_channel::{Receiver, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 #[test]
@@ -50,6 +52,14 @@ fn page_of(memory: &Mapping, page: u64) -> Vec<u8> {
     let mut bytes = vec![0; PAGE_SIZE];
     memory.read(page as usize * PAGE_SIZE, &mut bytes);
     bytes
+}
+
+/// Whether the VMM has it in its page table, which is when it has landed (/proc/PID/pagemap, bit 63: Documentation/admin-guide/mm/pagemap.rst).
+fn is_mapped(seen: &Seen, page: u64) -> bool {
+    let table = File::open("/proc/self/pagemap").expect("pagemap");
+    let mut entry = [0; 8];
+    table.read_exact_at(&mut entry, (seen.vmm.as_ptr() as u64 / PAGE_SIZE as u64 + page) * 8).expect("an entry");
+    u64::from_le_bytes(entry) >> 63 == 1
 }
 
 fn zap(seen: &Seen, page: u64) {
@@ -97,7 +107,7 @@ fn give_up(seen: &Seen, page: u64, how: Give, first: &[u8]) -> Vec<u8> {
 enum When {
     /// The pull is held: what is given up is absent, until somebody needs it.
     Before,
-    /// While the pull sweeps over them.
+    /// While the pull sweeps over them, up to the middle of the guest: some have landed, some have not.
     During,
     After,
 }
@@ -109,6 +119,15 @@ fn wait_for(events: &Receiver<Kind>, what: &str, is_it: impl Fn(&Kind) -> bool) 
             Ok(_) => {}
             Err(error) => panic!("waited for {what}: {error}"),
         }
+    }
+}
+
+/// Signals the source when it is dropped.
+struct Ends(Sender<i32>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.try_send(2);
     }
 }
 
@@ -143,22 +162,33 @@ fn pages_are_never_stale(when: When, tracker: TrackerKind) {
     let words = Words { signals, ..Words::none() };
     let mut host = TestHost::default();
     let built = host.built.clone();
-    let hold = (when == When::Before).then_some(0.05);
+    let hold = match when {
+        When::Before => Some(0.05),
+        When::During => Some(0.5),
+        When::After => None,
+    };
     let mut destination_place = destination_config(place, hold);
     if tracker == TrackerKind::UffdSync {
         // The most that can go wrong: the guest runs while its epochs are staged.
         destination_place.staging = Staging::Cow;
     }
-    let (wanted, caught) = std::thread::scope(|scope| {
+    let (wanted, had_landed, caught) = std::thread::scope(|scope| {
         let destination = scope
             .spawn(|| destination::run(&destination_place, &listener, &mut host, &observer, &Words::none()).map(drop));
         let (guest, output, config) = (&mut guest, &output, &config);
         let source = scope.spawn(move || move_away(place, config, guest, output, &Observer::silent(), &words));
+        // Whatever is found: the source takes the guest back, and both roles end.
+        let ends = Ends(word);
         wait_for(&events, "the guest to run there", |kind| matches!(kind, Kind::Resumed { .. }));
         if when == When::After {
             wait_for(&events, "all to have landed", |kind| matches!(kind, Kind::AllLanded { .. }));
         }
         let seen = built.lock().unwrap().clone().expect("it has been built");
+        let landed = || pages.iter().filter(|&&page| is_mapped(&seen, page)).count();
+        let (mut had_landed, end) = (landed(), bound());
+        while when == When::During && had_landed == 0 && !end.expired() {
+            had_landed = landed();
+        }
         let mut wanted = Vec::new();
         for (index, &page) in pages.iter().enumerate() {
             let how = WAYS[index % WAYS.len()];
@@ -178,12 +208,19 @@ fn pages_are_never_stale(when: When, tracker: TrackerKind) {
         for _ in 0..3 {
             wait_for(&events, "a checkpoint", |kind| matches!(kind, Kind::Committed { .. }));
         }
-        word.send(2).expect("the source listens");
+        drop(ends);
         let caught = source.join().expect("the source does not panic");
         destination.join().expect("the destination does not panic").expect("it has run");
-        (wanted, caught)
+        (wanted, had_landed, caught)
     });
     assert!(matches!(caught, Ok(Outcome::Caught { .. })), "{caught:?}");
+    // When was as it says.
+    let as_said = match when {
+        When::Before => had_landed * 5 < pages.len(),
+        When::During => (1..pages.len()).contains(&had_landed),
+        When::After => had_landed == pages.len(),
+    };
+    assert!(as_said, "{when:?}: {had_landed} of {} had landed", pages.len());
     for (page, how, must) in &wanted {
         assert_eq!(&page_of(&source_ram, *page), must, "{tracker:?} {when:?} {how:?}: page {page} after the catch");
     }

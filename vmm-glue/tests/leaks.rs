@@ -24,6 +24,9 @@ const PLACE: &str = "BELAY_TEST_LEAKS_PLACE";
 /// What the two processes tell each other starts with this: libtest prints on the same stream.
 const WORD: &str = "leaks:";
 
+/// Every kind of migration has been twice over each fabric before anything is counted: what is made once is no leak.
+const WARM: usize = 24;
+
 /// How a migration is to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -75,17 +78,30 @@ impl Held {
         }
     }
 
-    /// After the threads that were told to end have: nothing else waits for those that nobody joins.
+    /// After the threads that were told to end have: nothing else waits for those that nobody joins. Where no number is `wanted` yet, once it has
+    /// been the same for a while.
     fn settled(place: &Path, wanted: Option<Self>) -> Self {
         let mut held = Self::now(place);
+        let mut unchanged = 0;
         for _ in 0..400 {
-            if wanted.is_none_or(|wanted| held.threads <= wanted.threads && held.descriptors <= wanted.descriptors) {
+            let there = |wanted: Self| held.threads <= wanted.threads && held.descriptors <= wanted.descriptors;
+            if wanted.map_or(unchanged == 20, there) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(5));
-            held = Self::now(place);
+            let now = Self::now(place);
+            let same = (now.threads, now.descriptors, now.mappings) == (held.threads, held.descriptors, held.mappings);
+            unchanged = if same { unchanged + 1 } else { 0 };
+            held = now;
         }
         held
+    }
+
+    /// The middle one of what was counted.
+    fn median(all: &[Self], of: fn(&Self) -> usize) -> usize {
+        let mut all: Vec<usize> = all.iter().map(of).collect();
+        all.sort_unstable();
+        all[all.len() / 2]
     }
 
     fn text(&self) -> String {
@@ -114,6 +130,7 @@ fn the_destination_of_the_other_test() {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).expect("prctl");
     let place = std::env::var(PLACE).expect("a place");
     let place = Path::new(&place);
+    let mut first = None;
     for line in std::io::stdin().lock().lines() {
         let n: usize = line.expect("a line").parse().expect("a number");
         let (end, local, _) = nth(n);
@@ -137,7 +154,11 @@ fn the_destination_of_the_other_test() {
         };
         drop(listener);
         println!("{WORD} ended {outcome}");
-        println!("{WORD} held {}", Held::settled(place, None).text());
+        let held = Held::settled(place, first);
+        if n + 1 == WARM {
+            first = Some(held);
+        }
+        println!("{WORD} held {}", held.text());
         std::io::stdout().flush().expect("flush");
     }
     std::process::exit(0);
@@ -196,10 +217,8 @@ fn however_many_migrations_end_between_two_processes_nothing_of_them_is_left() {
             return rest.trim().to_owned();
         }
     };
-    // Every kind of migration has been twice over each fabric before anything is counted: what is made once is no leak.
-    let warm = 24;
     let (mut first, mut history) = (None, Vec::new());
-    for n in 0..many.max(2 * warm) {
+    for n in 0..many.max(3 * WARM) {
         writeln!(orders, "{n}").expect("the destination listens");
         let to = word("listening");
         let ours = send(n, &to, place);
@@ -213,10 +232,10 @@ fn however_many_migrations_end_between_two_processes_nothing_of_them_is_left() {
         assert!(as_meant, "migration {n} was to be {end:?}: {ours} and {theirs}");
         let theirs = Held::parse(&word("held"));
         let now = (Held::settled(place, first.map(|(ours, _)| ours)), theirs);
-        if n + 1 == warm {
+        if n + 1 == WARM {
             first = Some(now);
         }
-        if (n + 1) % 100 == 0 || n + 1 == many || n + 1 == warm {
+        if (n + 1) % 100 == 0 || n + 1 == many || n + 1 == WARM {
             println!("after {} migrations: source {:?}, destination {:?}", n + 1, now.0, now.1);
         }
         history.push(now);
@@ -224,14 +243,30 @@ fn however_many_migrations_end_between_two_processes_nothing_of_them_is_left() {
     drop(orders);
     assert!(child.wait().expect("it ends").success());
     let (first, last) = (first.expect("warm"), history[history.len() - 1]);
-    for (who, first, last) in [("source", first.0, last.0), ("destination", first.1, last.1)] {
+    let counted = &history[WARM..];
+    type Side = fn(&(Held, Held)) -> Held;
+    let sides: [(&str, Side); 2] = [("source", |both| both.0), ("destination", |both| both.1)];
+    for (who, side) in sides {
+        let (first, last) = (side(&first), side(&last));
         assert!(last.descriptors <= first.descriptors, "{who}: descriptors {first:?} then {last:?}");
         assert!(last.threads <= first.threads, "{who}: threads {first:?} then {last:?}");
         assert!(last.files <= first.files, "{who}: files {first:?} then {last:?}");
-        // The allocator keeps arenas for threads that come and go: a few more, and never one a migration.
-        let most = first.mappings + 24;
-        assert!(last.mappings <= most, "{who}: mappings {first:?} then {last:?}");
-        let most = first.resident_kib + 12 * 1024;
-        assert!(last.resident_kib <= most, "{who}: resident memory {first:?} then {last:?}");
+        // The allocator's arenas come and go with threads, so that one look says little: the middle of the first quarter beside that of the last.
+        let all: Vec<Held> = counted.iter().map(side).collect();
+        let (early, late) = (&all[..all.len() / 4], &all[all.len() * 3 / 4..]);
+        let between = all.len() * 3 / 4;
+        let mappings = |part| Held::median(part, |held| held.mappings);
+        let (before, after) = (mappings(early), mappings(late));
+        println!("{who}: mappings {before} then {after}");
+        assert!(
+            after <= before + (between / 10).max(5),
+            "{who}: mappings {before} then {after} over {between} migrations"
+        );
+        let resident = |part| Held::median(part, |held| held.resident_kib);
+        let (before, after) = (resident(early), resident(late));
+        println!("{who}: resident memory {before} KiB then {after} KiB");
+        // Less than half a page of its guest's for each.
+        let most = before + 1024 + 2 * between;
+        assert!(after <= most, "{who}: resident memory {before} KiB then {after} KiB over {between} migrations");
     }
 }
