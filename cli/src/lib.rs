@@ -11,6 +11,9 @@ mod fabric;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(test)]
+#[path = "../../transport/src/golden.rs"]
+mod golden;
 mod holder;
 mod judge;
 mod keeping;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const MAGIC: [u8; 8] = *b"BELAYJNL";
 /// Version of the file. A reader takes its own and no other.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 const HEAD: usize = 32;
 /// How long a listing of another process may hold the lock of what it looks at.
 const LOOKED_AT: Duration = Duration::from_secs(1);

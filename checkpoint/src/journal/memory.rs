@@ -109,7 +109,7 @@ const POSITION_BYTES: usize = 128;
 pub const IMAGE_BYTES: usize = 40 << 20;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"BELAYKPT");
-const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 1;
 const MARK_AT: usize = 4096;
 const POSITION_AT: usize = MARK_AT + Cell::stride(MARK_BYTES);
 const IMAGE_AT: usize = (POSITION_AT + Cell::stride(POSITION_BYTES)).next_multiple_of(4096);

@@ -21,6 +21,8 @@
 
 pub(crate) mod cell;
 pub(crate) mod disk;
+#[cfg(test)]
+mod golden;
 mod memory;
 
 pub(crate) use cell::Cell;

@@ -3,19 +3,26 @@
 use super::tests::take_all;
 use super::*;
 use crate::guest::Packet;
+use crate::journal::KeptState;
 use crate::record::{Limits, SegmentHeader, VERSION, kind, parse};
 use crate::testing::*;
 use belay_transport::RegionId;
+use belay_transport::region::RamFile;
 use std::time::Duration;
 use zerocopy::FromBytes;
 
 use crate::golden::compare;
 
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
-const RING_BYTES: usize = RingShape::LEAST.next_multiple_of(4096);
+pub(crate) const RING_BYTES: usize = RingShape::LEAST.next_multiple_of(4096);
 
-/// One record with every kind of section, shipped by the writer and taken by the reader; and the ring a lap later, which has a pad.
+/// One record with every kind of section but disk writes, shipped by the writer and taken by the reader; and the ring a lap later,
+/// which has a pad.
 fn shipped() -> (Vec<u8>, Vec<u8>) {
+    shipped_with(Vec::new())
+}
+
+fn shipped_with(disk_writes: Vec<u8>) -> (Vec<u8>, Vec<u8>) {
     let (memory, mut wire) = (ram(&[8, 2]), Wire::new(RING_BYTES));
     let owner = OwnerRegion::new(wire.owner());
     memory[0].alias.write(3 * PAGE_SIZE, &(0..PAGE_SIZE).map(|at| (at * 7 + at / 256) as u8).collect::<Vec<_>>());
@@ -25,7 +32,7 @@ fn shipped() -> (Vec<u8>, Vec<u8>) {
         device_state: b"vCPUs and devices".to_vec(),
         outputs: vec![Packet { sequence: 300, bytes: vec![0xaa; 5] }, Packet { sequence: 301, bytes: vec![] }],
         released_up_to: Some(299),
-        disk_writes: Vec::new(),
+        disk_writes,
     };
     let mut sender = Sender::new(&mut wire, 64 << 10);
     let mut reader = RingReader::new(RING_BYTES, NONCE, 64 << 10).unwrap();
@@ -69,6 +76,34 @@ fn a_record_is_in_the_ring_as_it_was_when_the_version_came_out() {
         let mut reader = RingReader::new(RING_BYTES, NONCE, 64 << 10).unwrap();
         assert!(take_all(&mut reader, &ring[..]).unwrap() == [bytes]);
     }
+}
+
+#[test]
+fn what_was_done_to_a_disk_is_in_a_record_as_it_was_when_it_came_in() {
+    let done = b"what was done to the disk".to_vec();
+    let limits = Limits { disks: 1, ..Limits::for_regions([(RegionId(0), 8), (RegionId(1), 2)]) };
+    for (_, bytes) in compare(FOLDER, VERSION, "record-disk-writes", &[("record", shipped_with(done.clone()).0)]) {
+        let view = parse(&bytes, &limits, true).expect("read");
+        assert_eq!((&view.disk_writes, view.page_count()), (&vec![done.clone()], 1));
+        // A guest that has no such disk does not take it.
+        assert!(parse(&bytes, &Limits { disks: 0, ..limits.clone() }, true).is_err());
+    }
+}
+
+/// A record for whoever folds one, of regions of 8 and 2 pages.
+pub(crate) fn record() -> Vec<u8> {
+    shipped().0
+}
+
+/// Keeps `place` in `state`.
+pub(crate) fn keep_place(state: &KeptState, place: &Place) {
+    open_place(state).0.note(place);
+}
+
+/// The place that is kept in `state`, and overflow memory with nothing in it.
+pub(crate) fn open_place(state: &KeptState) -> (Spool, Option<Place>) {
+    let file = RamFile::memfd("belay-golden-overflow", 4096, belay_transport::PageSize::Small).expect("memory");
+    Spool::over(file, state).expect("as it was kept")
 }
 
 #[test]

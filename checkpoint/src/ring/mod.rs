@@ -152,6 +152,6 @@ impl OwnerRegion {
 }
 
 #[cfg(test)]
-mod golden;
+pub(crate) mod golden;
 #[cfg(test)]
 mod tests;

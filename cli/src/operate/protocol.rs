@@ -113,6 +113,9 @@ pub fn answer(said: Said) -> Vec<u8> {
 }
 
 #[cfg(test)]
+mod golden;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

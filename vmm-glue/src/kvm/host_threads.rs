@@ -350,3 +350,65 @@ impl Drop for HostGuest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use belay_checkpoint::guest::Packet;
+    use belay_transport::PageSize;
+
+    struct Nowhere;
+
+    impl PacketSink for Nowhere {
+        fn emit(&self, _: Packet) {}
+        fn has_room(&self) -> bool {
+            true
+        }
+    }
+
+    /// As many threads as there are things that one can do next.
+    fn guest() -> HostGuest {
+        let bytes = 4 << 20;
+        let spec = GuestSpec { memory_bytes: bytes, working_set_bytes: 1 << 20, vcpus: 6, ..GuestSpec::default() };
+        let file = Arc::new(RamFile::memfd("belay-test-threads", bytes as usize, PageSize::Small).expect("memory"));
+        let alias = Arc::new(file.map().expect("mapped"));
+        HostGuest::new(&spec, file, alias, Arc::new(Nowhere)).expect("threads")
+    }
+
+    fn saved(guest: &mut HostGuest) -> Vec<u8> {
+        let mut state = Vec::new();
+        guest.save(&mut state).expect("it is stopped");
+        state
+    }
+
+    #[test]
+    fn a_saved_state_is_as_it_was_when_its_version_came_out() {
+        let mut guest = guest();
+        let next = [Next::Fill(300), Next::Filled, Next::Step, Next::Count, Next::Pace, Next::Note(0x1817_1615)];
+        for (vcpu, next) in next.into_iter().enumerate() {
+            let own = vcpu as u64 + 1;
+            *guest.shared.registers(vcpu) = Registers {
+                next,
+                step: own << 8,
+                digest: own << 40,
+                last_hash: u64::MAX - own,
+                last_nonce: own << 16,
+                packet_batches_left: own,
+            };
+        }
+        let port = PortState { sequence: 77, windows: vec![[1, 2, 3, 4, 5, 6, 7, 8]; 6], paces: vec![9; 6] };
+        assert!(guest.shared.port.load(port));
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+        let state = saved(&mut guest);
+        for (_, bytes) in crate::golden::compare(folder, VERSION, "host-threads-state", &[("state", state)]) {
+            let mut into = self::guest();
+            assert_ne!(saved(&mut into), bytes);
+            into.load(&bytes).expect("read");
+            assert_eq!(saved(&mut into), bytes);
+            // Behind the head and the number of threads, the first thread's next: the number after the last is none yet.
+            let mut unknown = bytes.clone();
+            unknown[MAGIC.len() + 3] = next.len() as u8;
+            assert!(into.load(&unknown).is_err(), "a thing to do next that is not in the file");
+        }
+    }
+}

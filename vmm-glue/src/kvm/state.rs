@@ -148,15 +148,18 @@ pub(super) fn usable_msrs(fd: &VcpuFd, list: &[u32]) -> Vec<u32> {
 
 /// Appends the whole state of a stopped machine.
 pub(super) fn save(machine: &Machine, out: &mut Vec<u8>) -> Result<(), GuestError> {
-    out.extend(MAGIC);
-    out.extend(VERSION.to_le_bytes());
-    out.extend((machine.vcpus().len() as u16).to_le_bytes());
+    out.extend(head(machine.vcpus().len()));
     let mut writer = Writer(out);
     save_vm(machine, &mut writer)?;
     for vcpu in machine.vcpus() {
         save_vcpu(machine, vcpu.index, &vcpu.fd(), &mut writer)?;
     }
     Ok(())
+}
+
+/// What stands before the sections.
+fn head(vcpus: usize) -> Vec<u8> {
+    [&MAGIC[..], &VERSION.to_le_bytes(), &(vcpus as u16).to_le_bytes()].concat()
 }
 
 fn save_vm(machine: &Machine, writer: &mut Writer<'_>) -> Result<(), GuestError> {
@@ -370,6 +373,9 @@ fn load_vm(machine: &Machine, sections: &mut Sections<'_>) -> Result<(), GuestEr
 pub(crate) mod fuzzing;
 
 #[cfg(test)]
+mod golden;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::kvm::guests::{Filler, GuestSpec};
@@ -388,9 +394,9 @@ mod tests {
         }
     }
 
-    const VCPUS: u16 = 2;
+    pub(super) const VCPUS: u16 = 2;
 
-    fn guest() -> Option<KvmGuest> {
+    pub(super) fn guest() -> Option<KvmGuest> {
         if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
             eprintln!("skipped: /dev/kvm cannot be opened: {error}");
             return None;
@@ -410,7 +416,7 @@ mod tests {
         Some(guest)
     }
 
-    fn saved(guest: &mut KvmGuest) -> Vec<u8> {
+    pub(super) fn saved(guest: &mut KvmGuest) -> Vec<u8> {
         let mut state = Vec::new();
         guest.save(&mut state).unwrap();
         state

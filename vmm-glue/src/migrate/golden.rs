@@ -135,6 +135,11 @@ pub(crate) fn proposal() -> Proposal {
     }
 }
 
+/// For what is kept and has a version beside the protocol's: it changes with what a proposal holds, and not with its number alone.
+pub(crate) fn proposal_of_version_3() -> Proposal {
+    Proposal { protocol: 3, ..proposal() }
+}
+
 /// Compares every version's files of one direction with what is encoded today, and reads them again.
 fn held<M: Serialize + DeserializeOwned + PartialEq + Debug>(room: &str, messages: &[(u16, &'static str, M)]) {
     for version in 1..=PROTOCOL_VERSION {
@@ -234,20 +239,49 @@ fn a_proposal_of_a_qemu_guest_with_disks_is_on_the_wire_as_it_was_when_it_came_i
     }
 }
 
-#[test]
-fn a_proposal_of_version_1_is_refused_by_its_version() {
-    for name in ["tethered", "untethered"] {
-        let bytes = std::fs::read(format!("{FOLDER}/v1/proposal/{name}")).expect("the file is there");
-        let refused = decode_proposal(&bytes).expect_err("another version");
-        assert!(refused.contains("protocol 1 is proposed"), "{refused}");
+/// The files of `room` in the folder of each version before this one, with the version's number.
+fn of_earlier_versions(room: &str) -> Vec<(u16, Vec<u8>)> {
+    let mut files = Vec::new();
+    for version in 1..PROTOCOL_VERSION {
+        let Ok(folder) = std::fs::read_dir(format!("{FOLDER}/v{version}/{room}")) else { continue };
+        files.extend(folder.map(|file| (version, std::fs::read(file.expect("an entry").path()).expect("read"))));
     }
+    files
+}
+
+#[test]
+fn a_proposal_of_every_earlier_version_is_refused_by_its_version() {
+    let proposals: Vec<_> = ["proposal", "proposal-qemu", "proposal-qemu-disks"].map(of_earlier_versions).concat();
+    for (version, bytes) in &proposals {
+        let refused = decode_proposal(bytes).expect_err("another version");
+        assert!(refused.contains(&format!("protocol {version} is proposed")), "{refused}");
+    }
+    let versions: std::collections::BTreeSet<_> = proposals.iter().map(|(version, _)| *version).collect();
+    assert!(versions.into_iter().eq(1..PROTOCOL_VERSION), "a version has no files");
+}
+
+#[test]
+fn a_release_record_of_every_earlier_version_still_says_that_the_guest_was_released() {
+    let records = of_earlier_versions("release");
+    // The first version left none.
+    assert!(records.iter().map(|(version, _)| *version).eq(2..PROTOCOL_VERSION));
+    for (version, bytes) in records {
+        let state_dir = tempfile::tempdir().expect("a directory");
+        std::fs::write(state_dir.path().join("released-3d3d3d3d3d3d3d3d.json"), bytes).expect("written");
+        let found = ReleaseRecord::find(state_dir.path(), MigrationId([0x3d; 8]));
+        assert_eq!(found.expect("read"), Some(release_record()), "version {version}");
+    }
+}
+
+fn release_record() -> ReleaseRecord {
+    let record = ReleaseRecord::new(MigrationId([0x3d; 8]), 0x2827_2625_2423_2221, 2, "192.0.2.1:7700".to_owned());
+    ReleaseRecord { at_us: 1_234_567, ..record }
 }
 
 #[test]
 fn a_release_record_is_on_disk_as_it_was_when_the_version_came_out() {
     let directory = tempfile::tempdir().expect("a directory");
-    let mut record = ReleaseRecord::new(MigrationId([0x3d; 8]), 0x2827_2625_2423_2221, 2, "192.0.2.1:7700".to_owned());
-    record.at_us = 1_234_567;
+    let record = release_record();
     let written = std::fs::read(record.write(directory.path()).expect("written")).expect("read");
     for (_, bytes) in compare(FOLDER, PROTOCOL_VERSION, "release", &[("record.json", written)]) {
         assert_eq!(serde_json::from_slice::<ReleaseRecord>(&bytes).expect("read"), record);

@@ -191,6 +191,16 @@ fn answer_callers(listener: &UnixListener, seat: &Mutex<Seat>, tell: &Sender<Cal
     }
 }
 
+/// The version that a caller speaks, if `ask` is its knock. Until version 2 a knock had the number that [`Ask::GiveSign`] has now, which
+/// nobody begins with: a page server of then is refused by its version too.
+pub(super) fn version_of_knock(ask: &Ask) -> Option<u16> {
+    match ask {
+        Ask::TakeOver { version } => Some(*version),
+        Ask::GiveSign { slot: version @ ..=2 } => Some(*version as u16),
+        _ => None,
+    }
+}
+
 /// Hears what a caller wants; gives it if it may come in, and has answered it if it may not.
 fn hear(stream: UnixStream, seat: &Mutex<Seat>) -> Option<(Caller, Holder)> {
     let peer = socket_peercred(&stream).ok()?;
@@ -199,7 +209,8 @@ fn hear(stream: UnixStream, seat: &Mutex<Seat>) -> Option<(Caller, Holder)> {
     }
     stream.set_write_timeout(Some(WRITE_BOUND)).ok()?;
     let knock = frame::receive_within(&stream, KNOCK_BYTES, Some(Deadline::after(KNOCK_BOUND)));
-    let Ok(Some((FromClient::Request { id, ask: Ask::TakeOver { version } }, _))) = knock else { return None };
+    let Ok(Some((FromClient::Request { id, ask }, _))) = knock else { return None };
+    let version = version_of_knock(&ask)?;
     let refuse = |error: WireError| {
         // It may have gone again, which is as well.
         let _ = frame::send(&stream, &FromVmm::Answer { id, result: Err::<Answer, _>(error) }, None);

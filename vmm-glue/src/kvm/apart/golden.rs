@@ -1,5 +1,6 @@
 //! The protocol between page server and VMM as it is on their socket.
 
+use super::door::version_of_knock;
 use super::{Answer, Ask, FromClient, FromVmm, Kept, VERSION, VmmFaults, WireError};
 use crate::kvm::guests::{Filler, GuestSpec, Program};
 use crate::kvm::{KvmOptions, Tracking};
@@ -105,4 +106,25 @@ fn a_vmm_apart_is_spoken_to_as_when_the_version_came_out() {
         let message: FromVmm = postcard::from_bytes(&bytes).expect("read");
         assert_eq!(postcard::to_stdvec(&message).expect("plain data"), bytes, "{name}");
     }
+}
+
+#[test]
+fn whoever_speaks_an_earlier_version_is_understood_as_far_as_its_version() {
+    let of_version = |version: u16, name: &str| -> FromClient {
+        let bytes = std::fs::read(format!("{FOLDER}/v{version}/vmm-from-client/{name}")).expect("the file is there");
+        postcard::from_bytes(&bytes).expect("understood")
+    };
+    // Version 1 left no files. The files of all versions say 1 where their version stands.
+    for version in 2..=VERSION {
+        let FromClient::Request { id: 300, ask } = of_version(version, "take-over") else { panic!("no request") };
+        assert_eq!(version_of_knock(&ask), Some(1), "{ask:?} of version {version}");
+        let setup = of_version(version, "setup");
+        assert!(matches!(setup, FromClient::Request { id: 300, ask: Ask::Setup { version: 1, .. } }), "{version}");
+    }
+    let knocks = from_client().into_iter().filter(|(_, bytes)| {
+        let message: FromClient = postcard::from_bytes(bytes).expect("our own");
+        // A sign of life is given in a slot, and a version of then was 1 or 2.
+        matches!(message, FromClient::Request { ask, .. } if version_of_knock(&ask).is_some())
+    });
+    assert_eq!(knocks.map(|(name, _)| name).collect::<Vec<_>>(), ["give-sign", "take-over"]);
 }

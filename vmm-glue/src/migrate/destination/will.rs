@@ -155,18 +155,23 @@ pub(crate) fn fuzz(data: &[u8]) {
     }
 }
 
-/// Inputs of our own encoder, for the corpus.
+/// A will of a guest that is tethered, for golden files and the corpus.
 #[cfg(test)]
-pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    let will = Will {
-        proposal: crate::migrate::golden::proposal(),
+fn tethered() -> Will {
+    Will {
+        proposal: crate::migrate::golden::proposal_of_version_3(),
         map: vec![RegionClasses { id: belay_transport::RegionId(0), runs: vec![(2, 1), (1, 300)] }],
         owner_epoch: OwnerEpoch(3),
         nonces: vec![7, 0x4847_4645_4443_4241],
         owned: false,
         because: ObservationId("source-4711-3".to_owned()),
-    };
-    let body = postcard::to_stdvec(&will).expect("plain data");
+    }
+}
+
+/// Inputs of our own encoder, for the corpus.
+#[cfg(test)]
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let body = postcard::to_stdvec(&tethered()).expect("plain data");
     let whole = [&[0][..], &header(&body), &body].concat();
     vec![("whole", whole), ("sealed", [&[1][..], &body].concat())]
 }
@@ -219,6 +224,25 @@ mod tests {
         assert!(file.len() > PAGE_SIZE);
         assert_eq!(read(&file).expect("read"), will);
         assert!(matches!(Will::read(None), Err(WillError::None)));
+    }
+
+    #[test]
+    fn a_will_is_laid_down_as_it_was_when_its_version_came_out() {
+        let owned = Will { proposal: Proposal { tether: None, ..tethered().proposal }, owned: true, ..tethered() };
+        let wills = [("tethered", tethered()), ("owned", owned)];
+        let bytes = wills.clone().map(|(name, will)| {
+            let file = file_of(&will);
+            let mut bytes = vec![0; file.len()];
+            file.map().expect("map").read(0, &mut bytes);
+            (name, bytes)
+        });
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+        for (name, bytes) in crate::golden::compare(folder, VERSION as u16, "will", &bytes) {
+            let file = RamFile::memfd("belay-will", bytes.len(), PageSize::Small).expect("memfd");
+            file.map().expect("map").write(0, &bytes);
+            let (_, will) = wills.iter().find(|(there, _)| *there == name).expect("compared");
+            assert_eq!(&read(&file).expect("read"), will);
+        }
     }
 
     #[test]

@@ -26,6 +26,9 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+#[cfg(test)]
+mod golden;
+
 /// The journal's body.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Written {

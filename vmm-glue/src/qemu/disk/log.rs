@@ -180,14 +180,15 @@ mod tests {
 
     #[test]
     fn a_log_is_what_it_was_when_its_version_came_out() {
-        let bytes = encode("vda", 0x1_0000, &entries());
-        let wanted =
-            b"\x01\x03vda\0\0\x01\0\0\0\0\0\x01\0\x02\0\0\0\0\0\0\x03\0\0\0\x07\x07\x07\x03\0\0\0\0\0\0\0\0\0\0\0\0\
-            \x02\x02\x01\0\0\0\0\0\0\x04\x03\0\0";
-        assert_eq!(bytes, wanted);
-        let log = decode(&bytes).unwrap();
-        assert_eq!((log.name, log.disk_bytes, log.parts.len()), ("vda", 0x1_0000, 3));
-        assert_eq!(log.parts[0], Part::Write { offset: 512, data: &[7; 3] });
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+        let log = encode("vda", 0x1_0000, &entries());
+        for (_, bytes) in crate::golden::compare(folder, LOG_VERSION.into(), "disk-log", &[("log", log)]) {
+            let log = decode(&bytes).unwrap();
+            assert_eq!((log.name, log.disk_bytes), ("vda", 0x1_0000));
+            let parts =
+                [Part::Write { offset: 512, data: &[7; 3] }, Part::Flush, Part::Zero { offset: 0x0102, len: 0x0304 }];
+            assert_eq!(log.parts, parts);
+        }
     }
 
     #[test]
