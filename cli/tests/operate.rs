@@ -2,6 +2,13 @@
 
 mod running;
 
+#[path = "running/cut.rs"]
+mod cut;
+
+use belay_checkpoint::journal;
+use belay_vmm_glue::migrate::protocol;
+use belay_vmm_glue::migrate::source::keep::Written;
+use cut::Link;
 use running::{BELAY, BOUND, Place, Process, has_kvm};
 use serde_json::Value;
 use std::io::{Read, Write};
@@ -504,47 +511,139 @@ mod watching {
         pair.end();
     }
 
+    /// A migration over a link that is listened to, caught after its destination died, and all that both hosts said of it.
+    struct Logged {
+        link: Link,
+        /// Host, and what it wrote to stderr: its log at the finest level.
+        logs: Vec<(&'static str, String)>,
+        /// Host, and the events that it wrote to stdout.
+        events: Vec<(&'static str, String)>,
+        /// By which both halves of the migration know each other, from the source's journal.
+        secret: [u8; 32],
+    }
+
+    fn logged_run(place: &Place, receive: &[&str], send: &[&str]) -> Logged {
+        let run = place.text("run");
+        let log = ["--log", "trace", "--log-format", "json", "--json", "--drive", drive(), "--run-dir", &run];
+        let state = place.text("destination");
+        let args = ["receive", "--listen", "127.0.0.1:0", "--state-dir", &state, "--hold-pull-at", "30"];
+        let mut destination = place.belay(&[&args[..], &log, receive].concat());
+        let link = Link::to(destination.wait_for_event("listening")["address"].as_str().unwrap());
+        let (to, state) = (link.address().to_owned(), place.text("source"));
+        let args =
+            ["send", "--to", &to, "--state-dir", &state, "--memory", "16M", "--run-before", "20ms", "--run-on", "50ms"];
+        let mut source = place.belay(&[&args[..], &log, send].concat());
+        let mut commits = 0;
+        destination.wait_for("commits", |event| {
+            commits += u64::from(event["event"] == "committed");
+            commits > 3
+        });
+        let [migration] = &journal::list(std::path::Path::new(&state)).expect("a state directory")[..] else {
+            panic!("one migration is under way")
+        };
+        let body = migration.body.as_ref().expect("read").as_ref().expect("written");
+        let written: Written = protocol::decode(body).expect("this belay's");
+        destination.crash();
+        assert_eq!(source.end(), 10, "{}", source.story());
+        let logs = vec![("source", source.complaints()), ("destination", destination.complaints())];
+        let said = |process: &Process| process.seen.iter().map(Value::to_string).collect::<String>();
+        let events = vec![("source", said(&source)), ("destination", said(&destination))];
+        Logged { link, logs, events, secret: written.identity.secret.0 }
+    }
+
+    /// Every way in which a log could show these bytes, whole or their beginning or end alone.
+    fn ways_to_show(secret: &[u8; 32]) -> Vec<String> {
+        let shown = |bytes: &[u8]| {
+            let joined =
+                |each: &dyn Fn(&u8) -> String, with: &str| bytes.iter().map(each).collect::<Vec<_>>().join(with);
+            let forms: [&dyn Fn(&u8) -> String; 6] = [
+                &|byte| byte.to_string(),
+                &|byte| format!("{byte:02x}"),
+                &|byte| format!("{byte:02X}"),
+                &|byte| format!("{byte:x}"),
+                &|byte| format!("{byte:X}"),
+                &|byte| format!("{byte:#04x}"),
+            ];
+            let mut ways = Vec::new();
+            for form in forms {
+                ways.extend(["", " ", ",", ", ", ":"].map(|with| joined(form, with)));
+            }
+            let escaped = bytes.escape_ascii().to_string();
+            // In JSON a backslash is written twice.
+            ways.extend([escaped.replace('\\', "\\\\"), escaped]);
+            ways
+        };
+        [shown(&secret[..8]), shown(&secret[24..])].concat()
+    }
+
+    /// Panics if a host's log or events hold one of these secrets.
+    fn expect_untold(run: &Logged, secrets: &[(&str, [u8; 32])]) {
+        for (name, secret) in secrets {
+            let ways = ways_to_show(secret);
+            for told in [format!("{secret:?}"), format!("{secret:02x?}"), format!("{secret:X?}")] {
+                assert!(ways.iter().any(|way| told.contains(way)), "{told} would not be found");
+            }
+            for (host, said) in run.logs.iter().chain(&run.events) {
+                for way in &ways {
+                    assert!(!said.contains(way), "{host} told the {name}: {way}");
+                }
+            }
+        }
+    }
+
+    /// What keeps strangers out of a session in clear passes over the link, where it can be read.
+    #[test]
+    fn p9_no_secret_of_a_run_is_told_by_either_host_in_any_form() {
+        const PREAMBLE: usize = 64;
+        // Where a preamble says what its connection is for.
+        let [control, lane, guard] = [1, 2, 3];
+        let place = Place::new();
+        let run = logged_run(&place, &[], &[]);
+        let at = |bytes: &[u8], offset: usize| -> [u8; 32] { bytes[offset..offset + 32].try_into().expect("32 bytes") };
+        let heard = run.link.heard();
+        let of_kind = |kind: u8| heard.iter().filter(move |[to, _]| to.get(10) == Some(&kind));
+        // Each lane shows the session's token behind its preamble.
+        let tokens: Vec<_> = of_kind(lane).map(|[to, _]| at(to, PREAMBLE)).collect();
+        assert!(tokens.len() >= 3 && tokens.iter().all(|token| *token == tokens[0]), "{} lanes", tokens.len());
+        // The guard's connection has a proof in its preamble; over it came the sign of death.
+        let [to_guard, from_guard] = of_kind(guard).next().expect("there is a guard");
+        let sign = at(from_guard, 16);
+        // Control told the source what that would be: sign, proof of death, order to fence.
+        let [to_destination, from_destination] = of_kind(control).next().expect("there is control");
+        let told = from_destination.windows(32).position(|bytes| bytes == sign).expect("the source knew the sign");
+        assert!(to_destination.windows(32).any(|bytes| bytes == run.secret), "the destination knows the secret");
+        let secrets = [
+            ("secret of the migration", run.secret),
+            ("session's token", tokens[0]),
+            ("guard connection's proof", at(to_guard, 32)),
+            ("guard's sign of death", sign),
+            ("guard's proof of death", at(from_destination, told + 32)),
+            ("order to fence", at(from_destination, told + 64)),
+        ];
+        expect_untold(&run, &secrets);
+        place.expect_nothing_left();
+    }
+
     #[test]
     fn p9_the_logs_of_both_hosts_are_one_story_and_hold_no_secret() {
         let place = Place::new();
         let keys = place.text("keys");
         let made = Command::new(BELAY).args(["keygen", "--out", &keys]).output().expect("belay runs");
         assert!(made.status.success(), "{made:?}");
-        let (run, file) = (place.text("run"), |name: &str| format!("{keys}/{name}"));
-        let log = ["--log", "trace", "--log-format", "json", "--json", "--drive", drive(), "--run-dir", &run];
+        let file = |name: &str| format!("{keys}/{name}");
         let tls = |own: &str, peer: &str| {
-            [
-                "--cert",
-                &file(&format!("{own}.crt")),
-                "--key",
-                &file(&format!("{own}.key")),
-                "--peer-cert",
-                &file(&format!("{peer}.crt")),
-            ]
-            .map(str::to_owned)
+            let [cert, key, peer] = [format!("{own}.crt"), format!("{own}.key"), format!("{peer}.crt")];
+            ["--cert".to_owned(), file(&cert), "--key".to_owned(), file(&key), "--peer-cert".to_owned(), file(&peer)]
         };
-        let (own, state) = (tls("destination", "source"), place.text("destination"));
-        let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        let receive = ["receive", "--listen", "127.0.0.1:0", "--state-dir", &state, "--hold-pull-at", "30"];
-        let mut destination = place.belay(&[&receive[..], &log, &own].concat());
-        let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
-        let (own, state) = (tls("source", "destination"), place.text("source"));
-        let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        let send =
-            ["send", "--to", &to, "--state-dir", &state, "--memory", "16M", "--run-before", "20ms", "--run-on", "50ms"];
-        let mut source = place.belay(&[&send[..], &log, &own].concat());
-        let mut commits = 0;
-        destination.wait_for("commits", |event| {
-            commits += u64::from(event["event"] == "committed");
-            commits > 3
-        });
-        destination.crash();
-        assert_eq!(source.end(), 10, "{}", source.story());
-        let logs: Vec<(&str, String)> =
-            vec![("source", source.complaints()), ("destination", destination.complaints())];
+        let (destination, source) = (tls("destination", "source"), tls("source", "destination"));
+        fn words(all: &[String; 6]) -> Vec<&str> {
+            all.iter().map(String::as_str).collect()
+        }
+        let run = logged_run(&place, &words(&destination), &words(&source));
+        let logs = &run.logs;
         let mut ids = std::collections::HashMap::new();
         let mut joined = 0;
-        for (host, log) in &logs {
+        for (host, log) in logs {
             for line in log.lines() {
                 let line: Value = serde_json::from_str(line).unwrap_or_else(|error| panic!("{host}: {error}: {line}"));
                 if line["target"] == "belay::observation" {
@@ -575,12 +674,13 @@ mod watching {
             secrets.push(format!("{word}:"));
         }
         assert!(secrets.len() > 5);
-        for (host, log) in &logs {
+        for (host, log) in logs {
             assert!(log.lines().count() > 10 && log.lines().all(|line| line.len() < 16 << 10), "{host}: {log}");
             for secret in &secrets {
                 assert!(!log.contains(secret), "{host} logged {secret}");
             }
         }
+        expect_untold(&run, &[("secret of the migration", run.secret)]);
         place.expect_nothing_left();
     }
 
