@@ -89,6 +89,20 @@ fn p9_every_row_of_the_failure_table_is_linked_to_a_test() {
 }
 
 #[test]
+fn p9_every_row_of_the_rdma_failure_table_is_linked_to_a_test_or_says_why_there_is_none() {
+    let readme = read(&root().join("README.md"));
+    let (_, table) = readme.split_once("| said | after at most |").expect("the table");
+    let rows: Vec<_> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
+    assert!(rows.len() > 8, "{rows:?}");
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
+        assert_eq!(cells.len(), 4, "{row}");
+        let tests = cells[3].split('`').skip(1).step_by(2).filter_map(test_name).count();
+        assert!(tests >= 1 || cells[3].starts_with("none: "), "{row}");
+    }
+}
+
+#[test]
 fn p9_every_exit_code_is_in_the_readme_and_in_the_help() {
     let source = read(&root().join("cli/src/exit.rs"));
     let numbered = |line: &str| line.trim().strip_suffix(',')?.split_once(" = ")?.1.parse::<u8>().ok();

@@ -2,6 +2,10 @@
 
 mod running;
 
+#[path = "running/cut.rs"]
+mod cut;
+
+use cut::{BACK, Link, THERE};
 use running::{BELAY, Place, Process, has_kvm, is_running, kill};
 use serde_json::Value;
 
@@ -27,18 +31,35 @@ impl Road {
             "local" => format!("unix:{}", place.text("receive.sock")),
             _ => "127.0.0.1:0".to_owned(),
         };
-        let state = place.text("destination");
-        let common = ["--json", "--output-to", &observer_address];
-        let mut destination = place.belay(
-            &[&["receive", "--listen", &listen, "--state-dir", &state, "--drive", "kvm"], &common[..], receive]
-                .concat(),
-        );
-        let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
-        let state = place.text("source");
-        let guest = ["--memory", "32M", "--drive", "kvm", "--run-before", "50ms", "--check"];
-        let source =
-            place.belay(&[&["send", "--to", &to, "--state-dir", &state], &guest[..], &common[..], send].concat());
+        let (destination, there) = Self::destination(&place, &listen, &observer_address, receive);
+        let source = Self::source(&place, &there, &observer_address, send);
         Self { place, observer, destination, source }
+    }
+
+    /// With the link between both hosts, over `tcp`, and the one between each of them and the observer.
+    fn start_over_links(receive: &[&str], send: &[&str]) -> (Self, Link, Link) {
+        let place = Place::new();
+        let mut observer = place.belay(&["observe", "--json", "--listen", "127.0.0.1:0"]);
+        let output = Link::to(observer.wait_for_event("listening")["address"].as_str().unwrap());
+        let (destination, there) = Self::destination(&place, "127.0.0.1:0", output.address(), receive);
+        let link = Link::to(&there);
+        let source = Self::source(&place, link.address(), output.address(), send);
+        (Self { place, observer, destination, source }, link, output)
+    }
+
+    fn destination(place: &Place, listen: &str, output: &str, more: &[&str]) -> (Process, String) {
+        let state = place.text("destination");
+        let arguments = ["receive", "--json", "--listen", listen, "--output-to", output, "--state-dir", &state];
+        let mut destination = place.belay(&[&arguments[..], &["--drive", "kvm"], more].concat());
+        let address = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+        (destination, address)
+    }
+
+    fn source(place: &Place, to: &str, output: &str, more: &[&str]) -> Process {
+        let state = place.text("source");
+        let arguments = ["send", "--json", "--to", to, "--output-to", output, "--state-dir", &state];
+        let guest = ["--memory", "32M", "--drive", "kvm", "--run-before", "50ms", "--check"];
+        place.belay(&[&arguments[..], &guest, more].concat())
     }
 
     /// Waits until so much of RAM is at the destination and at least three checkpoints have committed.
@@ -129,6 +150,52 @@ mod kvm {
         let released: Vec<_> = later.map(|event| event["released_packets"].as_u64().unwrap()).collect();
         assert!(released.windows(2).all(|pair| pair[0] == pair[1]), "packets left after the revocation: {released:?}");
         assert!(!road.destination.was("owner"), "{}", road.destination.story());
+        road.expect_good_end();
+    }
+
+    /// Each side hears nothing of the other any more, or only one does. Nobody closes a connection, so nobody is told.
+    fn lose_the_link(directions: &[usize]) {
+        let send = ["--lease", "1s", "--run-on", "400ms", "--release", "never"];
+        let (mut road, link, _output) = Road::start_over_links(&["--hold-pull-at", "40"], &send);
+        road.await_mid_pull(40);
+        link.cut_in(directions);
+        road.expect_caught();
+        // What the source says is heard where the way there is open.
+        let (state, code) = if directions.contains(&THERE) { ("fenced", 11) } else { ("retired", 13) };
+        if code == 11 {
+            road.destination.wait_for_state(state);
+            road.destination.signal(libc::SIGTERM);
+        }
+        assert_eq!(road.destination.end(), code, "{directions:?}: {}", road.destination.story());
+        assert!(road.destination.was(state) && !road.destination.was("owner"), "{}", road.destination.story());
+        road.expect_good_end();
+    }
+
+    #[test]
+    fn p2_where_both_have_lost_each_other_and_there_is_no_arbiter_the_source_has_the_guest() {
+        needs_kvm!("p2");
+        lose_the_link(&[THERE, BACK]);
+    }
+
+    #[test]
+    fn p2_where_the_link_is_lost_in_one_direction_the_source_has_the_guest() {
+        needs_kvm!("p2");
+        lose_the_link(&[THERE]);
+        lose_the_link(&[BACK]);
+    }
+
+    #[test]
+    fn p4_output_whose_connection_breaks_is_shown_over_the_next_and_none_is_missing() {
+        needs_kvm!("p4");
+        let (mut road, _link, output) = Road::start_over_links(&[], &["--release", "never", "--run-on", "200ms"]);
+        for _ in 0..5 {
+            let before = output.heard().len();
+            output.break_connections();
+            // Whoever shows output notices with the next packet, and a packet comes with every few checkpoints.
+            road.destination.wait_for("output over a new connection", |_| output.heard().len() > before);
+        }
+        road.destination.crash();
+        road.expect_caught();
         road.expect_good_end();
     }
 
