@@ -1,6 +1,7 @@
 //! `belay disk`: stands between a QEMU guest's writable disk and its image, for as long as the guest lives.
 
 use crate::exit::Exit;
+use crate::privileges::{self, Part};
 use crate::{report, signals};
 use belay_vmm_glue::migrate::observation::Kind;
 use belay_vmm_glue::qemu::disk::{DiskRelay, ImageError, MOST_NAME_BYTES, Place, Told};
@@ -94,11 +95,13 @@ pub fn run(args: DiskArgs) -> Exit {
 /// The relay, and what is readable once it is to end.
 fn begin(args: &DiskArgs, told: Told) -> Result<(DiskRelay, OwnedFd), RelayError> {
     let io = |doing| move |source| RelayError::Io { doing, source };
+    let relay = DiskRelay::new(&args.guest, &args.hand, (&args.image, &args.name), args.incoming, told)?;
+    // Once all is open, and before there is another thread.
+    privileges::give_up(Part::Relay);
     let words = signals::termination().map_err(io("hear signals"))?;
     // A bound on a file's length is an error of that write, and no end of the guest's disk.
     signals::outlive_file_limit().map_err(io("hear signals"))?;
     let (stopped, stop) = rustix::pipe::pipe().map_err(|errno| io("make a pipe")(errno.into()))?;
-    let relay = DiskRelay::new(&args.guest, &args.hand, (&args.image, &args.name), args.incoming, told)?;
     let wait = move || {
         let _ = words.recv();
         drop(stop);

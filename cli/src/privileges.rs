@@ -9,7 +9,11 @@
 //!                    DAC_OVERRIDE  a state directory or socket that is another user's
 //!   … receive --tap  NET_ADMIN   the gate before a guest's tap, as well
 //!   guard            SYS_NICE                                                        never
+//!   relay, disk      DAC_OVERRIDE  another user's socket or image, which are opened   not as root
+//!                    again while the guest lives; … relay --world tap: none
 //! ```
+//! A relay and a disk live as long as their guest and read what its QEMU writes, so they give up what they opened their far side with, which
+//! for a tap is all there is.
 //! A user other than root has no capabilities to give up (`belay@.service` needs none). Such a process stays dumpable, because
 //! /proc/self/pagemap, which trackers read, then belongs to root; it writes no core file all the same. no_new_privs makes all of it
 //! last: what is executed later has no more than this.
@@ -26,6 +30,10 @@ pub enum Part {
     HostOfTap,
     /// The guard: it knows two secrets and no guest.
     Guard,
+    /// What stands between a QEMU and a socket or an image that may have to be opened again.
+    Relay,
+    /// What stands between a QEMU and a tap, which is open.
+    RelayOfTap,
 }
 
 impl Part {
@@ -39,6 +47,8 @@ impl Part {
             }
             Self::HostOfTap => Self::Host.keeps() | CapabilitySet::NET_ADMIN,
             Self::Guard => CapabilitySet::SYS_NICE,
+            Self::Relay => CapabilitySet::DAC_OVERRIDE,
+            Self::RelayOfTap => CapabilitySet::empty(),
         }
     }
 }

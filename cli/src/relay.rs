@@ -1,6 +1,7 @@
 //! `belay relay`: stands between a QEMU guest's network card and the world, for as long as the guest lives.
 
 use crate::exit::Exit;
+use crate::privileges::{self, Part};
 use crate::{report, signals};
 use belay_vmm_glue::migrate::observation::Kind;
 use belay_vmm_glue::qemu::relay::{Gate, Relay, RelayError, World, WorldAddress};
@@ -87,9 +88,14 @@ pub fn run(args: RelayArgs) -> Exit {
 /// The relay, and what is readable once it is to end.
 fn begin(args: &RelayArgs) -> Result<(Relay, OwnedFd), RelayError> {
     let io = |doing| move |source| RelayError::Io { doing, source };
+    let relay = Relay::new(&args.guest, &args.hand, World::open(&args.world)?)?;
+    // Once all is open, and before there is another thread.
+    privileges::give_up(match args.world {
+        WorldAddress::Tap(_) => Part::RelayOfTap,
+        WorldAddress::Unix(_) => Part::Relay,
+    });
     let words = signals::termination().map_err(io("hear signals"))?;
     let (stopped, stop) = rustix::pipe::pipe().map_err(|errno| io("make a pipe")(errno.into()))?;
-    let relay = Relay::new(&args.guest, &args.hand, World::open(&args.world)?)?;
     let wait = move || {
         let _ = words.recv();
         drop(stop);

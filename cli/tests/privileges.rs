@@ -3,8 +3,9 @@
 mod running;
 
 use running::{BELAY, BOUND, Place, kill};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -16,6 +17,8 @@ const SYS_NICE: u32 = 23;
 /// What a page server or VMM keeps of root's capabilities, and what a guard does.
 const HOST: u64 = 1 << DAC_OVERRIDE | 1 << IPC_LOCK | 1 << SYS_PTRACE | 1 << SYS_NICE;
 const GUARD: u64 = 1 << SYS_NICE;
+/// What a relay or a disk keeps once it has opened its far side.
+const RELAY: u64 = 1 << DAC_OVERRIDE;
 
 /// A line of /proc/PID/status.
 fn status(pid: i32, key: &str) -> String {
@@ -76,6 +79,79 @@ fn a_running_source_destination_and_guard_have_given_up_what_they_do_not_need() 
     source.wait_for_event("caught");
     source.signal(libc::SIGTERM);
     source.end();
+    place.expect_nothing_left();
+}
+
+/// Of every thread, because each has capabilities of its own.
+fn expect_all_threads_given_up(what: &str, pid: i32, kept: u64) {
+    let threads: Vec<i32> = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("it runs")
+        .map(|thread| thread.expect("an entry").file_name().to_str().expect("a number").parse().expect("a number"))
+        .collect();
+    assert!(threads.len() > 1, "{what} has one that waits for signals");
+    threads.into_iter().for_each(|thread| expect_given_up(what, thread, kept));
+}
+
+#[test]
+fn a_relay_and_a_disk_have_given_up_what_they_opened_their_far_side_with() {
+    let place = Place::new();
+    let (guest, hand, world, image) =
+        (place.text("guest"), place.text("hand"), place.text("world"), place.text("image"));
+    std::fs::write(&image, [0; 4096]).expect("written");
+    let far_side = UnixListener::bind(&world).expect("a socket");
+    let world = format!("unix:{world}");
+    let mut relay = place.belay(&["relay", "--json", "--guest", &guest, "--hand", &hand, "--world", &world]);
+    relay.wait_for_event("listening");
+    // It connects to the far side when all is given up.
+    far_side.accept().expect("it comes");
+    expect_all_threads_given_up("a relay", relay.pid(), RELAY);
+    relay.signal(libc::SIGTERM);
+    assert_eq!(relay.end(), 0, "{}", relay.story());
+    let mut disk = place.belay(&["disk", "--json", "--guest", &guest, "--hand", &hand, "--image", &image]);
+    disk.wait_for_event("listening");
+    expect_all_threads_given_up("a disk", disk.pid(), RELAY);
+    disk.signal(libc::SIGTERM);
+    assert_eq!(disk.end(), 0, "{}", disk.story());
+    drop((relay, disk));
+    place.expect_nothing_left();
+}
+
+#[test]
+fn a_relay_before_a_tap_keeps_no_capability_and_still_passes_frames() {
+    if !rustix::process::geteuid().is_root() || std::fs::metadata("/dev/net/tun").is_err() {
+        eprintln!("skipped: a tap in a network of its own needs root and /dev/net/tun");
+        return;
+    }
+    let place = Place::new();
+    let guest = place.text("guest");
+    let mut relay = Command::new("unshare");
+    let hand = place.text("hand");
+    relay.args(["--net", BELAY, "relay", "--json", "--guest", &guest, "--hand", &hand, "--world", "tap:t0"]);
+    let mut relay = place.start(relay);
+    relay.wait_for_event("listening");
+    expect_all_threads_given_up("a relay before a tap", relay.pid(), 0);
+    let pid = relay.pid().to_string();
+    let up = Command::new("nsenter").args(["--net", "--target", &pid, "ip", "link", "set", "t0", "up"]).output();
+    assert!(up.as_ref().is_ok_and(|up| up.status.success()), "{up:?}");
+    // What a tap is given, its network receives; the kernel sends some of its own, the other way.
+    let received = || -> u64 {
+        let devices = std::fs::read_to_string(format!("/proc/{pid}/net/dev")).expect("it runs");
+        let line = devices.lines().find_map(|line| line.trim().strip_prefix("t0:")).expect("its tap");
+        line.split_whitespace().nth(1).expect("packets").parse().expect("a number")
+    };
+    assert_eq!(received(), 0);
+    let mut frame = [0xff; 64];
+    frame[6..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
+    let mut qemu = UnixStream::connect(&guest).expect("it listens");
+    qemu.write_all(&[&64_u32.to_be_bytes()[..], &frame].concat()).expect("sent");
+    let until = Instant::now() + BOUND;
+    while received() == 0 {
+        assert!(Instant::now() < until, "the frame has not come: {}", relay.story());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    relay.signal(libc::SIGTERM);
+    assert_eq!(relay.end(), 0, "{}", relay.story());
+    drop(relay);
     place.expect_nothing_left();
 }
 
