@@ -1,11 +1,13 @@
 //! A relay between two processes, which can cut what passes through it, or swallow it.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Connections relayed at a time; more are turned away.
 const MOST_CONNECTIONS: usize = 64;
@@ -38,10 +40,20 @@ impl Stream for UnixStream {
     }
 }
 
+/// Of connections that have not ended what cuts both ends of each, by its number.
+type Open = BTreeMap<u64, Box<dyn Fn() + Send>>;
+
 struct Shared {
     mode: AtomicU8,
-    /// Cuts both ends of a connection.
-    connections: Mutex<Vec<Box<dyn Fn() + Send>>>,
+    connections: Mutex<Open>,
+    opened: Condvar,
+}
+
+impl Shared {
+    fn connections(&self) -> MutexGuard<'_, Open> {
+        // A panic elsewhere leaves a connection uncut, nothing worse.
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A running relay. It ends with its process: a run's conductor, whose end is the end of the run.
@@ -72,48 +84,64 @@ impl Relay {
     }
 
     fn start<S: Stream>(address: String, accept: impl Fn() -> io::Result<(S, S)> + Send + 'static) -> io::Result<Self> {
-        let shared = Arc::new(Shared { mode: AtomicU8::new(PASS), connections: Mutex::default() });
+        let shared =
+            Arc::new(Shared { mode: AtomicU8::new(PASS), connections: Mutex::default(), opened: Condvar::new() });
         let ours = Arc::clone(&shared);
         std::thread::Builder::new().name("relay".into()).spawn(move || {
-            loop {
+            for number in 0.. {
                 let Ok((near, far)) = accept() else {
                     // Its sender's to try again. A listener that cannot accept at all must not spin.
-                    std::thread::park_timeout(std::time::Duration::from_millis(10));
+                    std::thread::park_timeout(Duration::from_millis(10));
                     continue;
                 };
-                let mut connections = ours.connections.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut connections = ours.connections();
                 if connections.len() >= MOST_CONNECTIONS {
                     continue;
                 }
                 let pair = near.twin().and_then(|n| Ok((n, far.twin()?, near.twin()?, far.twin()?)));
                 let Ok((near_out, far_out, near_cut, far_cut)) = pair else { continue };
-                connections.push(Box::new(move || {
+                let cut = move || {
                     near_cut.cut();
                     far_cut.cut();
-                }));
+                };
+                connections.insert(number, Box::new(cut));
+                ours.opened.notify_all();
                 for (from, to) in [(near, far_out), (far, near_out)] {
                     let shared = Arc::clone(&ours);
                     // Without a thread the connection hangs, which is a failure like any other.
-                    let _ = std::thread::Builder::new().spawn(move || pass(from, to, &shared));
+                    let _ = std::thread::Builder::new().spawn(move || pass(from, to, &shared, number));
                 }
             }
         })?;
         Ok(Self { shared, address })
     }
 
-    /// Cuts every connection there is. New ones pass.
-    pub fn cut(&self) {
-        let mut connections = self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        connections.drain(..).for_each(|cut| cut());
+    /// Cuts every connection there is, once there is one, which is an error if it is not so `within` this time. New ones pass.
+    pub fn cut(&self, within: Duration) -> io::Result<()> {
+        std::mem::take(&mut *self.connected(within)?).into_values().for_each(|cut| cut());
+        Ok(())
     }
 
-    /// From here on takes what is sent and gives nothing on; ends are not passed on either.
-    pub fn swallow(&self) {
+    /// From here on takes what is sent and gives nothing on; ends are not passed on either. An error if nothing is connected `within`
+    /// this time.
+    pub fn swallow(&self, within: Duration) -> io::Result<()> {
+        let _connected = self.connected(within)?;
         self.shared.mode.store(SWALLOW, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The connections, once there are some.
+    fn connected(&self, within: Duration) -> io::Result<MutexGuard<'_, Open>> {
+        let waited = self.shared.opened.wait_timeout_while(self.shared.connections(), within, |all| all.is_empty());
+        let (connections, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match connections.is_empty() {
+            true => Err(io::Error::new(io::ErrorKind::NotFound, "nothing is connected that could be cut")),
+            false => Ok(connections),
+        }
     }
 }
 
-fn pass<S: Stream>(mut from: S, mut to: S, shared: &Shared) {
+fn pass<S: Stream>(mut from: S, mut to: S, shared: &Shared, number: u64) {
     let mut bytes = vec![0; 256 << 10];
     loop {
         let got = match from.read(&mut bytes) {
@@ -127,6 +155,7 @@ fn pass<S: Stream>(mut from: S, mut to: S, shared: &Shared) {
     if shared.mode.load(Ordering::SeqCst) == PASS {
         from.cut();
         to.cut();
+        shared.connections().remove(&number);
     } else {
         // Held open for whoever is left.
         std::mem::forget(to);
@@ -136,7 +165,8 @@ fn pass<S: Stream>(mut from: S, mut to: S, shared: &Shared) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+
+    const BOUND: Duration = Duration::from_secs(10);
 
     fn through() -> (Relay, TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -144,7 +174,7 @@ mod tests {
         let mut near = TcpStream::connect(&relay.address).unwrap();
         let mut far = listener.accept().unwrap().0;
         for stream in [&near, &far] {
-            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            stream.set_read_timeout(Some(BOUND)).unwrap();
         }
         near.write_all(b"there").unwrap();
         let mut got = [0; 5];
@@ -156,15 +186,46 @@ mod tests {
     #[test]
     fn what_passes_can_be_cut_and_both_ends_see_it() {
         let (relay, mut near, mut far) = through();
-        relay.cut();
+        relay.cut(BOUND).unwrap();
         assert!(matches!(near.read(&mut [0; 1]), Ok(0) | Err(_)));
         assert!(matches!(far.read(&mut [0; 1]), Ok(0) | Err(_)));
     }
 
     #[test]
+    fn where_nothing_is_connected_any_more_there_is_nothing_to_cut_or_to_swallow_and_that_is_said() {
+        let (relay, near, mut far) = through();
+        drop(near);
+        assert!(matches!(far.read(&mut [0; 1]), Ok(0) | Err(_)));
+        // The relay's own threads end a moment after they have passed the end on.
+        let end = std::time::Instant::now() + BOUND;
+        while !relay.shared.connections().is_empty() {
+            assert!(std::time::Instant::now() < end, "a connection that has ended is still thought open");
+            std::thread::yield_now();
+        }
+        for nothing in [relay.cut(Duration::ZERO), relay.swallow(Duration::ZERO)] {
+            assert_eq!(nothing.unwrap_err().kind(), io::ErrorKind::NotFound);
+        }
+        assert_eq!(relay.shared.mode.load(Ordering::SeqCst), PASS);
+    }
+
+    #[test]
+    fn a_cut_waits_for_a_connection_that_is_about_to_be_made() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let relay = Relay::tcp(&listener.local_addr().unwrap().to_string()).unwrap();
+        let mut near = std::thread::scope(|scope| {
+            let cut = scope.spawn(|| relay.cut(BOUND));
+            let near = TcpStream::connect(&relay.address).unwrap();
+            cut.join().unwrap().unwrap();
+            near
+        });
+        near.set_read_timeout(Some(BOUND)).unwrap();
+        assert!(matches!(near.read(&mut [0; 1]), Ok(0) | Err(_)));
+    }
+
+    #[test]
     fn what_is_swallowed_does_not_arrive_and_neither_end_sees_an_end() {
         let (relay, mut near, mut far) = through();
-        relay.swallow();
+        relay.swallow(BOUND).unwrap();
         near.write_all(b"lost").unwrap();
         drop(near);
         far.set_read_timeout(Some(Duration::from_millis(100))).unwrap();

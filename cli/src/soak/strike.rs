@@ -3,7 +3,9 @@
 use super::actor::{Role, Told};
 use super::case::{Phase, Strike};
 use super::conduct::{ConductError, Run, io, noticed};
+use super::relay::Relay;
 use super::{stage, takeover};
+use crate::options::FabricChoice;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketAddrAny, getpeername, shutdown};
@@ -14,6 +16,8 @@ use std::time::{Duration, Instant};
 const CATCH_BOUND: Duration = Duration::from_secs(12);
 /// How long a stale destination may take to find out that it is.
 const FENCE_BOUND: Duration = Duration::from_secs(5);
+/// How long it may take until there is a connection to strike at: one was asked for before the moment came, and is taken soon after.
+const CONNECTED_BOUND: Duration = Duration::from_secs(2);
 
 /// What a strike did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -59,12 +63,10 @@ fn strike(run: &Run, struck: &mut Struck) -> std::io::Result<()> {
             run.source.signal(Signal::KILL);
         }
         Strike::GuardKill => kill_guard(false)?,
-        Strike::ObserverCut => run.view.iter().for_each(|view| view.cut()),
-        Strike::LinkCut => match &run.link {
-            Some(link) => link.cut(),
-            None => cut_sockets(run)?,
-        },
-        Strike::HalfOpen => run.link.iter().for_each(|link| link.swallow()),
+        Strike::ObserverCut => relay(&run.view)?.cut(run.pace.of(CONNECTED_BOUND))?,
+        Strike::LinkCut if run.case.fabric == FabricChoice::Local => cut_sockets(run)?,
+        Strike::LinkCut => relay(&run.link)?.cut(run.pace.of(CONNECTED_BOUND))?,
+        Strike::HalfOpen => relay(&run.link)?.swallow(run.pace.of(CONNECTED_BOUND))?,
         Strike::Freeze => {
             run.destination.signal(Signal::STOP);
         }
@@ -101,6 +103,11 @@ fn strike(run: &Run, struck: &mut Struck) -> std::io::Result<()> {
         _ => {}
     }
     Ok(())
+}
+
+/// The relay that this strike needs.
+fn relay(relay: &Option<Relay>) -> std::io::Result<&Relay> {
+    relay.as_ref().ok_or_else(|| std::io::Error::new(std::io::ErrorKind::NotFound, "there is no relay to strike at"))
 }
 
 /// Waits until the source has the guest, knows that it never left, has let it go, or has ended.
