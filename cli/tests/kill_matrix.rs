@@ -102,6 +102,27 @@ mod kvm {
         assert_eq!(sum["dropped_lines"], 0, "a process of a run talked too much");
     }
 
+    // The seeds of the matrix freeze no destination between its last look at the source's ring and the write that commits.
+    #[test]
+    fn a_destination_frozen_between_check_and_write_of_a_commit_tries_it_past_its_lease_and_is_refused() {
+        if !can_soak("a freeze before a commit") {
+            return;
+        }
+        for case in ["local/commit/freeze/2", "tcp/commit/freeze/2"] {
+            // That the observer saw nothing which had not committed, and of the guest no two stories, is part of holding.
+            let (code, runs, _) = soak(&["--case", case]);
+            assert_eq!(code, 0, "{}", failures(&runs));
+            let run = runs.iter().find(|run| run["outcome"] == "held").expect("it held");
+            assert_eq!(run["landed"], "stopped at commit-due number 2", "{case}");
+            let (tried, caught) = (run["refused"]["epoch"].as_u64(), run["caught_epoch"].as_u64());
+            assert_eq!((tried, caught), (Some(2), Some(1)), "{case}: {run}");
+            let why = run["refused"]["why"].as_str().expect("a refusal says why");
+            // By a source that has shut it out, not by a bound of its own that ran out.
+            assert!(!why.is_empty() && !why.contains("within"), "{case}: {why}");
+            all_found_out(case, "unsaid-refusal,other-refusal,stale-output,contradiction,lost-commit");
+        }
+    }
+
     #[test]
     fn a_seed_is_repeated_by_one_command_and_is_the_same_case() {
         if !can_soak("a seed repeated") {

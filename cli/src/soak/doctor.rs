@@ -19,6 +19,10 @@ pub enum Lie {
     Unchecked,
     /// The destination was told that a checkpoint newer than the one caught had committed.
     LostCommit,
+    /// Nobody said that a stale destination's commit was refused.
+    UnsaidRefusal,
+    /// What was refused was a checkpoint that was caught.
+    OtherRefusal,
     /// The destination says that it owns the guest too.
     TwoOwners,
     /// The destination shows something new after the source has.
@@ -102,6 +106,21 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
                 copied_on_write: None,
             };
             add(&mut evidence.destination.events, later);
+        }
+        Lie::UnsaidRefusal => {
+            let refusal = |kind: &Kind| matches!(kind, Kind::State { state, .. } if state == "tether-failed");
+            evidence.destination.events.retain(|event| !refusal(&event.kind));
+        }
+        Lie::OtherRefusal => {
+            let caught = evidence.source.caught().unwrap_or(0);
+            for event in &mut evidence.destination.events {
+                match &mut event.kind {
+                    Kind::State { state, why } if state == "tether-failed" => {
+                        *why = format!("epoch {caught} could not be shipped: lie");
+                    }
+                    _ => {}
+                }
+            }
         }
         Lie::TwoOwners => {
             add(&mut evidence.destination.events, Kind::State { state: "owner".into(), why: "lie".into() });

@@ -301,6 +301,7 @@ impl Soak<'_> {
             succession_silence_us: None,
             caught_epoch: None,
             commits_told: 0,
+            refused: None,
             took_ms: begun.elapsed().as_millis() as u64,
             dropped: 0,
             story,

@@ -6,14 +6,14 @@
 mod said;
 mod takeover;
 
-use super::case::{Case, Phase, Strike};
+use super::case::{Case, Moment, Phase, Strike};
 use super::strike::Struck;
 use belay_transport::PAGE_SIZE;
 use belay_vmm_glue::kvm::guests::GuestSpec;
 use belay_vmm_glue::migrate::observation::Kind;
 use belay_vmm_glue::witness::model::{Model, NonceSeen};
 use belay_vmm_glue::witness::observer::{self, Seen};
-pub use said::Said;
+pub use said::{Refused, Said};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -87,6 +87,8 @@ pub struct RunReport {
     /// Checkpoints in the source's RAM when it caught the guest.
     pub caught_epoch: Option<u64>,
     pub commits_told: u64,
+    /// The checkpoint that the destination tried to commit in vain.
+    pub refused: Option<Refused>,
     pub took_ms: u64,
     /// Lines of its processes that were not kept.
     pub dropped: u64,
@@ -138,6 +140,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
         },
         caught_epoch: evidence.source.caught(),
         commits_told: evidence.struck.map_or(0, |struck| struck.commits_told),
+        refused: evidence.destination.refused(),
         took_ms: evidence.took.as_millis() as u64,
         dropped: evidence.source.dropped + evidence.destination.dropped,
         story,
@@ -365,19 +368,32 @@ fn expected(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>
 
 /// A destination that stood still past its lease and went on: it must be told, and what it then tries must fail and be said.
 fn stale(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
-    let Case { strike, phase, .. } = evidence.case;
-    if strike != Strike::Freeze || evidence.source.caught().is_none() {
-        return;
-    }
+    let (Strike::Freeze, Some(caught)) = (evidence.case.strike, evidence.source.caught()) else { return };
     let destination = &evidence.destination;
     let tethered = destination.was("tethered");
     // Frozen right before its trailer's write: the first thing it does is to commit.
-    let tries = phase == Phase::Commit && evidence.came.is_ok_and(|came| came.contains("commit-due"));
-    if tries && !destination.was("tether-failed") {
-        wrong.push("P5: the stale destination went on before a commit and did not say that it failed".to_owned());
+    if let (Ok(_), Some(due)) = (evidence.came, commit_due(evidence.case)) {
+        match destination.refused() {
+            None => wrong.push(format!(
+                "P5: the stale destination went on before the commit of epoch {due} and did not say that it was refused"
+            )),
+            Some(refused) if refused.epoch != due || refused.epoch <= caught => wrong.push(format!(
+                "P5: epoch {due} was about to commit and {caught} was caught, the stale destination said that {} was refused",
+                refused.epoch
+            )),
+            Some(_) => {}
+        }
     }
     if tethered && !destination.was("fenced") {
         wrong.push("P5: the stale destination never fenced its guest".to_owned());
+    }
+}
+
+/// The epoch whose trailer is written next where the run is struck right before that write: from the first on each epoch has one.
+fn commit_due(case: Case) -> Option<u64> {
+    match case.script().moment {
+        Moment::At { point, times } if point.name == "commit-due" => Some(u64::from(times)),
+        _ => None,
     }
 }
 

@@ -2,6 +2,14 @@
 
 use crate::soak::actor::Log;
 use belay_vmm_glue::migrate::observation::{Kind, Observation};
+use serde::{Deserialize, Serialize};
+
+/// A commit that failed: of which epoch, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    pub epoch: u64,
+    pub why: String,
+}
 
 /// What one role said, and how it ended.
 #[derive(Debug, Clone, Default)]
@@ -74,6 +82,17 @@ impl Said {
             _ => None,
         };
         self.events.iter().filter_map(epoch).max().unwrap_or(0)
+    }
+
+    /// The newest checkpoint that it said could not be shipped. Not every end of a tether is one: a guest that would not stop ends it too.
+    pub fn refused(&self) -> Option<Refused> {
+        self.last(|kind| match kind {
+            Kind::State { state, why } if state == "tether-failed" => {
+                let (epoch, why) = why.strip_prefix("epoch ")?.split_once(" could not be shipped: ")?;
+                Some(Refused { epoch: epoch.parse().ok()?, why: why.to_owned() })
+            }
+            _ => None,
+        })
     }
 
     /// The lines that tell the story, at most so many.
