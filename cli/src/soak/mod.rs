@@ -302,6 +302,7 @@ impl Soak<'_> {
             caught_epoch: None,
             commits_told: 0,
             refused: None,
+            folding: false,
             took_ms: begun.elapsed().as_millis() as u64,
             dropped: 0,
             story,

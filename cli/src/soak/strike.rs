@@ -4,7 +4,7 @@ use super::actor::{Role, Told};
 use super::case::{Phase, Strike};
 use super::conduct::{ConductError, Run, io, noticed};
 use super::relay::Relay;
-use super::{stage, takeover};
+use super::{points, stage, takeover};
 use crate::options::FabricChoice;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::io::Errno;
@@ -24,6 +24,8 @@ const CONNECTED_BOUND: Duration = Duration::from_secs(2);
 pub struct Struck {
     /// Checkpoints the destination had said had committed when it landed.
     pub commits_told: u64,
+    /// The source stood in a fold.
+    pub folding: bool,
     /// A VMM apart from a killed page server still ran when the guest ran elsewhere (P1).
     pub vmm_waited: Option<bool>,
     /// Whoever took over was killed too.
@@ -36,7 +38,7 @@ pub struct Struck {
 
 /// Lands the strike and lets whoever is left go on.
 pub(super) fn land(run: &mut Run) -> Result<Struck, ConductError> {
-    let mut struck = Struck { commits_told: commits_told(run), ..Struck::default() };
+    let mut struck = Struck { commits_told: commits_told(run), folding: folding(run), ..Struck::default() };
     match (run.case.strike, run.script.takeover) {
         (Strike::SourceTakeover, Some(how)) => takeover::of_source(run, how, &mut struck)?,
         (Strike::ServerTakeover, Some(how)) => takeover::of_server(run, how, &mut struck)?,
@@ -49,6 +51,13 @@ fn commits_told(run: &Run) -> u64 {
     let logs = run.logs.lock();
     let events = &logs[Role::Destination].events;
     events.iter().filter(|event| matches!(event.kind, Kind::Committed { .. })).count() as u64
+}
+
+/// Whether the source stands at a stop point of its folding.
+fn folding(run: &Run) -> bool {
+    let logs = run.logs.lock();
+    let at = logs[Role::Source].stopped_at.as_deref();
+    points::of(Phase::Fold).iter().any(|point| at == Some(point.name))
 }
 
 fn strike(run: &Run, struck: &mut Struck) -> std::io::Result<()> {

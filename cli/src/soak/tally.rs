@@ -26,8 +26,8 @@ pub struct Tally {
     by_phase: BTreeMap<(String, Phase), u64>,
     by_strike: BTreeMap<(String, Strike), u64>,
     by_home: BTreeMap<Home, u64>,
-    /// Kills of the destination after the source had folded a checkpoint.
-    after_folding: u64,
+    /// Kills of the destination while the source stood in a fold, by fabric.
+    after_folding: BTreeMap<String, u64>,
     silences: BTreeMap<String, Vec<u64>>,
     /// What takeovers came to, and how often whoever took over was killed too.
     by_succession: BTreeMap<(Strike, Succession), u64>,
@@ -61,7 +61,9 @@ pub struct Sum<'a> {
     by_phase: BTreeMap<String, u64>,
     by_strike: BTreeMap<String, u64>,
     by_home: &'a BTreeMap<Home, u64>,
+    /// Kills of the destination while the source stood in a fold: of all, and by fabric.
     kills_after_folding: u64,
+    kills_after_folding_over: &'a BTreeMap<String, u64>,
     /// Last packet of the killed destination to the first new one of the source.
     death_to_running: BTreeMap<&'a str, Latency>,
     /// What takeovers came to, by strike, and how many of them were taken over from once more.
@@ -103,8 +105,9 @@ impl Tally {
         if let Some(home) = run.home {
             *self.by_home.entry(home).or_default() += 1;
         }
-        let kills = run.case.strike.kills_destination();
-        self.after_folding += u64::from(kills && run.caught_epoch.is_some_and(|epoch| epoch > 0));
+        if run.folding {
+            *self.after_folding.entry(fabric.clone()).or_default() += 1;
+        }
         if let Some(silence) = run.silence_us {
             self.silences.entry(fabric.clone()).or_default().push(silence);
         }
@@ -133,7 +136,8 @@ impl Tally {
             by_phase: self.by_phase.iter().map(|((fabric, phase), n)| (format!("{fabric}/{phase}"), *n)).collect(),
             by_strike: self.by_strike.iter().map(|((fabric, strike), n)| (format!("{fabric}/{strike}"), *n)).collect(),
             by_home: &self.by_home,
-            kills_after_folding: self.after_folding,
+            kills_after_folding: self.after_folding.values().sum(),
+            kills_after_folding_over: &self.after_folding,
             death_to_running: latencies(&self.silences),
             by_succession: self
                 .by_succession
@@ -173,7 +177,7 @@ impl Tally {
             out,
             "\nthe guest's end: {}; kills after folding had begun: {}",
             homes.join(", "),
-            self.after_folding
+            self.after_folding.values().sum::<u64>()
         );
         for (fabric, Latency { runs, median_us, p99_us, max_us }) in latencies(&self.silences) {
             let _ = writeln!(
@@ -220,5 +224,55 @@ impl Tally {
             self.held, self.broken, self.void
         );
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::soak::case::Case;
+
+    fn held(case: &str, folding: bool) -> RunReport {
+        let case: Case = case.parse().unwrap();
+        let caught_epoch = Some(7);
+        RunReport {
+            case,
+            outcome: Outcome::Held,
+            wrong: vec![],
+            landed: String::new(),
+            home: Some(Home::Caught),
+            silence_us: None,
+            succession: None,
+            killed_again: false,
+            succession_silence_us: None,
+            caught_epoch,
+            commits_told: 7,
+            refused: None,
+            folding,
+            took_ms: 1,
+            dropped: 0,
+            story: vec![],
+        }
+    }
+
+    #[test]
+    fn a_kill_counts_as_one_in_a_fold_where_the_source_stood_in_one_whatever_was_caught() {
+        let memory = Memory {
+            available_at_start: 0,
+            available_least: 0,
+            available_at_end: 0,
+            shared_at_start: 0,
+            shared_most: 0,
+            shared_at_end: 0,
+        };
+        let mut tally = Tally::default();
+        tally.add(&held("local/pull/destination-kill/1", false));
+        tally.add(&RunReport { outcome: Outcome::Void, ..held("tcp/fold/host-kill/1", true) });
+        assert_eq!(tally.sum(memory).kills_after_folding, 0);
+        tally.add(&held("tcp/fold/host-kill/1", true));
+        tally.add(&held("tcp/fold/server-kill/1", true));
+        let sum = tally.sum(memory);
+        assert_eq!(sum.kills_after_folding, 2);
+        assert_eq!(sum.kills_after_folding_over, &BTreeMap::from([("tcp".to_owned(), 2)]));
     }
 }

@@ -111,12 +111,12 @@ judge_sum() { # name of the checks, runs
   if [ "$held" = "$2" ] && [ "$broken" = 0 ]; then ok "$1: every promise held in every run"; else not_ok "$1: every promise held in every run" "$2 runs were asked for"; fi
 }
 
-# Catching is harder once the source has begun to take checkpoints in: at least one of the kills came after that.
+# Catching is hardest while the source takes a checkpoint in: at least one of the kills came while it stood there.
 judge_folds() { # fabric
   local folded
   folded=$(json_number kills_after_folding <<<"$SUM")
   figure 'kills after folding had begun' "$folded" ''
-  if [ "$folded" -ge 1 ]; then ok "$1: a guest is caught whose checkpoints were being folded"; else not_ok "$1: a guest is caught whose checkpoints were being folded" 'no kill came after the first fold'; fi
+  if [ "$folded" -ge 1 ]; then ok "$1: a guest is caught whose checkpoints were being folded"; else not_ok "$1: a guest is caught whose checkpoints were being folded" 'no kill came while the source stood in a fold'; fi
 }
 
 # Everything a killed process had is given back by the kernel, on the device too: it takes its time, but ends.

@@ -89,6 +89,8 @@ pub struct RunReport {
     pub commits_told: u64,
     /// The checkpoint that the destination tried to commit in vain.
     pub refused: Option<Refused>,
+    /// The destination was killed while the source stood in a fold.
+    pub folding: bool,
     pub took_ms: u64,
     /// Lines of its processes that were not kept.
     pub dropped: u64,
@@ -141,6 +143,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
         caught_epoch: evidence.source.caught(),
         commits_told: evidence.struck.map_or(0, |struck| struck.commits_told),
         refused: evidence.destination.refused(),
+        folding: evidence.case.strike.kills_destination() && evidence.struck.is_some_and(|struck| struck.folding),
         took_ms: evidence.took.as_millis() as u64,
         dropped: evidence.source.dropped + evidence.destination.dropped,
         story,
