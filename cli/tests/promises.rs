@@ -9,6 +9,14 @@ use cut::{BACK, Link, THERE};
 use running::{BELAY, Place, Process, has_kvm, is_running, kill};
 use serde_json::Value;
 
+/// What the observer saw arrive: who sent it, which packet, and what was in it.
+#[derive(Debug)]
+struct Packet {
+    sender: String,
+    sequence: u64,
+    bytes: String,
+}
+
 /// Source, destination and an outside observer, joined as an operator would join them.
 struct Road {
     place: Place,
@@ -25,7 +33,8 @@ impl Road {
 
     fn start_in(place: Place, fabric: &str, receive: &[&str], send: &[&str]) -> Self {
         let observer_address = format!("unix:{}", place.text("observer.sock"));
-        let mut observer = place.belay(&["observe", "--json", "--listen", &observer_address]);
+        let mut observer =
+            place.belay(&["observe", "--json", "--listen", &observer_address, "--log", &place.text("packets")]);
         observer.wait_for_event("listening");
         let listen = match fabric {
             "local" => format!("unix:{}", place.text("receive.sock")),
@@ -81,12 +90,20 @@ impl Road {
         caught["epoch"].as_u64().unwrap()
     }
 
-    /// The outside must have seen neither gap nor contradiction, and no process may be left.
-    fn expect_good_end(mut self) {
+    /// The outside must have seen neither gap nor contradiction, and no process may be left. All that it saw, in order.
+    fn expect_good_end(mut self) -> Vec<Packet> {
         self.observer.signal(libc::SIGTERM);
         assert_eq!(self.observer.end(), 0, "{}", self.observer.story());
         drop((self.source, self.destination, self.observer));
         self.place.expect_nothing_left();
+        let log = std::fs::read_to_string(self.place.path("packets")).expect("the observer has written what it saw");
+        let packet = |line: &str| {
+            let fields: Vec<_> = line.split(' ').collect();
+            let [_at_us, sender, sequence, bytes] = fields[..] else { panic!("not a packet: {line:?}") };
+            let sequence = sequence.parse().expect("a number");
+            Packet { sender: sender.to_owned(), sequence, bytes: bytes.to_owned() }
+        };
+        log.lines().map(packet).collect()
     }
 }
 
@@ -146,11 +163,32 @@ mod kvm {
         let caught = road.expect_caught();
         let newest = committed_epochs(&road.destination).max().unwrap();
         assert!(newest <= caught, "the destination was told of checkpoint {newest}, {caught} was caught");
-        let later = road.destination.events("pull").filter(|event| event["at_us"].as_u64().unwrap() > revoked);
-        let released: Vec<_> = later.map(|event| event["released_packets"].as_u64().unwrap()).collect();
-        assert!(released.windows(2).all(|pair| pair[0] == pair[1]), "packets left after the revocation: {released:?}");
         assert!(!road.destination.was("owner"), "{}", road.destination.story());
-        road.expect_good_end();
+        let pulls = road.destination.events("pull");
+        let told: Vec<_> =
+            pulls.map(|event| ["at_us", "released_packets"].map(|of| event[of].as_u64().unwrap())).collect();
+        let recovered = road.source.events("recovered").last().expect("it says what it recovered").clone();
+        let resent = recovered["resent_packets"].as_u64().unwrap() as usize;
+        let seen = road.expect_good_end();
+        // What the source shows after a packet of the destination's it shows after the revocation: the destination stood still by then.
+        let is = |who: &'static str| move |packet: &&Packet| packet.sender == who;
+        let moved = seen.iter().position(|packet| packet.sender == "destination").expect("the guest ran there");
+        let back = moved + seen[moved..].iter().position(|packet| packet.sender == "source").expect("it runs here");
+        let shown = seen[..back].iter().filter(is("destination")).count();
+        let again: Vec<_> = seen[back..].iter().filter(is("source")).take(resent).collect();
+        let late: Vec<_> = seen[back..].iter().filter(is("destination")).collect();
+        // Stopped between a commit and the packets that it lets go, it shows those when it goes on: committed, and what the source sends again.
+        let committed = |packet: &&&Packet| {
+            again.iter().any(|again| (again.sequence, &again.bytes) == (packet.sequence, &packet.bytes))
+        };
+        let new: Vec<_> = late.iter().filter(|packet| !committed(packet)).collect();
+        assert!(new.is_empty(), "packets left after the revocation: {new:?}");
+        // Its own count, before the revocation and after it, however often it was told: what was seen, and not one more.
+        let (before, after): (Vec<_>, Vec<_>) = told.iter().partition(|[at_us, _]| *at_us <= revoked);
+        let [_, before] = before.last().expect("it said how far it was before it was stopped");
+        assert!(*before <= shown as u64, "{before} packets had been let go, {shown} were seen");
+        let most = (shown + late.len()) as u64;
+        assert!(after.iter().all(|[_, released]| *released <= most), "{most} packets were seen: {told:?}");
     }
 
     /// Each side hears nothing of the other any more, or only one does. Nobody closes a connection, so nobody is told.
