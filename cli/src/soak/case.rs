@@ -280,6 +280,11 @@ impl Case {
         }
     }
 
+    /// Whether a second migration follows it, in the same directories: where more than a killed process's files may be left in them.
+    pub fn is_followed(&self) -> bool {
+        self.strike.is_takeover() || matches!(self.phase, Phase::Catch | Phase::Release)
+    }
+
     /// Whether the migration goes to its release if nothing deadly happens.
     pub fn goes_to_release(&self) -> bool {
         matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Release)

@@ -7,6 +7,7 @@ use super::launch::{Launch, belay, memory, path, unix};
 use super::pace::Pace;
 use super::points::At;
 use super::relay::Relay;
+use super::second::Second;
 use super::verdict::{self, Evidence, RunReport, Said};
 use super::{stage, strike};
 use crate::options::FabricChoice;
@@ -78,6 +79,9 @@ pub fn run(case: Case, pace: Pace, lies: &[Lie]) -> Result<RunReport, ConductErr
         Err(_) => None,
     };
     let forgotten = run.await_quiet()?;
+    // Before the second one, which writes a record of its own.
+    let released = stage::files().iter().any(|file| file.contains("/source/released-") && file.ends_with(".json"));
+    let second = if came.is_ok() && case.is_followed() { Some(Second::make(&run)?) } else { None };
     let left = await_nothing_left(pace.of(NOTHING_LEFT_BOUND));
     let logs = run.logs.lock();
     let evidence = Evidence {
@@ -88,7 +92,8 @@ pub fn run(case: Case, pace: Pace, lies: &[Lie]) -> Result<RunReport, ConductErr
         destination: Said::of(logs.in_turn(Role::Destination)),
         observer_exit: logs[Role::Observer].ended,
         seen: crate::observe::read_log(&path("packets")).map_err(io("read the observer's log"))?,
-        released: stage::files().iter().any(|file| file.contains("/source/released-") && file.ends_with(".json")),
+        released,
+        second,
         left: left.into_iter().chain(kept_memory()).collect(),
         forgotten,
         took: begun.elapsed(),
@@ -213,7 +218,7 @@ impl Run {
 }
 
 /// Where the observer or the destination listens.
-fn listening(logs: &Logs, role: Role, pace: Pace) -> Result<String, ConductError> {
+pub(super) fn listening(logs: &Logs, role: Role, pace: Pace) -> Result<String, ConductError> {
     let bound = pace.of(LISTENING_BOUND);
     let address = |kind: &Kind| match kind {
         Kind::Listening { address } => Some(address.clone()),

@@ -35,6 +35,13 @@ pub enum Lie {
     LeftBehind,
     /// The guest had hardly any content.
     EmptyGuest,
+    /// There was no second migration.
+    NoSecond,
+    /// It did not end well.
+    SecondFailed,
+    /// Its guest came with a wrong page, or nobody looked.
+    SecondWrongPage,
+    SecondUnchecked,
     /// Nobody said that it took over.
     NobodyTookOver,
     /// A destination that took over, or was joined again, had forgotten pages or checkpoints.
@@ -134,6 +141,24 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
         Lie::Released => evidence.released = true,
         Lie::OtherExitCode => evidence.source.exit = Some(0),
         Lie::LeftBehind => evidence.left.push("process 7: belay vmm".to_owned()),
+        Lie::NoSecond => evidence.second = None,
+        Lie::SecondFailed => {
+            if let Some(second) = &mut evidence.second {
+                second.destination.exit = Some(5);
+            }
+        }
+        Lie::SecondWrongPage => {
+            for event in evidence.second.iter_mut().flat_map(|second| &mut second.destination.events) {
+                if let Kind::Checked { wrong_pages, .. } = &mut event.kind {
+                    *wrong_pages = 1;
+                }
+            }
+        }
+        Lie::SecondUnchecked => {
+            if let Some(second) = &mut evidence.second {
+                second.destination.events.retain(|event| !matches!(event.kind, Kind::Checked { .. }));
+            }
+        }
         Lie::NobodyTookOver => {
             let took = |event: &Observation| matches!(event.kind, Kind::TakenOver { .. } | Kind::TookOver { .. });
             evidence.source.events.retain(|event| !took(event));

@@ -50,9 +50,14 @@ pub struct Launch<'a> {
 impl Launch<'_> {
     /// A page server, at first or in the place of one that has died.
     fn serve(&self, listen: &str) -> std::io::Result<Command> {
+        let mut command = self.page_server(listen)?;
+        command.args(["--output-to", self.output]);
+        Ok(command)
+    }
+
+    fn page_server(&self, listen: &str) -> std::io::Result<Command> {
         let state = path("destination").display().to_string();
-        let mut command =
-            belay(&["receive", "--json", "--listen", listen, "--output-to", self.output, "--state-dir", &state])?;
+        let mut command = belay(&["receive", "--json", "--listen", listen, "--state-dir", &state])?;
         command.args(["--fabric", &self.case.fabric.to_string(), "--drive", "kvm", "--check"]);
         command.args(["--run-on", &self.pace.ms(RUN_ON)]);
         Ok(command)
@@ -113,6 +118,31 @@ impl Launch<'_> {
         let mut command = belay(&["send", "--json", "--takeover", "--state-dir", &state, "--check"])?;
         command.args(["--takeover-grace", &self.pace.ms(self.grace()), "--run-on", &self.pace.ms(RUN_ON)]);
         Ok(self.finish(command, stop_at))
+    }
+
+    /// The destination of a second migration, that nobody strikes: everything lies where it did.
+    pub fn receive_second(&self) -> std::io::Result<Command> {
+        let listen = match self.case.fabric {
+            FabricChoice::Local => unix("receive.sock"),
+            _ => "127.0.0.1:0".to_owned(),
+        };
+        let mut command = self.page_server(&listen)?;
+        command.args(["--vmm", if self.script.apart { "apart" } else { "in-process" }]);
+        Ok(self.finish(command, None))
+    }
+
+    /// The source of that one. Its guest is another, so that none of the first one's memory could be taken for its own.
+    pub fn send_second(&self, to: &str) -> std::io::Result<Command> {
+        let state = path("source").display().to_string();
+        let mut command = belay(&["send", "--json", "--to", to, "--state-dir", &state])?;
+        command.args(["--fabric", &self.case.fabric.to_string(), "--drive", "kvm", "--check"]);
+        command.args(["--memory", "16M", "--working-set", "4M", "--ring", "4M", "--run-before", "0ms"]);
+        command.args(["--run-on", &self.pace.ms(RUN_ON), "--seed", &(self.script.guest_seed + 1).to_string()]);
+        command.args(self.pace.words(LONG_LEASE)).args(["--release", "when-landed"]);
+        if self.script.takeover.as_ref().is_some_and(|takeover| takeover.keeps_memory(self.case.strike)) {
+            command.arg("--memory-dir").arg(memory());
+        }
+        Ok(self.finish(command, None))
     }
 
     /// How long the destination is waited for: not for long where it cannot come or may have gone, for certain where it lives. It hears nobody

@@ -1,7 +1,7 @@
 //! `belay soak`: seeded runs of real migrations that are struck in a known place, each judged against the promises.
 //!
 //! `case.rs` says what is tried, `points.rs` where, `pace.rs` how fast, `conduct.rs` makes a run of what `launch.rs`
-//! starts, `strike.rs` strikes, `takeover.rs` has others go on for the dead, `verdict.rs` judges, `tally.rs` sums
+//! starts, `strike.rs` strikes, `takeover.rs` has others go on for the dead, `second.rs` migrates once more, `verdict.rs` judges, `tally.rs` sums
 //! up, `stage.rs` keeps a run's processes and files from outliving it.
 
 mod actor;
@@ -12,6 +12,7 @@ mod launch;
 mod pace;
 pub mod points;
 mod relay;
+mod second;
 mod stage;
 mod strike;
 mod takeover;
@@ -303,6 +304,7 @@ impl Soak<'_> {
             commits_told: 0,
             refused: None,
             folding: false,
+            second: false,
             took_ms: begun.elapsed().as_millis() as u64,
             dropped: 0,
             story,

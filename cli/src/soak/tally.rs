@@ -26,6 +26,8 @@ pub struct Tally {
     by_phase: BTreeMap<(String, Phase), u64>,
     by_strike: BTreeMap<(String, Strike), u64>,
     by_home: BTreeMap<Home, u64>,
+    /// Runs that a second migration followed, by where the first guest was in the end.
+    second_after: BTreeMap<Home, u64>,
     /// Kills of the destination while the source stood in a fold, by fabric.
     after_folding: BTreeMap<String, u64>,
     silences: BTreeMap<String, Vec<u64>>,
@@ -61,6 +63,8 @@ pub struct Sum<'a> {
     by_phase: BTreeMap<String, u64>,
     by_strike: BTreeMap<String, u64>,
     by_home: &'a BTreeMap<Home, u64>,
+    /// Runs that a second migration followed, by the first guest's end.
+    second_after: &'a BTreeMap<Home, u64>,
     /// Kills of the destination while the source stood in a fold: of all, and by fabric.
     kills_after_folding: u64,
     kills_after_folding_over: &'a BTreeMap<String, u64>,
@@ -104,6 +108,7 @@ impl Tally {
         *self.by_strike.entry((fabric.clone(), run.case.strike)).or_default() += 1;
         if let Some(home) = run.home {
             *self.by_home.entry(home).or_default() += 1;
+            *self.second_after.entry(home).or_default() += u64::from(run.second);
         }
         if run.folding {
             *self.after_folding.entry(fabric.clone()).or_default() += 1;
@@ -136,6 +141,7 @@ impl Tally {
             by_phase: self.by_phase.iter().map(|((fabric, phase), n)| (format!("{fabric}/{phase}"), *n)).collect(),
             by_strike: self.by_strike.iter().map(|((fabric, strike), n)| (format!("{fabric}/{strike}"), *n)).collect(),
             by_home: &self.by_home,
+            second_after: &self.second_after,
             kills_after_folding: self.after_folding.values().sum(),
             kills_after_folding_over: &self.after_folding,
             death_to_running: latencies(&self.silences),
@@ -175,9 +181,10 @@ impl Tally {
         let homes: Vec<_> = self.by_home.iter().map(|(home, count)| format!("{home:?} {count}")).collect();
         let _ = writeln!(
             out,
-            "\nthe guest's end: {}; kills after folding had begun: {}",
+            "\nthe guest's end: {}; kills while the source stood in a fold: {}; second migrations in the same directories: {}",
             homes.join(", "),
-            self.after_folding.values().sum::<u64>()
+            self.after_folding.values().sum::<u64>(),
+            self.second_after.values().sum::<u64>()
         );
         for (fabric, Latency { runs, median_us, p99_us, max_us }) in latencies(&self.silences) {
             let _ = writeln!(
@@ -249,6 +256,7 @@ mod tests {
             commits_told: 7,
             refused: None,
             folding,
+            second: false,
             took_ms: 1,
             dropped: 0,
             story: vec![],

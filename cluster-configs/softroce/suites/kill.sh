@@ -115,7 +115,7 @@ judge_sum() { # name of the checks, runs
 judge_folds() { # fabric
   local folded
   folded=$(json_number kills_after_folding <<<"$SUM")
-  figure 'kills after folding had begun' "$folded" ''
+  figure 'kills while the source stood in a fold' "$folded" ''
   if [ "$folded" -ge 1 ]; then ok "$1: a guest is caught whose checkpoints were being folded"; else not_ok "$1: a guest is caught whose checkpoints were being folded" 'no kill came while the source stood in a fold'; fi
 }
 

@@ -7,6 +7,7 @@ mod said;
 mod takeover;
 
 use super::case::{Case, Moment, Phase, Strike};
+use super::second::Second;
 use super::strike::Struck;
 use belay_transport::PAGE_SIZE;
 use belay_vmm_glue::kvm::guests::GuestSpec;
@@ -36,6 +37,8 @@ pub struct Evidence<'a> {
     pub seen: Vec<Seen>,
     /// The release record is on disk.
     pub released: bool,
+    /// A migration that followed in the same directories.
+    pub second: Option<Second>,
     /// Processes that were left.
     pub left: Vec<String>,
     /// Roles that did not end though told to.
@@ -91,6 +94,8 @@ pub struct RunReport {
     pub refused: Option<Refused>,
     /// The destination was killed while the source stood in a fold.
     pub folding: bool,
+    /// A second migration followed in the same directories.
+    pub second: bool,
     pub took_ms: u64,
     /// Lines of its processes that were not kept.
     pub dropped: u64,
@@ -103,6 +108,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
     let mut wrong = Vec::new();
     let home = home(evidence, &mut wrong);
     safety(evidence, home, &mut wrong);
+    second(evidence, &mut wrong);
     let void = match evidence.came {
         Err(why) => Some(why.to_owned()),
         Ok(_) => lease_ran_out_by_itself(evidence, home).or_else(|| takeover::void(evidence)),
@@ -121,7 +127,11 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
     wrong.extend(void);
     let mut story = Vec::new();
     if outcome == Outcome::Broken {
-        for (who, said) in [("source", &evidence.source), ("destination", &evidence.destination)] {
+        let mut all = vec![("source", &evidence.source), ("destination", &evidence.destination)];
+        if let Some(Second { source, destination }) = &evidence.second {
+            all.extend([("second source", source), ("second destination", destination)]);
+        }
+        for (who, said) in all {
             story.extend(said.story(40).into_iter().map(|line| format!("{who}: {line}")));
             story.extend(said.text.lines().rev().take(10).map(|line| format!("{who} said: {line}")));
         }
@@ -144,6 +154,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
         commits_told: evidence.struck.map_or(0, |struck| struck.commits_told),
         refused: evidence.destination.refused(),
         folding: evidence.case.strike.kills_destination() && evidence.struck.is_some_and(|struck| struck.folding),
+        second: evidence.second.is_some(),
         took_ms: evidence.took.as_millis() as u64,
         dropped: evidence.source.dropped + evidence.destination.dropped,
         story,
@@ -237,6 +248,32 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
     }
     wrong.extend(evidence.left.iter().map(|left| format!("left behind: {left}")));
     wrong.extend(evidence.forgotten.iter().map(|who| format!("P7: {who} did not end")));
+}
+
+/// Whatever became of the guest, the next one moves: the directories of the first are as good as new ones.
+fn second(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
+    let Some(Second { source, destination }) = &evidence.second else {
+        if evidence.came.is_ok() && evidence.case.is_followed() {
+            wrong.push("no second migration was made".to_owned());
+        }
+        return;
+    };
+    let checked = destination.last(|kind| match kind {
+        Kind::Checked { wrong_pages, detail, .. } => Some(*wrong_pages == 0 && detail.is_empty()),
+        _ => None,
+    });
+    let ended = (source.exit, destination.exit);
+    if ended != (Some(0), Some(0)) || !destination.was("owner") || checked != Some(true) {
+        let whole = match checked {
+            Some(true) => "whole",
+            Some(false) => "not what it must be",
+            None => "not checked",
+        };
+        wrong.push(format!(
+            "a second migration ended with {:?} at the source and {:?} at the destination, its guest's memory {whole}",
+            source.exit, destination.exit
+        ));
+    }
 }
 
 /// New packets must come from the source, then from the destination, then from the source again, and never back.
