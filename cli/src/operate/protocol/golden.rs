@@ -17,6 +17,7 @@ fn requests() -> Vec<(&'static str, Request)> {
         ("release", order(Ask::Release)),
         ("catch", order(Ask::Catch)),
         ("catch-by-force", order(Ask::CatchByForce)),
+        ("catch-older", order(Ask::CatchOlder)),
         ("cancel", order(Ask::Cancel)),
         ("promote", promote(true, false)),
         ("promote-by-force", promote(false, true)),
@@ -77,7 +78,7 @@ fn every_request_and_answer_has_a_golden_file() {
     let answered = cases_of::<Answer>(r#"{"answer":"dance"}"#);
     assert_eq!(
         (asked.len(), wanted.len(), said.len(), answered.len()),
-        (5, 2, 4, 4),
+        (6, 2, 4, 4),
         "a case more is to be in the files"
     );
     let requests =
