@@ -33,9 +33,7 @@ impl Road {
 
     fn start_in(place: Place, fabric: &str, receive: &[&str], send: &[&str]) -> Self {
         let observer_address = format!("unix:{}", place.text("observer.sock"));
-        let mut observer =
-            place.belay(&["observe", "--json", "--listen", &observer_address, "--log", &place.text("packets")]);
-        observer.wait_for_event("listening");
+        let (observer, _) = Self::observer(&place, &observer_address);
         let listen = match fabric {
             "local" => format!("unix:{}", place.text("receive.sock")),
             _ => "127.0.0.1:0".to_owned(),
@@ -45,11 +43,18 @@ impl Road {
         Self { place, observer, destination, source }
     }
 
+    /// One that writes down what it saw, and its address.
+    fn observer(place: &Place, listen: &str) -> (Process, String) {
+        let mut observer = place.belay(&["observe", "--json", "--listen", listen, "--log", &place.text("packets")]);
+        let address = observer.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+        (observer, address)
+    }
+
     /// With the link between both hosts, over `tcp`, and the one between each of them and the observer.
     fn start_over_links(receive: &[&str], send: &[&str]) -> (Self, Link, Link) {
         let place = Place::new();
-        let mut observer = place.belay(&["observe", "--json", "--listen", "127.0.0.1:0"]);
-        let output = Link::to(observer.wait_for_event("listening")["address"].as_str().unwrap());
+        let (observer, seen) = Self::observer(&place, "127.0.0.1:0");
+        let output = Link::to(&seen);
         let (destination, there) = Self::destination(&place, "127.0.0.1:0", output.address(), receive);
         let link = Link::to(&there);
         let source = Self::source(&place, link.address(), output.address(), send);
