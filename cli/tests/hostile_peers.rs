@@ -356,6 +356,17 @@ impl Pretender {
     }
 }
 
+/// A source of a small guest whose destination is a liar, up to where that one has taken every lane.
+fn tried(place: &Place, more: &[&str]) -> (Process, Pretender) {
+    let any = "127.0.0.1:0".parse().unwrap();
+    let listener = Listener::bind(&any, SessionConfig::new(Security::LoopbackOnly)).unwrap();
+    let (to, state) = (listener.address().to_string(), place.text("source"));
+    let where_to = ["send", "--json", "--to", &to, "--state-dir", &state];
+    let guest = ["--drive", "threads", "--memory", "8M", "--run-before", "0ms", "--run-on", "50ms", "--check"];
+    let source = place.belay(&[&where_to[..], &guest, more].concat());
+    (source, Pretender::new(&listener))
+}
+
 #[test]
 fn p2_p9_whatever_a_destination_says_or_does_not_say_the_guest_runs_on_at_the_source() {
     type Lie = fn(&Pretender);
@@ -410,29 +421,7 @@ fn p2_p9_whatever_a_destination_says_or_does_not_say_the_guest_runs_on_at_the_so
             let place = &place;
             all.spawn(move || {
                 for (what, code, checked, lie) in lies {
-                    let any = "127.0.0.1:0".parse().unwrap();
-                    let listener = Listener::bind(&any, SessionConfig::new(Security::LoopbackOnly)).unwrap();
-                    let (to, state) = (listener.address().to_string(), place.text("source"));
-                    let mut source = place.belay(&[
-                        "send",
-                        "--json",
-                        "--to",
-                        &to,
-                        "--drive",
-                        "threads",
-                        "--memory",
-                        "8M",
-                        "--run-before",
-                        "0ms",
-                        "--run-on",
-                        "50ms",
-                        "--check",
-                        "--lease",
-                        "300ms",
-                        "--state-dir",
-                        &state,
-                    ]);
-                    let liar = Pretender::new(&listener);
+                    let (mut source, liar) = tried(place, &["--lease", "300ms"]);
                     lie(&liar);
                     drop(liar);
                     assert_eq!(source.end(), *code, "a destination that {what}: {}", source.story());
@@ -481,35 +470,9 @@ fn record(nonce: u64, version: u16, sections: &[(u16, &[u8])]) -> Vec<u8> {
     image
 }
 
-/// A source of a small guest whose destination is a liar, up to where the guest is said to run there.
+/// The same for longer, with a name for orders, up to where the guest is said to run there.
 fn lied_to(place: &Place, name: &str) -> (Process, Pretender) {
-    let any = "127.0.0.1:0".parse().unwrap();
-    let listener = Listener::bind(&any, SessionConfig::new(Security::LoopbackOnly)).unwrap();
-    let (to, state, run) = (listener.address().to_string(), place.text("source"), place.text("run"));
-    let source = place.belay(&[
-        "send",
-        "--json",
-        "--to",
-        &to,
-        "--drive",
-        "threads",
-        "--memory",
-        "8M",
-        "--run-before",
-        "0ms",
-        "--run-on",
-        "50ms",
-        "--check",
-        "--lease",
-        "5s",
-        "--state-dir",
-        &state,
-        "--run-dir",
-        &run,
-        "--name",
-        name,
-    ]);
-    let liar = Pretender::new(&listener);
+    let (source, liar) = tried(place, &["--lease", "5s", "--run-dir", &place.text("run"), "--name", name]);
     liar.resumed();
     (source, liar)
 }

@@ -354,17 +354,8 @@ impl Drop for HostGuest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use belay_checkpoint::guest::Packet;
+    use crate::kvm::testing::Nowhere;
     use belay_transport::PageSize;
-
-    struct Nowhere;
-
-    impl PacketSink for Nowhere {
-        fn emit(&self, _: Packet) {}
-        fn has_room(&self) -> bool {
-            true
-        }
-    }
 
     /// As many threads as there are things that one can do next.
     fn guest() -> HostGuest {

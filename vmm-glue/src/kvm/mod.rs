@@ -12,6 +12,8 @@ mod machine;
 pub mod registration;
 mod shared;
 pub(crate) mod state;
+#[cfg(test)]
+mod testing;
 mod tracker_log;
 mod tracker_ring;
 mod vcpu;

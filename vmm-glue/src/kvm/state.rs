@@ -379,20 +379,12 @@ mod golden;
 mod tests {
     use super::*;
     use crate::kvm::guests::{Filler, GuestSpec};
+    use crate::kvm::testing::Nowhere;
     use crate::kvm::{BareGuest, KvmGuest, KvmOptions, Tracking};
-    use belay_checkpoint::guest::{Guest, Packet, PacketSink};
+    use belay_checkpoint::guest::Guest;
     use belay_transport::PageSize;
     use belay_transport::region::RamFile;
     use std::sync::Arc;
-
-    struct Nowhere;
-
-    impl PacketSink for Nowhere {
-        fn emit(&self, _: Packet) {}
-        fn has_room(&self) -> bool {
-            true
-        }
-    }
 
     pub(super) const VCPUS: u16 = 2;
 

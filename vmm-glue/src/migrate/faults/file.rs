@@ -160,7 +160,7 @@ fn fault(line: &Line, shards: u16, regions: &[Region]) -> Result<Fault, String> 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     const TEXT: &str = r#"{"belay-faults":1,"shards":2,"regions":[{"id":0,"page_bytes":4096,"frames":64,"zero":[[3,4],[9,1]]},{"id":7,"page_bytes":2097152,"frames":2,"zero":[]}]}
@@ -168,7 +168,8 @@ mod tests {
 {"ns":120000,"waited_ns":null,"shard":1,"thread":0,"region":7,"frame":1,"write":false}
 "#;
 
-    fn trace() -> FaultTrace {
+    /// Both page sizes, answered and not.
+    pub(crate) fn trace() -> FaultTrace {
         let small = Region { id: RegionId(0), page_size: PageSize::Small, frames: 64, zero: vec![(3, 4), (9, 1)] };
         let huge = Region { id: RegionId(7), page_size: PageSize::Huge, frames: 2, zero: Vec::new() };
         let (region, frame) = (RegionId(0), FrameIndex(17));

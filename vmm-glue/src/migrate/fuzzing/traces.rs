@@ -64,19 +64,11 @@ fn of_writes(trace: &Trace, bytes: usize) {
 /// Inputs of our own encoders, for the corpus.
 #[cfg(test)]
 pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    use crate::migrate::faults::{Fault, Region};
     use belay_checkpoint::policy::trace::Stretch;
-    use belay_transport::{FrameIndex, PageSize, RegionId};
     use std::time::Duration;
-    let small = Region { id: RegionId(0), page_size: PageSize::Small, frames: 64, zero: vec![(3, 4), (9, 1)] };
-    let huge = Region { id: RegionId(7), page_size: PageSize::Huge, frames: 2, zero: Vec::new() };
-    let (region, frame) = (RegionId(0), FrameIndex(17));
-    let answered = Fault { ns: 120_034, waited_ns: Some(31_200), shard: 0, thread: 4711, region, frame, write: true };
-    let (region, frame) = (RegionId(7), FrameIndex(1));
-    let left = Fault { ns: 120_000, waited_ns: None, shard: 1, thread: 0, region, frame, write: false };
-    let mut of_faults = vec![0];
-    let mut writer = faults::Writer::new(&mut of_faults, 2, &[small, huge]).expect("memory");
-    [answered, left].iter().for_each(|fault| writer.write(fault).expect("memory"));
+    let (mut of_faults, trace) = (vec![0], faults::tests::trace());
+    let mut writer = faults::Writer::new(&mut of_faults, trace.shards, &trace.regions).expect("memory");
+    trace.faults.iter().rev().for_each(|fault| writer.write(fault).expect("memory"));
     let mut of_writes = vec![1];
     let mut writer = writes::Writer::new(&mut of_writes, 64).expect("memory");
     let busy = Stretch { lasts: Duration::from_micros(1003), outputs: 2, runs: vec![(17, 4), (0, 1)] };

@@ -133,7 +133,7 @@ impl Source<'_> {
             Named::CatchStuck if self.room_due.is_some() => {
                 "The guest is in this process alone: do not end it. Make room on the storage, or mend it: the catch goes on by itself then."
             }
-            Named::CatchStuck if self.unreadable().is_some() => match self.state {
+            Named::CatchStuck if self.untakable().is_some() => match self.state {
                 State::Revoking { step: CatchStep::Claim, .. } => {
                     "Nobody is shut out and the guest's memory is kept on both hosts. If every page is at the destination, end belay here and promote the guest \
                      there. `belay catch --older` goes on here instead, from that checkpoint: what the guest did and showed after it is undone."

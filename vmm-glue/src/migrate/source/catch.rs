@@ -5,7 +5,6 @@ use crate::migrate::observation::{Kind, us};
 use crate::migrate::protocol;
 use crate::migrate::protocol::ToDestination;
 use belay_checkpoint::fold::CatchError;
-use belay_checkpoint::guest::Epoch;
 use belay_checkpoint::ownership::Fate;
 use belay_checkpoint::ownership::source::{Event, State};
 use belay_transport::fabric::{OWNER_EPOCH_OFFSET, RevokedRing};
@@ -74,23 +73,26 @@ impl Source<'_> {
         }
     }
 
-    /// Why no checkpoint after that of the epoch can be taken here, if one cannot that no room would help.
-    pub(super) fn unreadable(&self) -> Option<(Epoch, String)> {
-        match (&self.folder, &self.last_read) {
+    /// What is to be said where a committed checkpoint cannot be taken, however much room there were, and the operator has not said that it may be undone.
+    pub(super) fn untakable(&self) -> Option<String> {
+        if self.take_older {
+            return None;
+        }
+        let (epoch, why) = match (&self.folder, &self.last_read) {
             (Some(folder), _) => {
                 let status = folder.status();
-                status.failed.map(|failed| (status.folded, explain(&failed)))
+                (status.folded, explain(&status.failed?))
             }
-            (None, Some(Err(CatchError::Unreadable { source, older }))) => Some((older.epoch, explain(source))),
-            _ => None,
-        }
+            (None, Some(Err(CatchError::Unreadable { source, older }))) => (older.epoch, explain(source)),
+            _ => return None,
+        };
+        Some(format!("no checkpoint after {epoch} can be taken: {why}"))
     }
 
     /// A newer checkpoint may have been promised to the world than can be had here, so neither is the destination shut out nor the guest resumed
     /// before the operator says so.
     pub(super) fn waits_for_the_word(&mut self) -> Option<Event> {
-        let (epoch, why) = self.unreadable().filter(|_| !self.take_older)?;
-        self.why = format!("no checkpoint after {epoch} can be taken: {why}");
+        self.why = self.untakable()?;
         Some(Event::CatchFailed { can_retry: true })
     }
 

@@ -9,6 +9,7 @@ impl Source<'_> {
     /// Judges an order by where this host stands; what it makes happen.
     pub(super) fn order(&mut self, order: Order) -> Option<Event> {
         let tethered = self.config.proposal.tether.is_some();
+        let untakable = self.untakable();
         let event = match (order.ask, self.state) {
             (Ask::Release, _) => {
                 Err("a release is asked for where the guest runs: give this order at the destination".to_owned())
@@ -33,10 +34,11 @@ impl Source<'_> {
             // Sent on its way, and nobody has said yet that it runs: taken back like a switch that fails late.
             (Ask::Catch, State::Switching { .. }) => Ok((Event::Cancelled, "the guest is being taken back")),
             (Ask::Catch, State::Serving(_) | State::Resuming(_)) => Ok((Event::OperatorCatch, "the catch is ordered")),
-            (Ask::Catch, State::Revoking { stuck: true, .. }) if self.waits_for_the_word().is_some() => {
-                Err(format!("{}. Trying again changes nothing: `belay catch --older` goes on from that one", self.why))
+            (Ask::Catch, State::Revoking { stuck: true, .. }) if untakable.is_some() => {
+                let why = untakable.unwrap_or_default();
+                Err(format!("{why}. Trying again changes nothing: `belay catch --older` goes on from that one"))
             }
-            (Ask::CatchOlder, State::Revoking { stuck: true, .. }) if self.waits_for_the_word().is_some() => {
+            (Ask::CatchOlder, State::Revoking { stuck: true, .. }) if untakable.is_some() => {
                 Ok((Event::OperatorCatch, "the guest is taken back from an older checkpoint"))
             }
             (Ask::CatchOlder, _) => Err("no checkpoint has been refused here, so the newest is what the guest comes back from: `belay catch`".to_owned()),
