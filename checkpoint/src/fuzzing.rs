@@ -29,13 +29,15 @@ pub fn arbiter(data: &[u8]) {
     crate::arbiter::etcd::fuzzing::arbiter(&data[..data.len().min(MOST_BYTES)]);
 }
 
-/// A journal on disk, and a value in kept memory.
+/// A journal on disk, a value in kept memory, and two of the values that are kept: the newest epoch, and the place in the ring.
 pub fn journal(data: &[u8]) {
     let Some((mode, bytes)) = data.split_first() else { return };
-    match mode % 3 {
+    match mode % 5 {
         0 => crate::journal::disk::fuzz(bytes, false),
         1 => crate::journal::disk::fuzz(bytes, true),
-        _ => crate::journal::cell::fuzz(bytes),
+        2 => crate::journal::cell::fuzz(bytes),
+        3 => crate::fold::image::fuzz(bytes),
+        _ => crate::ring::spool::fuzz(bytes),
     }
 }
 

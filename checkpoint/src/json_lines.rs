@@ -63,12 +63,18 @@ impl<R: BufRead> LineReader<R> {
 
     /// The next line's value, of at most `longest` bytes; none at the end. A line must be whole: what was cut off is no file's end.
     pub fn next<T: DeserializeOwned>(&mut self, longest: u64) -> Result<Option<T>, LinesError> {
+        let value = self.line(longest)?.map(serde_json::from_slice).transpose();
+        value.map_err(|error| self.wrong(error.to_string()))
+    }
+
+    /// As [`Self::next`], for lines that are no JSON: the next one without its end.
+    pub fn line(&mut self, longest: u64) -> Result<Option<&[u8]>, LinesError> {
         self.text.clear();
         self.line += 1;
         let length = self.from.by_ref().take(longest + 1).read_until(b'\n', &mut self.text)? as u64;
-        match self.text.last() {
+        match self.text.split_last() {
             None => Ok(None),
-            Some(b'\n') => serde_json::from_slice(&self.text).map(Some).map_err(|error| self.wrong(error.to_string())),
+            Some((b'\n', _)) => Ok(Some(&self.text[..self.text.len() - 1])),
             Some(_) if length > longest => Err(self.wrong(format!("it is longer than {longest} bytes"))),
             Some(_) => Err(self.wrong("it ends in the middle; the recording was cut off".to_owned())),
         }

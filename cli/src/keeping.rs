@@ -132,6 +132,10 @@ pub fn refused(error: &KeepError, observer: &Observer) -> Exit {
             Exit::Missing,
             "Nothing was started. --memory-dir must be on tmpfs or hugetlbfs with room for the guest, its ring, its overflow memory (--overflow) and 81 MiB of state.",
         ),
+        KeepError::OtherProtocol { .. } => (
+            Exit::KeptDamaged,
+            "Nothing was started and nothing was changed. Take it over with the version of belay that began it.",
+        ),
         KeepError::Journal(_) | KeepError::Damaged { .. } | KeepError::Memory { .. } => (
             Exit::KeptDamaged,
             "Nothing was started and nothing was changed. A destination that still has the guest keeps it fenced; promote it there.",

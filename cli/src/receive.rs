@@ -374,6 +374,9 @@ fn not_owned(args: &ReceiveArgs, ended: Result<Ended, DestinationError>, observe
                 DestinationError::Will(WillError::None) => {
                     "The guest never ran here: its source has it, or catches it. What waits here holds nothing; end that process."
                 }
+                DestinationError::Will(WillError::Version { .. } | WillError::Protocol { .. }) => {
+                    "The guest waits in its VMM as before, and its source may still catch it. Take it over with the version of belay that received it."
+                }
                 _ if args.takeover.is_some() => {
                     "The guest waits in its VMM as before, and its source may still catch it. Its memory is given up by ending that process."
                 }

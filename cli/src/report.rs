@@ -256,6 +256,7 @@ pub fn sentence(kind: &Kind) -> Option<String> {
         }
         Kind::Failed { what, advice } => format!("FAILED: {what}\n              {advice}"),
         Kind::Ended { outcome, exit_code } => format!("ended: {outcome} (exit code {exit_code})"),
+        Kind::Unknown => "something that this version of belay has no words for".to_owned(),
         Kind::Allocating { .. }
         | Kind::Registering { .. }
         | Kind::Pull { .. }

@@ -19,11 +19,12 @@ pub fn guard(data: &[u8]) {
     crate::guard::fuzzing::guard(bounded(data));
 }
 
-/// The protocol of a VMM in a process of its own, both ways, and the state it saves.
+/// The protocol of a VMM in a process of its own, both ways, and the state that it, or a guest of host threads, saves.
 pub fn apart(data: &[u8]) {
     let Some((mode, bytes)) = bounded(data).split_first() else { return };
-    match mode % 3 {
+    match mode % 4 {
         2 => crate::kvm::state::fuzzing::state(bytes),
+        3 => crate::kvm::host_threads::fuzz(bytes),
         side => crate::kvm::apart::fuzzing::frames(side, bytes),
     }
 }
@@ -33,9 +34,19 @@ pub fn qemu(data: &[u8]) {
     crate::qemu::fuzzing::qemu(bounded(data));
 }
 
-/// What was recorded of a guest: its faults, and what it wrote and sent.
+/// What was recorded of a guest: its faults, what it wrote and sent, and what an observer saw of it.
 pub fn traces(data: &[u8]) {
     crate::migrate::fuzzing::traces(bounded(data));
+}
+
+/// What a source keeps for whoever takes over from it: on disk the journal's body and the release record, in memory who owned the guest.
+pub fn kept(data: &[u8]) {
+    let Some((mode, bytes)) = bounded(data).split_first() else { return };
+    match mode % 3 {
+        0 => crate::migrate::source::keep::fuzzing::journal(bytes),
+        1 => crate::migrate::source::keep::fuzzing::mark(bytes),
+        _ => crate::migrate::release::fuzz(bytes),
+    }
 }
 
 /// What a dead page server left for the next.
@@ -58,6 +69,12 @@ pub(crate) fn heard(bytes: &[u8]) -> (UnixStream, UnixStream) {
     theirs.write_all(bytes).expect("a socket's buffer is larger");
     theirs.shutdown(Shutdown::Write).expect("connected");
     (ours, theirs)
+}
+
+/// What is wrong with something from outside is told in a line that moves no cursor, whatever words are in it.
+pub(crate) fn told(error: &dyn std::error::Error) {
+    let said = belay_transport::explain(error);
+    assert!(said.chars().count() <= 400 && !said.contains(char::is_control), "{said:?}");
 }
 
 /// A message that was read says the same when it is written and read again, and takes no more bytes than it came in.

@@ -41,14 +41,41 @@ pub(super) fn decode(bytes: &[u8]) -> Option<(Epoch, u64, Vec<u8>, Resend)> {
     let (device_state, after) = rest.split_at_checked(usize::try_from(device_bytes).ok()?)?;
     rest = after;
     let mut resend = Resend::new();
-    if has_left == 1 {
-        resend.released(released);
+    match (has_left, released) {
+        (0, 0) => {}
+        (1, released) => resend.released(released),
+        _ => return None,
     }
+    let mut last = resend.released_up_to();
     for _ in 0..packets {
         let (sequence, len) = (word(&mut rest)?, word(&mut rest)?);
         let (packet, after) = rest.split_at_checked(usize::try_from(len).ok()?)?;
         rest = after;
+        // As they are written: ascending, and none that has left.
+        if last.is_some_and(|last| sequence <= last) {
+            return None;
+        }
+        last = Some(sequence);
         resend.add(Packet { sequence, bytes: packet.to_vec() }).ok()?;
     }
     rest.is_empty().then(|| (Epoch(epoch), pages, device_state.to_vec(), resend))
+}
+
+/// What a fuzz target asks of an image: one that is understood is written again byte for byte.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some((epoch, pages, device_state, resend)) = decode(bytes) {
+        assert!(encode(epoch, pages, &device_state, &resend) == bytes);
+    }
+}
+
+/// An image as it is written, for the corpus.
+#[cfg(test)]
+pub(crate) fn seed() -> Vec<u8> {
+    let mut resend = Resend::new();
+    resend.released(6);
+    for sequence in 7..9 {
+        resend.add(Packet { sequence, bytes: vec![sequence as u8; 40] }).expect("in order");
+    }
+    encode(Epoch(41), 1234, b"device state", &resend)
 }

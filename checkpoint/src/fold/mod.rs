@@ -15,7 +15,7 @@
 
 mod catch;
 mod folder;
-mod image;
+pub(crate) mod image;
 mod target;
 mod unwritten;
 

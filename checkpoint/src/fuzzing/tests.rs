@@ -143,7 +143,12 @@ fn the_corpus_of_arbiter_breaks_no_promise() {
 #[test]
 fn the_corpus_of_journal_breaks_no_promise() {
     let whole = [&[0; 32][..], b"what a source must know to be started again"].concat();
-    let seeds = [("sealed", of(1, &[whole])), ("kept", of(2, &[crate::journal::cell::seed()]))];
+    let seeds = [
+        ("sealed", of(1, &[whole])),
+        ("kept", of(2, &[crate::journal::cell::seed()])),
+        ("image", of(3, &[crate::fold::image::seed()])),
+        ("place", of(4, &[crate::ring::spool::seed()])),
+    ];
     check(&at("journal"), &seeds, journal);
 }
 

@@ -21,7 +21,7 @@
 
 mod in_place;
 mod reader;
-mod spool;
+pub(crate) mod spool;
 mod writer;
 
 pub use in_place::{InPlace, Still};

@@ -51,6 +51,34 @@ impl Place {
     pub(super) fn given_up(self) -> Self {
         Self { used: 0, complete: false, ..self }
     }
+
+    fn encode(&self) -> KeptPlace {
+        KeptPlace {
+            nonce: self.nonce.into(),
+            sequence: self.sequence.into(),
+            consumed: self.consumed.into(),
+            epoch: self.epoch.0.into(),
+            used: (self.used as u64).into(),
+            complete: u64::from(self.complete).into(),
+        }
+    }
+
+    /// `None` for what is no place in overflow memory of `overflow_bytes`.
+    fn decode(bytes: &[u8], overflow_bytes: usize) -> Option<Self> {
+        let kept = KeptPlace::read_from_bytes(bytes).ok()?;
+        Some(Self {
+            nonce: kept.nonce.get(),
+            sequence: kept.sequence.get(),
+            consumed: kept.consumed.get(),
+            epoch: Epoch(kept.epoch.get()),
+            used: usize::try_from(kept.used.get()).ok().filter(|&used| used <= overflow_bytes)?,
+            complete: match kept.complete.get() {
+                0 => false,
+                1 => true,
+                _ => return None,
+            },
+        })
+    }
 }
 
 /// A place as it is kept.
@@ -119,22 +147,8 @@ impl Spool {
     pub(crate) fn over(file: RamFile, state: &KeptState) -> Result<(Self, Option<Place>), SpoolError> {
         let arena = Arena::new(file).map_err(SpoolError::Arena)?;
         let (cell, place) = state.position()?;
-        let damaged = || Damaged { what: "the place in the ring", offset: 0 };
-        let place = match place {
-            None => None,
-            Some(bytes) => {
-                let kept = KeptPlace::read_from_bytes(&bytes).map_err(|_| damaged())?;
-                let used = usize::try_from(kept.used.get()).ok().filter(|&used| used <= arena.len());
-                Some(Place {
-                    nonce: kept.nonce.get(),
-                    sequence: kept.sequence.get(),
-                    consumed: kept.consumed.get(),
-                    epoch: Epoch(kept.epoch.get()),
-                    used: used.ok_or_else(damaged)?,
-                    complete: kept.complete.get() == 1,
-                })
-            }
-        };
+        let damaged = Damaged { what: "the place in the ring", offset: 0 };
+        let place = place.map(|bytes| Place::decode(&bytes, arena.len()).ok_or(damaged)).transpose()?;
         Ok((Self(Memory::Kept(arena, cell)), place))
     }
 
@@ -161,15 +175,24 @@ impl Spool {
     /// Notes the place, where it is kept. Its room was reserved with the file.
     pub(super) fn note(&mut self, place: &Place) {
         let Memory::Kept(_, cell) = &mut self.0 else { return };
-        let kept = KeptPlace {
-            nonce: place.nonce.into(),
-            sequence: place.sequence.into(),
-            consumed: place.consumed.into(),
-            epoch: place.epoch.0.into(),
-            used: (place.used as u64).into(),
-            complete: u64::from(place.complete).into(),
-        };
         cell.reserve(size_of::<KeptPlace>()).expect("a place's room is part of the kept state");
-        cell.write(kept.as_bytes());
+        cell.write(place.encode().as_bytes());
     }
+}
+
+/// What a fuzz target asks of a kept place: one that is understood lies within the overflow memory, and is kept again byte for byte.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    const OVERFLOW_BYTES: usize = 1 << 20;
+    if let Some(place) = Place::decode(bytes, OVERFLOW_BYTES) {
+        assert!(place.used <= OVERFLOW_BYTES);
+        assert_eq!(place.encode().as_bytes(), bytes);
+    }
+}
+
+/// A place as it is kept, for the corpus.
+#[cfg(test)]
+pub(crate) fn seed() -> Vec<u8> {
+    let place = Place { nonce: 7, sequence: 300, consumed: 1 << 20, epoch: Epoch(41), used: 4096, complete: true };
+    place.encode().as_bytes().to_vec()
 }

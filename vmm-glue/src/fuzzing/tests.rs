@@ -1,6 +1,6 @@
 //! The same promises in CI: over each target's corpus, over its inputs changed at random, and over any bytes.
 
-use super::{apart, control, guard, observer, qemu, traces, will};
+use super::{apart, control, guard, kept, observer, qemu, traces, will};
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -26,12 +26,20 @@ fn the_corpus_of_guard_breaks_no_promise() {
 fn the_corpus_of_apart_breaks_no_promise() {
     let mut seeds = crate::kvm::apart::fuzzing::seeds();
     seeds.extend(crate::kvm::state::fuzzing::seeds());
+    seeds.extend(crate::kvm::host_threads::seeds());
     check(&at("apart"), &seeds, apart);
 }
 
 #[test]
 fn the_corpus_of_observer_breaks_no_promise() {
     check(&at("observer"), &crate::witness::fuzzing::seeds(), observer);
+}
+
+#[test]
+fn the_corpus_of_kept_breaks_no_promise() {
+    let mut seeds = crate::migrate::source::keep::fuzzing::seeds();
+    seeds.extend(crate::migrate::release::seeds());
+    check(&at("kept"), &seeds, kept);
 }
 
 #[test]
@@ -58,6 +66,11 @@ proptest! {
     #[test]
     fn no_bytes_of_a_qemu_or_its_relay_break_a_promise(input in changed(corpus(&at("qemu")))) {
         qemu(&input);
+    }
+
+    #[test]
+    fn nothing_that_a_source_keeps_breaks_a_promise(input in changed(corpus(&at("kept")))) {
+        kept(&input);
     }
 
     #[test]

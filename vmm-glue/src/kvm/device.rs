@@ -24,6 +24,9 @@ pub const DOORBELL: u64 = 0x40;
 pub const PACE: u64 = 0x48;
 
 const WORDS: usize = 8;
+/// Steps, and packets, that no guest comes to: a billion a second for nine years. What counts them from a state of another host's cannot
+/// overflow below.
+pub(super) const MOST_STEPS: u64 = 1 << 58;
 
 /// What a guest did that the port does not have.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -112,11 +115,15 @@ impl Port {
         self.lock().guest.clone()
     }
 
-    /// Takes such a state; `false` when it is of a guest with another number of vCPUs.
+    /// Takes such a state; `false` when it is of a guest with another number of vCPUs, or counts what no guest ever comes to.
     pub fn load(&self, state: PortState) -> bool {
         let mut guarded = self.lock();
         let vcpus = guarded.guest.windows.len();
-        let fits = state.windows.len() == vcpus && state.paces.len() == vcpus;
+        let comes_to = |paces: u64| paces.checked_mul(self.batch_steps).is_some_and(|steps| steps <= MOST_STEPS);
+        let fits = state.windows.len() == vcpus
+            && state.paces.len() == vcpus
+            && state.sequence <= MOST_STEPS
+            && state.paces.iter().all(|&paces| comes_to(paces));
         if fits {
             guarded.guest = state;
             guarded.loads += 1;

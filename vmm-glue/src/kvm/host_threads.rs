@@ -6,7 +6,7 @@
 
 use super::bare::{self, BareGuest};
 use super::control::{Control, Waited, Wish};
-use super::device::{Pacer, Port, PortState};
+use super::device::{MOST_STEPS, Pacer, Port, PortState};
 use super::guests::{Filler, GuestSpec, Layout, NONCE_LOG_CAPACITY, Program, rules};
 use super::machine::failed;
 use belay_checkpoint::dirty::DirtySet;
@@ -57,6 +57,25 @@ struct Saved {
     port: PortState,
 }
 
+impl Saved {
+    fn write(&self, out: &mut Vec<u8>) -> Result<(), GuestError> {
+        out.extend(MAGIC);
+        out.extend(VERSION.to_le_bytes());
+        out.extend(postcard::to_stdvec(self).map_err(|error| GuestError::BadState(error.to_string()))?);
+        Ok(())
+    }
+
+    fn read(state: &[u8]) -> Result<Self, GuestError> {
+        let head = [MAGIC.as_slice(), &VERSION.to_le_bytes()].concat();
+        let body = state.strip_prefix(head.as_slice());
+        let body = body.ok_or_else(|| GuestError::BadState("not of host threads, or of another version".into()))?;
+        match postcard::take_from_bytes(body).map_err(|error| GuestError::BadState(error.to_string()))? {
+            (saved, []) => Ok(saved),
+            (_, rest) => Err(GuestError::BadState(format!("{} bytes too many", rest.len()))),
+        }
+    }
+}
+
 struct Shared {
     control: Control,
     port: Port,
@@ -70,8 +89,54 @@ struct Shared {
 }
 
 impl Shared {
+    fn new(
+        spec: &GuestSpec,
+        pattern: rules::Pattern,
+        layout: Layout,
+        memory: Arc<Mapping>,
+        sink: Arc<dyn PacketSink>,
+    ) -> Self {
+        let vcpus = usize::from(spec.vcpus);
+        let mut shared = Self {
+            control: Control::new(vcpus),
+            port: Port::new(spec, sink),
+            spec: spec.clone(),
+            pattern,
+            layout,
+            memory,
+            stopping: AtomicBool::new(true),
+            registers: Vec::new(),
+        };
+        shared.registers = (0..vcpus).map(|_| Mutex::new(shared.first_registers())).collect();
+        shared
+    }
+
     fn registers(&self, vcpu: usize) -> MutexGuard<'_, Registers> {
         self.registers[vcpu].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what another host's threads were at, if these could ever come there.
+    fn load(&self, saved: Saved) -> Result<(), GuestError> {
+        let (got, vcpus) = (saved.registers.len(), self.registers.len());
+        if got != vcpus {
+            return Err(GuestError::BadState(format!("{got} threads; this guest has {vcpus}")));
+        }
+        let most = self.spec.packet_interval_steps / self.spec.batch_steps;
+        if let Some(vcpu) = saved
+            .registers
+            .iter()
+            .position(|registers| registers.step > MOST_STEPS || !(1..=most).contains(&registers.packet_batches_left))
+        {
+            let registers = &saved.registers[vcpu];
+            return Err(GuestError::BadState(format!("thread {vcpu} never comes to {registers:x?}")));
+        }
+        if !self.port.load(saved.port) {
+            return Err(GuestError::BadState("its packet port is of another guest".to_owned()));
+        }
+        for (vcpu, registers) in saved.registers.into_iter().enumerate() {
+            *self.registers(vcpu) = registers;
+        }
+        Ok(())
     }
 
     fn first_registers(&self) -> Registers {
@@ -208,20 +273,9 @@ impl HostGuest {
         let memory = Arc::new(file.map().map_err(failed("mapping guest memory"))?);
         let page_size = file.page_size();
         let blocks = vec![RamBlock { id: RegionId(0), page_size, file, alias, vmm_address: memory.address() }];
-        let vcpus = usize::from(spec.vcpus);
-        let mut shared = Shared {
-            control: Control::new(vcpus),
-            port: Port::new(spec, sink),
-            spec: spec.clone(),
-            pattern,
-            layout,
-            memory,
-            stopping: AtomicBool::new(true),
-            registers: Vec::new(),
-        };
-        shared.registers = (0..vcpus).map(|_| Mutex::new(shared.first_registers())).collect();
+        let shared = Shared::new(spec, pattern, layout, memory, sink);
         let mut guest = Self { shared: Arc::new(shared), threads: Vec::new(), blocks };
-        for vcpu in 0..vcpus {
+        for vcpu in 0..usize::from(spec.vcpus) {
             let shared = guest.shared.clone();
             let spawned = std::thread::Builder::new().name(format!("guest-{vcpu}")).spawn(move || shared.run(vcpu));
             guest.threads.push(spawned.map_err(failed("starting a guest thread"))?);
@@ -249,30 +303,12 @@ impl Guest for HostGuest {
     fn save(&mut self, out: &mut Vec<u8>) -> Result<(), GuestError> {
         self.shared.control.check_paused("save")?;
         let registers = (0..self.shared.registers.len()).map(|vcpu| self.shared.registers(vcpu).clone()).collect();
-        let saved = Saved { registers, port: self.shared.port.save() };
-        out.extend(MAGIC);
-        out.extend(VERSION.to_le_bytes());
-        let bytes = postcard::to_stdvec(&saved).map_err(|error| GuestError::BadState(error.to_string()))?;
-        out.extend(bytes);
-        Ok(())
+        Saved { registers, port: self.shared.port.save() }.write(out)
     }
 
     fn load(&mut self, state: &[u8]) -> Result<(), GuestError> {
         self.shared.control.check_paused("load")?;
-        let head = [MAGIC.as_slice(), &VERSION.to_le_bytes()].concat();
-        let body = state.strip_prefix(head.as_slice());
-        let body = body.ok_or_else(|| GuestError::BadState("not of host threads, or of another version".into()))?;
-        let (saved, rest): (Saved, _) =
-            postcard::take_from_bytes(body).map_err(|error| GuestError::BadState(error.to_string()))?;
-        let vcpus = self.shared.registers.len();
-        if saved.registers.len() != vcpus || !rest.is_empty() || !self.shared.port.load(saved.port) {
-            let got = saved.registers.len();
-            return Err(GuestError::BadState(format!("{got} threads and {} odd bytes; this has {vcpus}", rest.len())));
-        }
-        for (vcpu, registers) in saved.registers.into_iter().enumerate() {
-            *self.shared.registers(vcpu) = registers;
-        }
-        Ok(())
+        self.shared.load(Saved::read(state)?)
     }
 
     fn set_incarnation(&mut self, nonce: u64) -> Result<(), GuestError> {
@@ -351,6 +387,63 @@ impl Drop for HostGuest {
     }
 }
 
+/// What a fuzz target asks of a state: one that is understood is saved again as one that says the same, and threads that are taken go on
+/// from it, or say why not.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(state: &[u8]) {
+    let Ok(saved) = Saved::read(state) else { return };
+    let mut written = Vec::new();
+    saved.write(&mut written).expect("plain data");
+    assert!(written.len() <= state.len());
+    thread_local!(static SHARED: Shared = fuzzed());
+    SHARED.with(|shared| {
+        if shared.load(saved).is_ok() {
+            for vcpu in 0..shared.registers.len() {
+                let (mut registers, mut pacer) = (shared.registers(vcpu).clone(), Pacer::default());
+                for _ in 0..100 {
+                    if shared.do_next(vcpu, &mut registers, &mut pacer).is_err() {
+                        break;
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+fn fuzzed_spec() -> GuestSpec {
+    GuestSpec {
+        memory_bytes: 4 << 20,
+        working_set_bytes: 1 << 20,
+        vcpus: 2,
+        rate_pages_per_s: 0,
+        ..GuestSpec::default()
+    }
+}
+
+/// A guest whose threads are not there: they are asked to do one thing after the other.
+#[cfg(any(test, feature = "fuzzing"))]
+fn fuzzed() -> Shared {
+    let spec = fuzzed_spec();
+    let file = RamFile::memfd("belay-host-threads-fuzz", 4 << 20, belay_transport::PageSize::Small).expect("memory");
+    let memory = Arc::new(file.map().expect("memory"));
+    let (pattern, layout) = (spec.program.pattern().expect("a ledger"), spec.layout().expect("it fits"));
+    Shared::new(&spec, pattern, layout, memory, Arc::new(super::testing::Nowhere))
+}
+
+/// States as they are saved, for the corpus.
+#[cfg(test)]
+pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let shared = fuzzed();
+    let states = |next: Next, step: u64| {
+        let registers = (0..2).map(|_| Registers { next, step, ..shared.first_registers() }).collect();
+        let mut out = vec![3];
+        Saved { registers, port: shared.port.save() }.write(&mut out).expect("plain data");
+        out
+    };
+    vec![("threads-fill", states(Next::Fill(3), 0)), ("threads-note", states(Next::Note(7), 1234))]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -360,7 +453,14 @@ mod tests {
     /// As many threads as there are things that one can do next.
     fn guest() -> HostGuest {
         let bytes = 4 << 20;
-        let spec = GuestSpec { memory_bytes: bytes, working_set_bytes: 1 << 20, vcpus: 6, ..GuestSpec::default() };
+        let packet_interval_steps = 8 * GuestSpec::default().batch_steps;
+        let spec = GuestSpec {
+            memory_bytes: bytes,
+            working_set_bytes: 1 << 20,
+            vcpus: 6,
+            packet_interval_steps,
+            ..GuestSpec::default()
+        };
         let file = Arc::new(RamFile::memfd("belay-test-threads", bytes as usize, PageSize::Small).expect("memory"));
         let alias = Arc::new(file.map().expect("mapped"));
         HostGuest::new(&spec, file, alias, Arc::new(Nowhere)).expect("threads")
@@ -400,6 +500,28 @@ mod tests {
             let mut unknown = bytes.clone();
             unknown[MAGIC.len() + 3] = next.len() as u8;
             assert!(into.load(&unknown).is_err(), "a thing to do next that is not in the file");
+        }
+    }
+    #[test]
+    fn a_state_that_no_thread_comes_to_is_refused_and_leaves_them_where_they_were() {
+        let mut guest = guest();
+        let before = saved(&mut guest);
+        type Lie = fn(&mut Saved);
+        let lies: [Lie; 6] = [
+            |saved| saved.registers[3].packet_batches_left = 0,
+            |saved| saved.registers[3].packet_batches_left = 9,
+            |saved| saved.registers[3].step = u64::MAX,
+            |saved| saved.port.sequence = u64::MAX,
+            |saved| saved.port.paces[3] = u64::MAX / 2,
+            |saved| saved.registers.truncate(5),
+        ];
+        for lie in lies {
+            let (mut told, mut state) = (Saved::read(&before).expect("our own"), Vec::new());
+            lie(&mut told);
+            told.write(&mut state).expect("plain data");
+            let refused = guest.load(&state);
+            assert!(matches!(refused, Err(GuestError::BadState(_))), "{refused:?} of {told:?}");
+            assert_eq!(saved(&mut guest), before);
         }
     }
 }

@@ -6,13 +6,13 @@ mod bare;
 mod control;
 mod device;
 pub mod guests;
-mod host_threads;
+pub(crate) mod host_threads;
 mod ioctl;
 mod machine;
 pub mod registration;
 mod shared;
 pub(crate) mod state;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testing;
 mod tracker_log;
 mod tracker_ring;

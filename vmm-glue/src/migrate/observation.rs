@@ -191,6 +191,9 @@ pub enum Kind {
     Failed { what: String, advice: String },
     /// The process ends.
     Ended { outcome: String, exit_code: u8 },
+    /// Something that a later belay notes and this one knows nothing of, read back: what else it said is not kept.
+    #[serde(other)]
+    Unknown,
 }
 
 /// Takes observations. Cheap to clone; every part of a process shares one.

@@ -3,6 +3,7 @@
 
 use super::observation::monotonic_us;
 use belay_checkpoint::journal::MigrationId;
+use belay_transport::harmless;
 use belay_transport::stop_point::reached;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -55,10 +56,18 @@ impl ReleaseRecord {
     /// The record of a migration, if it was released. One that is there and cannot be read is an error: the guest may have been released.
     pub fn find(state_dir: &Path, migration: MigrationId) -> io::Result<Option<Self>> {
         match fs::read(Self::path(state_dir, &migration.to_string())) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(io::Error::other),
+            Ok(bytes) => Self::parse(&bytes).map(Some),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    fn parse(bytes: &[u8]) -> io::Result<Self> {
+        serde_json::from_slice(bytes).map_err(|error| io::Error::other(harmless(&error.to_string())))
+    }
+
+    fn text(&self) -> io::Result<String> {
+        serde_json::to_string_pretty(self).map_err(io::Error::other)
     }
 
     /// Writes it under `state_dir` and returns once it is on disk, directory entry included; gives the path.
@@ -79,11 +88,36 @@ impl ReleaseRecord {
     fn draft(&self, state_dir: &Path, draft: &Path) -> io::Result<File> {
         fs::create_dir_all(state_dir)?;
         let mut file = File::create(draft)?;
-        file.write_all(serde_json::to_string_pretty(self).map_err(io::Error::other)?.as_bytes())?;
+        file.write_all(self.text()?.as_bytes())?;
         reached("release-unsynced");
         file.sync_all()?;
         File::open(state_dir)
     }
+}
+
+/// What a fuzz target asks of a release record: one that is believed says the same when it is written again.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    match ReleaseRecord::parse(bytes) {
+        Ok(record) => {
+            let written = record.text().expect("plain data");
+            assert_eq!(ReleaseRecord::parse(written.as_bytes()).expect("our own"), record);
+        }
+        Err(error) => crate::fuzzing::told(&error),
+    }
+}
+
+/// A record as it is written, for the corpus.
+#[cfg(test)]
+pub(crate) fn seeds() -> [(&'static str, Vec<u8>); 1] {
+    let record = ReleaseRecord {
+        migration: MigrationId([7; 8]).to_string(),
+        session_nonce: 7,
+        owner_epoch: 3,
+        to: "192.0.2.1:7700".to_owned(),
+        at_us: 1234,
+    };
+    [("release-record", [&[2], record.text().expect("plain data").as_bytes()].concat())]
 }
 
 #[cfg(test)]

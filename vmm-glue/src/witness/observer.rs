@@ -1,7 +1,7 @@
 //! The outside observer: receives what guests emit from whoever holds them, and judges it as the world would.
 //!
 //! ```text
-//! client → server   "BELAYOBS", version u16, label length u16, label       once a connection
+//! client → server   "BELAYOBS", version u16, label length u16, label       once a connection; a label has graphic ASCII characters only
 //! client → server   length u32 (of what follows), sequence u64, bytes      a packet
 //! server → client   sequence u64                                            once the packet is written down
 //! ```
@@ -10,6 +10,7 @@
 mod address;
 mod client;
 mod judge;
+pub mod log;
 mod server;
 
 pub use address::{AddressError, ObserverAddress};
@@ -35,6 +36,13 @@ const MAX_ARRIVALS: usize = 4 << 20;
 const CLIENT_BOUND: Duration = Duration::from_millis(1000);
 /// How long the server lets a client take over the middle of a message.
 const SERVER_BOUND: Duration = Duration::from_secs(10);
+
+/// Whether a sender may be called so: what it says of itself is shown to an operator and stands in a line of the log, so it has no
+/// spaces and nothing that steers a terminal.
+fn is_label(text: &str) -> bool {
+    (1..=MAX_LABEL_BYTES).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
 fn invalid(what: impl fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_string())
 }
@@ -105,7 +113,11 @@ mod tests {
         let hello = |label_len: u16| [MAGIC.as_slice(), &VERSION.to_le_bytes(), &label_len.to_le_bytes()].concat();
         let giant = [hello(1), b"x".to_vec(), u32::MAX.to_le_bytes().to_vec()].concat();
         let short = [hello(1), b"x".to_vec(), 3u32.to_le_bytes().to_vec()].concat();
-        for nonsense in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), hello(u16::MAX), giant, short] {
+        let body = [10u32.to_le_bytes().as_slice(), &[0; 10]].concat();
+        let named = |name: &[u8]| [&hello(name.len() as u16)[..], name, &body].concat();
+        let names = [named(b""), named(b"source 7 00\n9"), named(b"\x1b[2J"), named("höst".as_bytes())];
+        let nonsense = [b"GET / HTTP/1.1\r\n\r\n".to_vec(), hello(u16::MAX), giant, short];
+        for nonsense in nonsense.into_iter().chain(names) {
             let mut stream = TcpStream::connect(&address).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             stream.write_all(&nonsense).unwrap();

@@ -63,6 +63,21 @@ fn answers_are_what_they_were_when_their_version_came_out() {
     }
 }
 
+/// A host is upgraded while its guest is away: what an older command does not know of a newer belay's story takes nothing else from it.
+#[test]
+fn a_status_with_an_event_of_a_later_belay_is_read_without_it() {
+    let whole = answer(Said::Status(Box::new(full())));
+    let text = String::from_utf8(whole[4..].to_vec()).expect("text");
+    let later = text.replacen(r#""event":"noticed","by":"#, r#""event":"danced","with":[1,{"a":null}],"by":"#, 1);
+    assert_ne!(later, text);
+    let Said::Status(status) = parse::<Response>(later.as_bytes()).expect("a status all the same").said else {
+        panic!("a status")
+    };
+    let error = status.last_error.expect("there is one");
+    assert!(matches!(error.story[0].kind, Kind::Unknown), "{:?}", error.story);
+    assert!(matches!(error.story[1].kind, Kind::Failed { .. }), "{:?}", error.story);
+}
+
 /// The names of an enum's cases, as serde has them, from its refusal of one that is none.
 fn cases_of<T: for<'a> Deserialize<'a>>(none: &str) -> Vec<String> {
     let refused = serde_json::from_str::<T>(none).err().expect("it is none").to_string();

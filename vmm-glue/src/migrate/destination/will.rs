@@ -17,6 +17,7 @@
 use super::DestinationError;
 use crate::kvm::apart::{Keeper, Kept};
 use crate::migrate::observation::ObservationId;
+use crate::migrate::protocol::PROTOCOL_VERSION;
 use crate::migrate::settings::Proposal;
 use crate::migrate::switch_map::RegionClasses;
 use belay_checkpoint::guest::GuestError;
@@ -65,6 +66,8 @@ pub enum WillError {
     Version { found: u32 },
     #[error("the will is damaged: {bytes} bytes with checksum {found:#018x}, {said:#018x} was written beside them")]
     Damaged { bytes: usize, found: u64, said: u64 },
+    #[error("the will is of a migration under protocol {found}, {PROTOCOL_VERSION} is spoken here")]
+    Protocol { found: u16 },
     #[error("the will cannot be understood")]
     Malformed(#[source] postcard::Error),
 }
@@ -118,8 +121,10 @@ impl Will {
         if found != said {
             return Err(WillError::Damaged { bytes: len, found, said });
         }
-        match postcard::take_from_bytes(&body).map_err(WillError::Malformed)? {
-            (will, []) => Ok(will),
+        let (will, rest): (Self, _) = postcard::take_from_bytes(&body).map_err(WillError::Malformed)?;
+        match (rest, will.proposal.protocol) {
+            ([], PROTOCOL_VERSION) => Ok(will),
+            ([], found) => Err(WillError::Protocol { found }),
             _ => Err(WillError::NotAWill { bytes }),
         }
     }
@@ -180,7 +185,6 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
 mod tests {
     use super::*;
     use crate::kvm::guests::GuestSpec;
-    use crate::migrate::protocol::PROTOCOL_VERSION;
     use crate::migrate::reattach::Identity;
     use crate::migrate::settings::{ReleasePolicy, VmmSpec};
     use belay_transport::RegionId;
@@ -274,6 +278,9 @@ mod tests {
         assert!(matches!(read(&short), Err(WillError::NotAWill { .. })));
         mapping.write(8, &2_u32.to_le_bytes());
         assert!(matches!(read(&file), Err(WillError::Version { found: 2 })));
+        let other = PROTOCOL_VERSION + 1;
+        let agreed = Will { proposal: Proposal { protocol: other, ..will().proposal }, ..will() };
+        assert!(matches!(read(&file_of(&agreed)), Err(WillError::Protocol { found }) if found == other));
         short.map().expect("map").zero(0, PAGE_SIZE);
         assert!(matches!(read(&short), Err(WillError::NotAWill { .. })), "nothing was ever written");
     }

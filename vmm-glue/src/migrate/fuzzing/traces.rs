@@ -1,29 +1,24 @@
-//! Both kinds of recording as files, under any bytes.
+//! Recordings as files, under any bytes: of faults, of what a guest wrote, and of what an observer saw.
 
+use crate::fuzzing::told;
 use crate::migrate::faults::FaultTrace;
 use crate::migrate::faults::file as faults;
-use belay_checkpoint::json_lines::LinesError;
 use belay_checkpoint::policy::trace::Trace;
 use belay_checkpoint::policy::trace::file as writes;
 
 pub(crate) fn traces(data: &[u8]) {
     let Some((mode, bytes)) = data.split_first() else { return };
-    match mode % 2 {
+    match mode % 3 {
         0 => match faults::read(bytes) {
             Ok(trace) => of_faults(&trace),
             Err(error) => told(&error),
         },
-        _ => match writes::read(bytes) {
+        1 => match writes::read(bytes) {
             Ok(trace) => of_writes(&trace, bytes.len()),
             Err(error) => told(&error),
         },
+        _ => crate::witness::observer::log::fuzz(bytes),
     }
-}
-
-/// What is wrong is told in a line that moves no cursor, whatever words the file has.
-fn told(error: &LinesError) {
-    let said = error.to_string();
-    assert!(said.chars().count() <= 400 && !said.contains(char::is_control), "{said:?}");
 }
 
 /// Every fault is of memory and a shard that are there, in the order of time, and the trace reads back as it is written.
@@ -74,5 +69,6 @@ pub(crate) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let busy = Stretch { lasts: Duration::from_micros(1003), outputs: 2, runs: vec![(17, 4), (0, 1)] };
     let idle = Stretch { lasts: Duration::from_millis(20), ..Stretch::default() };
     [busy, idle].into_iter().for_each(|stretch| writer.write(stretch).expect("memory"));
-    vec![("faults", of_faults), ("writes", of_writes)]
+    let seen = [vec![2], crate::witness::observer::log::seed()].concat();
+    vec![("faults", of_faults), ("writes", of_writes), ("seen", seen)]
 }

@@ -4,7 +4,7 @@
 //! with it; the journal is there all the same, because a release has to be on disk before it is said.
 
 use super::SourceError;
-use crate::migrate::protocol;
+use crate::migrate::protocol::{self, PROTOCOL_VERSION};
 use crate::migrate::reattach::Identity;
 use crate::migrate::release::{ReleaseError, ReleaseRecord};
 use crate::migrate::settings::Proposal;
@@ -26,6 +26,8 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod golden;
 
@@ -43,6 +45,13 @@ pub struct Written {
     pub memory: Option<PathBuf>,
     /// Whatever else whoever starts a source again wants to know (the command's options).
     pub extra: Vec<u8>,
+}
+
+impl Written {
+    /// What was agreed on, if it is another migration protocol than this program's.
+    fn other_protocol(&self) -> Option<u16> {
+        self.proposal.as_ref().map(|proposal| proposal.protocol).filter(|&found| found != PROTOCOL_VERSION)
+    }
 }
 
 /// What moves: in kept memory.
@@ -71,6 +80,9 @@ pub enum KeepError {
     Region(#[from] RegionError),
     #[error("the memory of migration {id} is damaged: {what}")]
     Damaged { id: MigrationId, what: String },
+    /// What it was agreed under is not spoken here: nobody could go on with its destination.
+    #[error("migration {id} was agreed on under migration protocol {found}, {PROTOCOL_VERSION} is spoken here")]
+    OtherProtocol { id: MigrationId, found: u16 },
     #[error("nothing is left of migration {id} to be taken over: {why}")]
     NothingLeft { id: MigrationId, why: String },
     #[error("there is nothing to take over under {}", .0.display())]
@@ -170,6 +182,9 @@ impl Keep {
             // It stands without any memory, and before it.
             let released = Some(OwnerEpoch(record.owner_epoch));
             return Ok(Self { state_dir, journal, identity, written, released, memory: None, marked: None });
+        }
+        if let Some(found) = written.other_protocol() {
+            return Err(KeepError::OtherProtocol { id, found });
         }
         let Some(path) = &written.memory else {
             return Err(nothing(
@@ -559,5 +574,32 @@ impl Guest for GivenAway {
 
     fn device_writes(&mut self, _: &mut DirtySet) -> Result<(), GuestError> {
         Self::refuse("asking for device writes")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migrate::golden::proposal;
+
+    #[test]
+    fn a_migration_under_another_protocol_is_not_taken_over_and_stays_as_it_was() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let identity = Identity::random().expect("randomness");
+        let journal = |proposal: Proposal| {
+            let mut keep = Keep::begin(directory.path(), None, identity).expect("begun");
+            keep.agree("192.0.2.1:7700".to_owned(), proposal, &[], Vec::new()).expect("agreed");
+            std::fs::read(keep.journal.path()).expect("written")
+        };
+        let other = PROTOCOL_VERSION + 1;
+        let before = journal(Proposal { protocol: other, ..proposal() });
+        let error = Keep::take_over(directory.path(), Some(identity.migration)).expect_err("nobody speaks it");
+        assert!(matches!(error, KeepError::OtherProtocol { found, .. } if found == other), "{error}");
+        let (journal, _) = Journal::open(directory.path(), identity.migration).expect("it is free again");
+        assert_eq!(std::fs::read(journal.path()).expect("still there"), before);
+        // Of one that was released nothing is said to anybody: the record stands.
+        ReleaseRecord::new(identity.migration, 7, 3, String::new()).write(directory.path()).expect("written");
+        drop(journal);
+        assert!(Keep::take_over(directory.path(), Some(identity.migration)).expect("released").is_released());
     }
 }

@@ -17,8 +17,8 @@ fn due(bytes: &[u8]) -> Vec<(u64, &[u8])> {
     if bytes.len() >= 12 && &bytes[..8] == MAGIC && bytes[8..10] == VERSION.to_le_bytes() {
         let label = usize::from(u16::from_le_bytes([bytes[10], bytes[11]]));
         let mut rest = bytes.get(12 + label..).unwrap_or_default();
-        let named =
-            label <= MAX_LABEL_BYTES && bytes.get(12..12 + label).is_some_and(|name| str::from_utf8(name).is_ok());
+        let named = (1..=MAX_LABEL_BYTES).contains(&label)
+            && bytes.get(12..12 + label).is_some_and(|name| name.iter().all(u8::is_ascii_graphic));
         while named && let Some((length, after)) = rest.split_first_chunk::<4>() {
             let length = u32::from_le_bytes(*length) as usize;
             if !(8..=8 + MAX_PACKET_BYTES).contains(&length) || after.len() < length {

@@ -2,7 +2,9 @@
 
 use super::address::{ObserverAddress, Stream};
 use super::judge::{OutputFault, Seen, Verdict, judge};
-use super::{MAGIC, MAX_ARRIVALS, MAX_CONNECTIONS, MAX_LABEL_BYTES, MAX_PACKET_BYTES, SERVER_BOUND, VERSION, invalid};
+use super::{
+    MAGIC, MAX_ARRIVALS, MAX_CONNECTIONS, MAX_LABEL_BYTES, MAX_PACKET_BYTES, SERVER_BOUND, VERSION, invalid, is_label,
+};
 use belay_transport::Deadline;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
@@ -222,7 +224,8 @@ pub(super) fn serve(mut stream: Stream, shared: &Shared) -> io::Result<()> {
     }
     let mut label = vec![0; usize::from(label_len)];
     read_whole(&mut stream, &mut label, false, shared)?;
-    let sender: Arc<str> = String::from_utf8(label).map_err(invalid)?.into();
+    let sender = String::from_utf8(label).ok().filter(|label| is_label(label));
+    let sender: Arc<str> = sender.ok_or_else(|| invalid("a sender without a name that can be shown"))?.into();
     loop {
         let mut len = [0; 4];
         read_whole(&mut stream, &mut len, true, shared)?;

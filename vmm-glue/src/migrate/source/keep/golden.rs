@@ -11,7 +11,7 @@ use belay_checkpoint::ownership::source::{CatchStep, Lease, Resuming, Serving};
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 const IDENTITY: Identity = Identity { migration: MigrationId([0x3d; 8]), secret: Secret([0x5e; 32]) };
 
-fn written() -> [(&'static str, Written); 2] {
+pub(super) fn written() -> [(&'static str, Written); 2] {
     let begun = Written {
         identity: IDENTITY,
         to: String::new(),
@@ -49,7 +49,7 @@ fn what_a_journal_holds_is_as_it_was_when_its_version_came_out() {
     }
 }
 
-fn marks() -> Vec<(&'static str, Marked)> {
+pub(super) fn marks() -> Vec<(&'static str, Marked)> {
     let (mode, owner_epoch) = (OutputMode::Lease, OwnerEpoch(3));
     let serving = |mode, lease| Serving {
         mode,
