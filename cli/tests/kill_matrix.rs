@@ -256,7 +256,7 @@ mod kvm {
         if !can_soak("lies") {
             return;
         }
-        let lies = "lost-packet,contradiction,forged-packet,wrong-page,unchecked,lost-commit,two-owners,stale-output,released,other-exit-code,left-behind,empty-guest";
+        let lies = "lost-packet,contradiction,forged-packet,wrong-page,unchecked,lost-commit,two-owners,stale-output,released,other-exit-code,left-behind,empty-guest,other-tls";
         all_found_out("local/pull/destination-kill/11", lies);
     }
 

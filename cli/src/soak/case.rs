@@ -233,6 +233,8 @@ pub struct Script {
     pub guest_seed: u64,
     /// How whoever dies is replaced.
     pub takeover: Option<Takeover>,
+    /// Both hosts have certificates: half of the runs that a network carries.
+    pub tls: bool,
 }
 
 impl Case {
@@ -268,6 +270,7 @@ impl Case {
             !matches!(self.phase, Phase::Prepare | Phase::Switch | Phase::Handover | Phase::Tethered | Phase::Release);
         let apart = draw(3) == 0 || matches!(self.strike, Strike::ServerKill | Strike::ServerTakeover);
         let (tracker, guest_seed) = (TRACKERS[draw(TRACKERS.len() as u64) as usize], 1 + draw(1 << 40));
+        let takeover = Takeover::draw(self, &moment, &mut draw);
         Script {
             moment,
             delay_ms,
@@ -276,7 +279,8 @@ impl Case {
             apart,
             tracker,
             guest_seed,
-            takeover: Takeover::draw(self, &moment, draw),
+            takeover,
+            tls: self.fabric == FabricChoice::Tcp && draw(2) == 0,
         }
     }
 
@@ -341,6 +345,9 @@ mod tests {
                 for strike in strikes(phase, fabric) {
                     assert!(these.iter().any(|case| case.strike == strike), "{fabric} {phase} {strike}");
                 }
+                let encrypted = these.iter().filter(|case| case.script().tls).count();
+                let both_ways = (2..=9).contains(&encrypted);
+                assert!(both_ways || fabric == FabricChoice::Local && encrypted == 0, "{fabric} {phase} {encrypted}");
             }
         }
     }

@@ -35,6 +35,8 @@ pub enum Lie {
     LeftBehind,
     /// The guest had hardly any content.
     EmptyGuest,
+    /// The hosts spoke in clear where they should have encrypted, or the other way round.
+    OtherTls,
     /// There was no second migration.
     NoSecond,
     /// It did not end well.
@@ -141,6 +143,13 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
         Lie::Released => evidence.released = true,
         Lie::OtherExitCode => evidence.source.exit = Some(0),
         Lie::LeftBehind => evidence.left.push("process 7: belay vmm".to_owned()),
+        Lie::OtherTls => {
+            for event in &mut evidence.destination.events {
+                if let Kind::Connected { tls, .. } = &mut event.kind {
+                    *tls = !*tls;
+                }
+            }
+        }
         Lie::NoSecond => evidence.second = None,
         Lie::SecondFailed => {
             if let Some(second) = &mut evidence.second {

@@ -18,6 +18,9 @@ const KEPT: Duration = Duration::from_millis(300);
 /// A lease that no run waits for.
 const LONG_LEASE: Duration = Duration::from_secs(10);
 
+/// Whom the certificates are of.
+pub const SOURCE_AND_DESTINATION: [&str; 2] = ["source", "destination"];
+
 /// A file of the run.
 pub fn path(name: &str) -> PathBuf {
     Path::new(stage::PLACE).join(name)
@@ -60,7 +63,16 @@ impl Launch<'_> {
         let mut command = belay(&["receive", "--json", "--listen", listen, "--state-dir", &state])?;
         command.args(["--fabric", &self.case.fabric.to_string(), "--drive", "kvm", "--check"]);
         command.args(["--run-on", &self.pace.ms(RUN_ON)]);
+        self.certify(&mut command, SOURCE_AND_DESTINATION[1], SOURCE_AND_DESTINATION[0]);
         Ok(command)
+    }
+
+    /// What a process proves itself with, and what its peer has to. A source that takes over has it from the journal.
+    fn certify(&self, command: &mut Command, own: &str, peer: &str) {
+        if self.script.tls {
+            command.arg("--cert").arg(path(&format!("{own}.crt"))).arg("--key").arg(path(&format!("{own}.key")));
+            command.arg("--peer-cert").arg(path(&format!("{peer}.crt")));
+        }
     }
 
     /// The destination of the run.
@@ -105,6 +117,7 @@ impl Launch<'_> {
             true => "never".to_owned(),
             false => "when-landed".to_owned(),
         });
+        self.certify(&mut command, SOURCE_AND_DESTINATION[0], SOURCE_AND_DESTINATION[1]);
         if takeover.is_some_and(|takeover| takeover.keeps_memory(self.case.strike)) {
             std::fs::create_dir_all(memory())?;
             command.arg("--memory-dir").arg(memory());
@@ -139,6 +152,7 @@ impl Launch<'_> {
         command.args(["--memory", "16M", "--working-set", "4M", "--ring", "4M", "--run-before", "0ms"]);
         command.args(["--run-on", &self.pace.ms(RUN_ON), "--seed", &(self.script.guest_seed + 1).to_string()]);
         command.args(self.pace.words(LONG_LEASE)).args(["--release", "when-landed"]);
+        self.certify(&mut command, SOURCE_AND_DESTINATION[0], SOURCE_AND_DESTINATION[1]);
         if self.script.takeover.as_ref().is_some_and(|takeover| takeover.keeps_memory(self.case.strike)) {
             command.arg("--memory-dir").arg(memory());
         }

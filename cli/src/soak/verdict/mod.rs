@@ -108,6 +108,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
     let mut wrong = Vec::new();
     let home = home(evidence, &mut wrong);
     safety(evidence, home, &mut wrong);
+    secrecy(evidence, &mut wrong);
     second(evidence, &mut wrong);
     let void = match evidence.came {
         Err(why) => Some(why.to_owned()),
@@ -251,6 +252,16 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
 }
 
 /// Whatever became of the guest, the next one moves: the directories of the first are as good as new ones.
+/// Whoever has certificates speaks TLS with whoever it meets, and nobody else does.
+fn secrecy(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
+    let meant = evidence.case.script().tls;
+    for (who, said) in [("source", &evidence.source), ("destination", &evidence.destination)] {
+        if said.said(|kind| matches!(kind, Kind::Connected { tls, .. } if *tls != meant)) {
+            wrong.push(format!("the {who} spoke {}", if meant { "in clear" } else { "TLS without certificates" }));
+        }
+    }
+}
+
 fn second(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
     let Some(Second { source, destination }) = &evidence.second else {
         if evidence.came.is_ok() && evidence.case.is_followed() {
