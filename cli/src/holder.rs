@@ -7,9 +7,10 @@ use crate::report;
 use belay_checkpoint::guest::{Guest, GuestError, Packet, PacketSink, TrackerKind};
 use belay_checkpoint::outbox::{Bounds, Emitter, Outbox};
 use belay_checkpoint::tracker::write_protection;
+use belay_transport::pages::PageStates;
 use belay_transport::region::RamFile;
 use belay_transport::uffd::{Features, OpenMode, Uffd};
-use belay_transport::{Deadline, RegionId};
+use belay_transport::{Deadline, RegionId, explain};
 use belay_vmm_glue::guard::{GuardCommand, GuardError, LifePage};
 use belay_vmm_glue::kvm::apart::{Estate, FaultSource, Keeper, RemoteGuest, VmmFaults};
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
@@ -21,8 +22,9 @@ use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
 use belay_vmm_glue::migrate::status::Board;
+use belay_vmm_glue::witness::model::ModelError;
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
-use belay_vmm_glue::witness::proof;
+use belay_vmm_glue::witness::proof::{self, CheckError};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -86,6 +88,10 @@ pub fn default_run_dir() -> PathBuf {
 
 /// How long a guest may take to come to a point where it can be checked.
 const PARK_BOUND: Duration = Duration::from_secs(20);
+/// How long a fenced guest is asked to stand still, which it does already unless it waits for a page.
+const STILL_BOUND: Duration = Duration::from_millis(200);
+/// Said of a fenced guest whose memory could not be looked at.
+pub const NOT_COMPARED: &str = "not-compared";
 /// How long a guest may take to fill its memory.
 const FILL_BOUND: Duration = Duration::from_secs(120);
 
@@ -309,11 +315,49 @@ impl Held {
             None,
             Kind::Checked {
                 pages: checked.comparison.pages_compared,
+                not_compared: None,
                 wrong_pages: checked.comparison.pages_different,
                 steps: checked.steps.clone(),
                 nonces: nonces.collect(),
                 issued: self.nonces.clone(),
                 detail,
+                took_us: us(begun.elapsed()),
+            },
+        );
+        good
+    }
+
+    /// Compares what a fenced guest has of its memory, of which `states` tells, and notes what was found: whoever promotes it, or tethers it again,
+    /// runs it with that. False where a byte is not what it must be; what cannot be looked at is said to be so, and is not held against it.
+    pub fn check_fenced(&self, states: &PageStates, observer: &Observer) -> bool {
+        let begun = Instant::now();
+        let checked = match proof::check_stopped(&self.guest, &self.nonces, states, Deadline::after(STILL_BOUND)) {
+            Ok(checked) => checked,
+            // What it says of itself lies in the memory that is in question.
+            Err(error @ CheckError::Model(ModelError::Nonce(_))) => {
+                report::failed(observer, &error, "The fenced guest's memory is not what it must be.");
+                return false;
+            }
+            Err(error) => {
+                observer.note(None, Kind::State { state: NOT_COMPARED.to_owned(), why: explain(&error) });
+                return true;
+            }
+        };
+        let good = checked.comparison.is_equal();
+        observer.note(
+            None,
+            Kind::Checked {
+                pages: checked.comparison.pages_compared,
+                not_compared: Some(checked.comparison.pages_not_compared),
+                wrong_pages: checked.comparison.pages_different,
+                steps: checked.steps.clone(),
+                nonces: checked
+                    .nonces
+                    .iter()
+                    .map(|log| log.iter().map(|seen| (seen.step, seen.nonce)).collect())
+                    .collect(),
+                issued: self.nonces.clone(),
+                detail: if good { String::new() } else { checked.comparison.to_string() },
                 took_us: us(begun.elapsed()),
             },
         );

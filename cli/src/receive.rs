@@ -15,6 +15,7 @@ use crate::{descriptors, fabric, logs, qemu, report, signals, takeover};
 use belay_checkpoint::guest::GuestError;
 use belay_checkpoint::staging::Staging;
 use belay_transport::session::{Address, Listener};
+use belay_vmm_glue::kvm::SharedGuest;
 use belay_vmm_glue::kvm::apart::Estate;
 use belay_vmm_glue::migrate::destination::{
     self, DestinationConfig, DestinationError, Ended, Inherited, Outcome, WillError,
@@ -83,7 +84,7 @@ pub struct ReceiveArgs {
     /// After a release: end this long after it (without this the guest runs until a signal)
     #[arg(long, value_name = "TIME")]
     run_on: Option<Span>,
-    /// At the end compare all of guest RAM with what it must be
+    /// At the end compare all of guest RAM with what it must be; of a guest that is fenced what is here of it
     #[arg(long)]
     check: bool,
     /// Freeze this process (SIGSTOP) when it comes to a stop point for the N-th time (for tests)
@@ -311,7 +312,26 @@ fn receive(args: &ReceiveArgs, board: &Arc<Board>, observer: &Observer) -> Exit 
             let held = Held { guest, spec, nonces };
             held.run_on(args.run_on, args.check, &output, words, observer, Exit::Done)
         }
-        other => not_owned(args, other, observer),
+        other => match (&other, &host.built) {
+            (Ok(fenced @ Ended { outcome: Outcome::Fenced, .. }), Some(guest))
+                if args.check && !holds(fenced, guest, observer) =>
+            {
+                not_owned(args, other, observer);
+                Exit::CheckFailed
+            }
+            _ => not_owned(args, other, observer),
+        },
+    }
+}
+
+/// Whether what a fenced guest has of its memory is what it must be, as far as it can be looked at.
+fn holds(fenced: &Ended, guest: &SharedGuest, observer: &Observer) -> bool {
+    match (&fenced.states, &fenced.spec) {
+        (Some(states), Some(VmmSpec::Kvm(spec))) => {
+            let held = Held { guest: guest.clone(), spec: spec.clone(), nonces: fenced.nonces.clone() };
+            held.check_fenced(states, observer)
+        }
+        _ => true,
     }
 }
 

@@ -231,6 +231,10 @@ pub fn sentence(kind: &Kind) -> Option<String> {
         }
         Kind::ReleaseRecorded { path } => format!("release written to {path}: this host will never resume this guest"),
         Kind::Released { total_us } => format!("released; the migration took {}", time(*total_us)),
+        Kind::Checked { pages, not_compared: Some(left), wrong_pages: 0, took_us, .. } => format!(
+            "checked the {pages} pages that the fenced guest has (of {left} nothing can be said) in {}: every byte is what it must be",
+            time(*took_us)
+        ),
         Kind::Checked { pages, wrong_pages: 0, took_us, .. } => {
             format!("checked all {pages} pages of RAM in {}: every byte is what it must be", time(*took_us))
         }

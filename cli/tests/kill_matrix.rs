@@ -134,6 +134,13 @@ mod kvm {
         let meant = |(name, landed): &(String, &Value)| kill(name) && landed.to_string().contains("fold-");
         assert!(in_folds.iter().all(meant), "{in_folds:?}");
         assert_eq!(sum["kills_after_folding"], in_folds.len(), "{in_folds:?}");
+        // A guest that is fenced in the end was compared as far as it is there; one that is gone with its process counts as nothing but that.
+        let fenced: Vec<_> = runs.iter().filter(|run| run["outcome"] == "held" && run["home"] == "fenced").collect();
+        let compared = |run: &&&Value| run["fenced"]["pages"]["pages"].as_u64() > Some(0);
+        assert_eq!(fenced.iter().filter(compared).count(), fenced.len(), "{fenced:#?}");
+        let whole = |run: &&Value| run["fenced"]["pages"]["not_there"] == 0;
+        assert!(fenced.iter().any(&whole) && !fenced.iter().all(whole), "{fenced:#?}");
+        assert!(sum["fenced_compared"].as_u64() >= Some(fenced.len() as u64), "{sum}");
         // Whatever the first one came to, the same directories serve a second migration.
         for end in ["caught", "not-moved", "owner", "fenced", "with-its-host"] {
             assert!(sum["second_after"][end].as_u64() >= Some(1), "after {end}: {}", sum["second_after"]);
@@ -162,6 +169,64 @@ mod kvm {
             // By a source that has shut it out, not by a bound of its own that ran out.
             assert!(!why.is_empty() && !why.contains("within"), "{case}: {why}");
             all_found_out(case, "unsaid-refusal,other-refusal,stale-output,contradiction,lost-commit");
+        }
+    }
+
+    /// Seeds whose strike lands when a catch has the first page of what it found in the ring in guest RAM, and no more of it: the first of them has
+    /// whoever takes over killed there too.
+    const IN_THE_FOLD: [u64; 2] = [20, 36];
+
+    #[test]
+    fn a_soak_in_which_a_process_dies_while_a_catch_folds_loses_nothing_that_had_committed() {
+        if !can_soak("deaths in a catch's fold") {
+            return;
+        }
+        let strikes = [
+            "source-takeover",
+            "source-kill",
+            "destination-kill",
+            "host-kill",
+            "server-kill",
+            "server-takeover",
+            "guard-kill",
+        ];
+        let case = |fabric, strike, seed| format!("{fabric}/catch/{strike}/{seed}");
+        let of = |fabric| strikes.iter().flat_map(move |strike| IN_THE_FOLD.map(|seed| case(fabric, strike, seed)));
+        let cases: Vec<String> = of("local").chain(of("tcp")).collect();
+        let arguments = cases.iter().flat_map(|case| ["--case", case]).chain(["--jobs", "2"]).collect::<Vec<_>>();
+        let (code, runs, _) = soak(&arguments);
+        assert_eq!(code, 0, "{}", failures(&runs));
+        for case in &cases {
+            let run = runs.iter().find(|run| run["outcome"] == "held" && named(run) == *case).expect("it held");
+            assert_eq!(run["landed"], "stopped at catch-folding number 1", "{case}");
+            if case.contains("/source-kill/") {
+                // The guest has gone with whoever had shut the destination out, and no other may run it.
+                assert!(run["caught_epoch"].is_null() && run["home"] != "owner", "{case}: {run}");
+                continue;
+            }
+            // That nothing is missing of what the destination was told had committed, and that the guest's memory is whole, is part of holding.
+            assert_eq!(run["home"], "caught", "{case}: {run}");
+            assert!(
+                run["recovered_pages"].as_u64() > Some(0) && run["caught_epoch"].as_u64() >= Some(3),
+                "{case}: {run}"
+            );
+            let took_over = case.contains("/source-takeover/");
+            assert_eq!(run["succession"] == "caught", took_over || case.contains("/server-takeover/"), "{case}: {run}");
+            assert_eq!(run["killed_again"], took_over && case.ends_with("/20"), "{case}: {run}");
+        }
+        all_found_out(
+            "tcp/catch/source-takeover/20",
+            "lost-commit,wrong-page,unchecked,nobody-took-over,nothing-to-fold",
+        );
+    }
+
+    #[test]
+    fn every_lie_about_what_a_fenced_guest_has_is_found_out_by_its_verdict() {
+        if !can_soak("lies about fenced guests") {
+            return;
+        }
+        for case in ["tcp/tethered/source-kill/1", "local/pull/source-kill/1"] {
+            all_found_out(case, "wrong-page,unchecked,uncompared,forged-packet,stale-output,lost-packet");
         }
     }
 

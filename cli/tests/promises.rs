@@ -5,9 +5,11 @@ mod running;
 #[path = "running/cut.rs"]
 mod cut;
 
+use belay_vmm_glue::kvm::guests::GuestSpec;
 use cut::{BACK, Link, THERE};
 use running::{BELAY, Place, Process, has_kvm, is_running, kill};
 use serde_json::Value;
+use std::os::unix::fs::FileExt;
 
 /// What the observer saw arrive: who sent it, which packet, and what was in it.
 #[derive(Debug)]
@@ -323,6 +325,59 @@ mod kvm {
         let held = road.destination.events("pull").filter_map(|event| event["held_packets"].as_u64()).max();
         assert!(held < Some(65_536), "{held:?}");
         road.expect_good_end();
+    }
+
+    /// Of a guest whose source has died: what it has is compared when its operator gives it up; `change` is made to its memory before.
+    fn fence_and_compare(receive: &[&str], whole: bool, change: Option<usize>) -> (i32, Value) {
+        let mut road = Road::start("tcp", &[receive, &["--check"]].concat(), &["--release", "never"]);
+        match whole {
+            true => drop(road.destination.wait_for_event("all-landed")),
+            false => road.await_mid_pull(30),
+        }
+        road.source.crash();
+        road.destination.wait_for_state("fenced");
+        if let Some(place) = change {
+            // Guest RAM is the one file in memory of that size that the destination has open.
+            let descriptors = std::fs::read_dir(format!("/proc/{}/fd", road.destination.pid())).unwrap().flatten();
+            let ram = descriptors.map(|entry| entry.path()).find(|path| {
+                let is_memory = std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().contains("memfd"));
+                is_memory && std::fs::metadata(path).is_ok_and(|file| file.len() == 32 << 20)
+            });
+            let ram = std::fs::File::options().read(true).write(true).open(ram.expect("it has guest RAM")).unwrap();
+            let mut byte = [0];
+            ram.read_exact_at(&mut byte, place as u64).unwrap();
+            ram.write_all_at(&[byte[0] ^ 1], place as u64).unwrap();
+        }
+        road.destination.signal(libc::SIGTERM);
+        let code = road.destination.end();
+        let checked = road.destination.events("checked").last().cloned().unwrap_or_default();
+        assert!(checked["pages"].as_u64() > Some(0), "it never looked: {}", road.destination.story());
+        assert_eq!(checked["not_compared"].as_u64() == Some(0), whole, "{checked}");
+        drop(road.observer);
+        drop(road.destination);
+        road.place.expect_nothing_left();
+        (code, checked)
+    }
+
+    #[test]
+    fn p3_what_a_fenced_guest_has_is_what_its_steps_make_of_it_and_one_byte_that_is_not_is_found() {
+        needs_kvm!("p3");
+        let layout =
+            GuestSpec { memory_bytes: 32 << 20, working_set_bytes: 8 << 20, ..GuestSpec::default() }.layout().unwrap();
+        let held: &[&str] = &["--hold-pull-at", "40"];
+        let apart: &[&str] = &["--hold-pull-at", "40", "--vmm", "apart"];
+        for (receive, whole) in [(held, false), (apart, false), (&[], true)] {
+            let (code, checked) = fence_and_compare(receive, whole, None);
+            assert_eq!((code, &checked["wrong_pages"]), (11, &0.into()), "{receive:?}: {checked}");
+        }
+        // A page that it runs from is there whatever was pulled; the last one where everything was.
+        let (text, last) = (layout.text().offset() + 4000, (32 << 20) - 1);
+        for (receive, whole, place) in [(held, false, text), (&[], true, last)] {
+            let (code, checked) = fence_and_compare(receive, whole, Some(place));
+            assert_eq!((code, &checked["wrong_pages"]), (20, &1.into()), "{receive:?}: {checked}");
+            let page = format!("(page {})", place / 4096);
+            assert!(checked["detail"].as_str().unwrap().contains(&page), "{page}: {checked}");
+        }
     }
 
     #[test]

@@ -1,8 +1,12 @@
-//! Starvation: too little memory, no room for the release record, hardly any descriptors, one CPU, clocks that disagree. Each ends in a
-//! named state, and nothing is lost.
+//! Starvation: too little memory, no room where state is written, hardly any descriptors, one CPU, clocks that disagree. Each ends in a
+//! named state, and nothing is lost: whoever has the guest has compared its memory, and an observer that starves of nothing has seen of it what one
+//! machine that never failed would have shown.
 
 mod running;
 
+use belay_vmm_glue::migrate::observation::{Kind, Observation};
+use belay_vmm_glue::witness::model::{Model, NonceSeen};
+use belay_vmm_glue::witness::observer::{Seen, distinct};
 use running::{BELAY, BOUND, Place, Process, has_kvm};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -13,10 +17,12 @@ use std::time::Instant;
 /// arguments.
 type Before<'a> = &'a [&'a str];
 
-/// Two roles that were started with something before them.
+/// Two roles that were started with something before them, and who looks on.
 struct Roles {
     source: Process,
     destination: Process,
+    observer: Process,
+    packets: PathBuf,
 }
 
 const GUEST: [&str; 8] = ["--memory", "32M", "--drive", "kvm", "--run-before", "10ms", "--ring", "4M"];
@@ -33,27 +39,38 @@ fn start(place: &Place, before: Before<'_>, arguments: &[&str]) -> Process {
     }
 }
 
-/// Starts a destination and then a source; the source is not started when the destination ended before it could listen.
-fn roles(
-    place: &Place,
-    of_destination: Before<'_>,
-    of_source: Before<'_>,
-    send: &[&str],
-) -> (Process, Option<Process>) {
+/// What a side is started with: before `belay` and behind what every run has.
+#[derive(Clone, Copy, Default)]
+struct With<'a> {
+    before: Before<'a>,
+    more: &'a [&'a str],
+}
+
+/// Starts an observer, a destination and then a source; the source is not started when the destination ended before it could listen.
+fn roles(place: &Place, of_destination: With<'_>, of_source: With<'_>) -> (Process, Process, Option<Process>) {
+    let output = format!("unix:{}", place.text("observer.sock"));
+    let mut observer = place.belay(&["observe", "--json", "--listen", &output, "--log", &place.text("packets")]);
+    observer.wait_for_event("listening");
     let state = place.text("destination");
     let receive = ["receive", "--json", "--listen", "127.0.0.1:0", "--drive", "kvm", "--state-dir", &state];
-    let mut destination = start(place, of_destination, &[&receive[..], &SHORT].concat());
-    let Some(listening) = destination.wait_for_event_or_end("listening") else { return (destination, None) };
+    let receive = [&receive[..], &["--output-to", &output], &SHORT, of_destination.more].concat();
+    let mut destination = start(place, of_destination.before, &receive);
+    let Some(listening) = destination.wait_for_event_or_end("listening") else { return (observer, destination, None) };
     let to = listening["address"].as_str().unwrap().to_owned();
     let state = place.text("source");
-    let first = ["send", "--json", "--to", &to, "--state-dir", &state];
-    let source = start(place, of_source, &[&first[..], &GUEST, &SHORT, send].concat());
-    (destination, Some(source))
+    let send = ["send", "--json", "--to", &to, "--state-dir", &state, "--output-to", &output];
+    let source = start(place, of_source.before, &[&send[..], &GUEST, &SHORT, of_source.more].concat());
+    (observer, destination, Some(source))
 }
 
 fn both(place: &Place, of_destination: Before<'_>, of_source: Before<'_>, send: &[&str]) -> Roles {
-    let (destination, source) = roles(place, of_destination, of_source, send);
-    Roles { source: source.expect("the destination listens"), destination }
+    both_with(place, With { before: of_destination, ..With::default() }, With { before: of_source, more: send })
+}
+
+fn both_with(place: &Place, of_destination: With<'_>, of_source: With<'_>) -> Roles {
+    let (observer, destination, source) = roles(place, of_destination, of_source);
+    let packets = place.path("packets");
+    Roles { source: source.expect("the destination listens"), destination, observer, packets }
 }
 
 /// How a migration ended, source first. A destination that waits for somebody's word is told to end.
@@ -69,38 +86,95 @@ fn ends(roles: &mut Roles) -> (i32, i32) {
     (source, roles.destination.end())
 }
 
-/// Whoever has the guest at the end has looked at every page of it. Gives what the end is called.
-fn home_is_whole(roles: &Roles, (source, destination): (i32, i32)) -> &'static str {
-    let told = || {
-        format!("source {source}:\n{}\ndestination {destination}:\n{}", roles.source.story(), roles.destination.story())
-    };
+/// Whoever has the guest at the end has looked at every page of it, and the observer saw nothing else than what that guest remembers. Gives what
+/// the end is called.
+fn home_is_whole(roles: &mut Roles, (source, destination): (i32, i32)) -> &'static str {
+    let told = format!(
+        "source {source}:\n{}\ndestination {destination}:\n{}",
+        roles.source.story(),
+        roles.destination.story()
+    );
+    roles.observer.signal(libc::SIGTERM);
+    // No gap, no contradiction, nothing out of order: its own verdict.
+    assert_eq!(roles.observer.end(), 0, "the observer: {}\n{told}", roles.observer.story());
+    let seen = read_log(&roles.packets);
     let whole = |process: &Process| {
         let checked = process.events("checked").last().cloned().unwrap_or_default();
-        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{}", told());
+        assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{told}");
     };
+    let remembered = |process: &Process| {
+        whole(process);
+        assert_eq!(remembers(process, &roles.source, &seen), Ok(()), "{told}");
+    };
+    let by = |who: &str| seen.iter().any(|packet| &*packet.sender == who);
     match (source, destination) {
         (0, 0) => {
-            whole(&roles.destination);
+            remembered(&roles.destination);
             "released"
         }
         (10, _) => {
-            whole(&roles.source);
+            remembered(&roles.source);
             "caught"
         }
         (KILLED, 0) => {
-            whole(&roles.destination);
+            remembered(&roles.destination);
             "released"
         }
+        (3, _) if roles.source.events("guest-started").count() == 0 => {
+            assert!(seen.is_empty(), "output of a guest that never was\n{told}");
+            "nothing started"
+        }
         (3..=6, _) => {
-            whole(&roles.source);
+            remembered(&roles.source);
+            assert!(!by("destination"), "output of a guest that was not moved came from the destination\n{told}");
             "not moved"
         }
         (0, KILLED) => "released, and gone with its host",
-        (KILLED, 11) => "fenced",
+        (KILLED, 11) => {
+            whole(&roles.destination);
+            "fenced"
+        }
         // Killed with the guest it still had: as any host without memory.
         (KILLED, 5 | 130) => "gone with its host",
-        _ => panic!("no named end: {}", told()),
+        _ => panic!("no named end: {told}"),
     }
+}
+
+/// What `belay observe --log` wrote.
+fn read_log(path: &Path) -> Vec<Seen> {
+    let text = std::fs::read_to_string(path).expect("the observer has written what it saw");
+    let packet = |line: &str| {
+        let [at_us, sender, sequence, hex] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
+        let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+        Seen {
+            at_us: at_us.parse().unwrap(),
+            sender: sender.into(),
+            sequence: sequence.parse().unwrap(),
+            bytes: (0..hex.len()).step_by(2).map(byte).collect(),
+        }
+    };
+    text.lines().map(packet).collect()
+}
+
+/// Whether the packets that were seen are those that the guest at `home`, by what it says of its past, has sent: none that it does not remember,
+/// because it had not committed, none otherwise and none too few.
+fn remembers(home: &Process, source: &Process, seen: &[Seen]) -> Result<(), String> {
+    let said = |process: &Process, pick: fn(Kind) -> Option<Kind>| {
+        let events = process.seen.iter().rev().filter_map(|event| serde_json::from_value(event.clone()).ok());
+        events.filter_map(|event: Observation| pick(event.kind)).next()
+    };
+    let started = said(source, |kind| matches!(kind, Kind::GuestStarted { .. }).then_some(kind));
+    let checked = said(home, |kind| matches!(kind, Kind::Checked { .. }).then_some(kind));
+    let (Some(Kind::GuestStarted { spec, .. }), Some(Kind::Checked { steps, nonces, issued, .. })) = (started, checked)
+    else {
+        return Err("nobody said what guest this is, or where it stands".to_owned());
+    };
+    let log = |log: Vec<_>| log.into_iter().map(|(step, nonce)| NonceSeen { step, nonce }).collect();
+    let logs = nonces.into_iter().map(log).collect();
+    let model = Model::from_nonces_seen(&spec, &steps, logs, &issued).map_err(|error| error.to_string())?;
+    let got = model.check_packets(distinct(seen)).map_err(|error| error.to_string())?;
+    let due = model.packets_due();
+    if got == due { Ok(()) } else { Err(format!("{got:?} packets were shown, {due:?} were due")) }
 }
 
 const KILLED: i32 = -libc::SIGKILL;
@@ -159,6 +233,15 @@ fn fill(file: &Path) {
     while file.write_all(&[0; 4096]).is_ok() {}
 }
 
+/// Waits until a held pull is under way and three checkpoints have committed.
+fn await_mid_pull(destination: &mut Process) {
+    let mut commits = 0;
+    destination.wait_for("a pull under way with three checkpoints", |event| {
+        commits += u64::from(event["event"] == "committed");
+        commits >= 3 && event["absent_frames"].as_u64() > Some(0)
+    });
+}
+
 macro_rules! needs_kvm {
     ($what:literal) => {
         if !has_kvm() {
@@ -188,7 +271,7 @@ mod kvm {
                 if side == "destination" { (&starved, &[]) } else { (&[], &starved) };
             let mut roles = both(&place, of_destination, of_source, &[]);
             let ended = ends(&mut roles);
-            ends_seen.push((limit, home_is_whole(&roles, ended)));
+            ends_seen.push((limit, home_is_whole(&mut roles, ended)));
             drop(roles);
             place.expect_nothing_left();
         }
@@ -237,9 +320,176 @@ mod kvm {
         assert!(!roles.destination.was("owner"));
         std::fs::remove_file(filler).unwrap();
         let ended = ends(&mut roles);
-        assert_eq!(home_is_whole(&roles, ended), "released");
+        assert_eq!(home_is_whole(&mut roles, ended), "released");
         drop(roles);
         place.expect_nothing_left();
+    }
+
+    /// Which side's state directory has no room any more, from where on, and whether the destination dies in mid-pull.
+    struct Full {
+        of_source: bool,
+        /// At this stop point; nothing: before it is started.
+        from: Option<&'static str>,
+        destination_dies: bool,
+        /// The destination's VMM is a process of its own.
+        apart: bool,
+    }
+
+    /// Runs into a full directory; what the end is called, and what was said of the shortage. Room is made again where the source has said that it
+    /// lacks it for the release.
+    fn run_into(full: &Full) -> (&'static str, String) {
+        let place = Place::new();
+        let state = place.text(if full.of_source { "source" } else { "destination" });
+        std::fs::create_dir(&state).unwrap();
+        let mount = format!("mount -t tmpfs -o size=256k,nr_inodes=64,mode=0700 none {state}");
+        let filled = format!(
+            "{{ dd if=/dev/zero of={state}/filler bs=4k; i=0; while true >{state}/name-$i; do i=$((i+1)); done; }} 2>{state}.full"
+        );
+        // Seen by this side alone, and gone with it.
+        let words = match full.from {
+            None => format!("{mount} && {filled}; exec \"$@\""),
+            Some(_) => format!("{mount} && exec \"$@\""),
+        };
+        let small = ["unshare", "--mount", "sh", "-c", &words, "sh"];
+        let hold: &[&str] = match (full.destination_dies, full.apart) {
+            (true, _) => &["--hold-pull-at", "40"],
+            (false, true) => &["--vmm", "apart"],
+            (false, false) => &[],
+        };
+        let stop = full.from.map_or(vec![], |point| vec!["--stop-at", point]);
+        let (mut at_source, mut at_destination) = (With::default(), With { more: hold, ..With::default() });
+        let (tethered, stopping) = ([&["--release", "300ms"][..], &stop].concat(), [hold, &stop].concat());
+        at_source.more = &tethered[..2];
+        match full.of_source {
+            true => at_source = With { before: &small, more: &tethered },
+            false => at_destination = With { before: &small, more: &stopping },
+        }
+        let mut roles = both_with(&place, at_destination, at_source);
+        if full.destination_dies {
+            await_mid_pull(&mut roles.destination);
+            roles.destination.crash();
+        }
+        let mut filler = None;
+        if full.from.is_some() {
+            let starved = if full.of_source { &roles.source } else { &roles.destination };
+            await_stop(starved.pid());
+            let seen_from_here = PathBuf::from(format!("/proc/{}/root{state}", starved.pid()));
+            fill(&seen_from_here.join("filler"));
+            let mut names = 0;
+            while std::fs::File::create(seen_from_here.join(format!("name-{names}"))).is_ok() {
+                names += 1;
+            }
+            assert!(names < 64, "there is room for names without end");
+            filler = Some(seen_from_here);
+            starved.signal(libc::SIGCONT);
+        }
+        if let (true, false, Some(place)) = (full.of_source, full.destination_dies, filler)
+            && let Some(refused) = roles.source.wait_for_event_or_end("failed")
+            && refused["what"].as_str().unwrap().contains("release record")
+        {
+            roles.destination.wait_for_state("release-refused");
+            for name in std::fs::read_dir(place).unwrap().flatten() {
+                let name = name.path();
+                if name.file_name().unwrap().to_str().is_some_and(|name| name.starts_with("name-") || name == "filler")
+                {
+                    std::fs::remove_file(name).unwrap();
+                }
+            }
+        }
+        let ended = ends(&mut roles);
+        let end = home_is_whole(&mut roles, ended);
+        let said = [&roles.source, &roles.destination].map(|role| {
+            role.events("failed")
+                .map(|failed| failed["what"].as_str().unwrap_or("").to_owned())
+                .collect::<Vec<_>>()
+                .join("; ")
+        });
+        drop(roles);
+        place.expect_nothing_left();
+        (end, said.join(" | "))
+    }
+
+    fn can_mount(what: &str) -> bool {
+        let can = rustix::process::geteuid().is_root();
+        if !can {
+            eprintln!("skipped: {what}: mounting a small tmpfs needs root");
+        }
+        can
+    }
+
+    #[test]
+    fn a_full_state_directory_of_the_source_at_the_start_starts_nothing_and_later_only_holds_the_release_up() {
+        needs_kvm!("a full state directory");
+        if !can_mount("a full state directory of the source") {
+            return;
+        }
+        let run = |from| run_into(&Full { of_source: true, from, destination_dies: false, apart: false });
+        let (end, said) = run(None);
+        assert_eq!(end, "nothing started", "{said}");
+        assert!(said.contains("migrations: No space left on device"), "{said}");
+        // Before the switch, in it, after it, and while checkpoints are taken: what it writes then it has room for already.
+        for point in ["source-connected", "source-prepared", "switch-paused", "go-told", "fold-begun:3"] {
+            let (end, said) = run(Some(point));
+            assert_eq!(end, "released", "{point}: {said}");
+            assert!(said.contains("cannot write the release record"), "{point}: {said}");
+        }
+        assert_eq!(run(Some("release-recorded")), ("released", " | ".to_owned()));
+    }
+
+    #[test]
+    fn a_full_state_directory_of_the_source_stands_in_the_way_of_no_catch() {
+        needs_kvm!("a full state directory");
+        if !can_mount("a full state directory in a catch") {
+            return;
+        }
+        for point in ["catch-begun", "catch-revoked", "catch-loaded", "catch-resume", "catch-resumed"] {
+            let full = Full { of_source: true, from: Some(point), destination_dies: true, apart: false };
+            assert_eq!(run_into(&full), ("caught", " | ".to_owned()), "{point}");
+        }
+    }
+
+    #[test]
+    fn a_full_state_directory_of_the_destination_is_in_the_way_of_nothing_but_a_door_for_the_next_page_server() {
+        needs_kvm!("a full state directory");
+        if !can_mount("a full state directory of the destination") {
+            return;
+        }
+        let points =
+            ["prepare-heard", "prepared", "state-loaded", "resumed", "commit-due:2", "release-asked", "release-heard"];
+        for from in std::iter::once(None).chain(points.into_iter().map(Some)) {
+            let full = Full { of_source: false, from, destination_dies: false, apart: false };
+            assert_eq!(run_into(&full), ("released", " | ".to_owned()), "{from:?}");
+        }
+        // A VMM of its own leaves a door there for the next page server.
+        let apart = Full { of_source: false, from: None, destination_dies: false, apart: true };
+        let (end, said) = run_into(&apart);
+        assert_eq!(end, "not moved", "{said}");
+        assert!(said.contains("opening a door for the next page server") && said.contains("No space left"), "{said}");
+    }
+
+    /// With room for so many pages and no more a source comes as far as it can: it starts nothing, or cannot write down what was agreed on, or has
+    /// room for all.
+    #[test]
+    fn whatever_little_room_a_source_has_to_write_in_its_guest_is_somewhere_whole() {
+        needs_kvm!("a small state directory");
+        if !can_mount("a small state directory") {
+            return;
+        }
+        let mut ends_seen = Vec::new();
+        for pages in 1..=6 {
+            let place = Place::new();
+            let state = place.text("source");
+            std::fs::create_dir(&state).unwrap();
+            let small = format!("mount -t tmpfs -o size={}k,mode=0700 none {state} && exec \"$@\"", pages * 4);
+            let mut roles = both(&place, &[], &["unshare", "--mount", "sh", "-c", &small, "sh"], &[]);
+            let ended = ends(&mut roles);
+            ends_seen.push(home_is_whole(&mut roles, ended));
+            drop(roles);
+            place.expect_nothing_left();
+        }
+        println!("a state directory of 1 to 6 pages: {ends_seen:?}");
+        assert_eq!((ends_seen[0], ends_seen[5]), ("nothing started", "released"), "{ends_seen:?}");
+        assert!(ends_seen.contains(&"not moved"), "{ends_seen:?}");
     }
 
     /// A role that may not open as many files as it could come to need says so and starts nothing.
@@ -250,11 +500,13 @@ mod kvm {
             let place = Place::new();
             let (of_destination, of_source): (Before<'_>, Before<'_>) =
                 if side == "destination" { (&starved, &[]) } else { (&[], &starved) };
-            let (destination, source) = roles(&place, of_destination, of_source, &[]);
+            let with = |before| With { before, ..With::default() };
+            let (observer, destination, source) = roles(&place, with(of_destination), with(of_source));
             if limit >= 128 {
-                let mut roles = Roles { source: source.expect("the destination listens"), destination };
+                let (source, packets) = (source.expect("the destination listens"), place.path("packets"));
+                let mut roles = Roles { source, destination, observer, packets };
                 let ended = ends(&mut roles);
-                assert_eq!(home_is_whole(&roles, ended), "released", "with {limit} descriptors");
+                assert_eq!(home_is_whole(&mut roles, ended), "released", "with {limit} descriptors");
             } else {
                 let mut starved = source.unwrap_or(destination);
                 let code = starved.end();
@@ -312,7 +564,7 @@ mod kvm {
         assert!(!roles.destination.was("owner"));
         open_files(1024);
         let ended = ends(&mut roles);
-        assert_eq!(home_is_whole(&roles, ended), "released");
+        assert_eq!(home_is_whole(&mut roles, ended), "released");
         drop(roles);
         place.expect_nothing_left();
     }
@@ -328,7 +580,7 @@ mod kvm {
         std::thread::sleep(std::time::Duration::from_secs(11));
         roles.source.signal(libc::SIGCONT);
         let ended = ends(&mut roles);
-        assert_eq!(home_is_whole(&roles, ended), "released");
+        assert_eq!(home_is_whole(&mut roles, ended), "released");
         drop(roles);
         place.expect_nothing_left();
     }
@@ -340,7 +592,26 @@ mod kvm {
         let one = ["taskset", "-c", "0"];
         let mut roles = both(&place, &one, &one, &[]);
         let ended = ends(&mut roles);
-        assert_eq!(home_is_whole(&roles, ended), "released", "{}", roles.source.story());
+        assert_eq!(home_is_whole(&mut roles, ended), "released", "{}", roles.source.story());
+        drop(roles);
+        place.expect_nothing_left();
+    }
+
+    #[test]
+    fn on_one_cpu_a_guest_is_caught_in_mid_pull_and_its_output_goes_on() {
+        needs_kvm!("one CPU");
+        let place = Place::new();
+        let one = ["taskset", "-c", "0"];
+        let held = With { before: &one, more: &["--hold-pull-at", "40"] };
+        let mut roles = both_with(&place, held, With { before: &one, more: &[] });
+        await_mid_pull(&mut roles.destination);
+        roles.destination.crash();
+        let ended = ends(&mut roles);
+        assert_eq!(home_is_whole(&mut roles, ended), "caught", "{}", roles.source.story());
+        let seen = read_log(&roles.packets);
+        let new = |who: &str| seen.iter().filter(|packet| &*packet.sender == who).map(|packet| packet.sequence).max();
+        let (before, after) = (new("destination"), new("source"));
+        assert!(before.is_some() && after > before, "shown up to {before:?} there, and {after:?} here");
         drop(roles);
         place.expect_nothing_left();
     }
@@ -360,7 +631,7 @@ mod kvm {
         let place = Place::new();
         let mut roles = both(&place, &ahead, &far, &["--lease", "1s", "--release", "4s"]);
         let ended = ends(&mut roles);
-        assert_eq!(home_is_whole(&roles, ended), "released", "{}", roles.source.story());
+        assert_eq!(home_is_whole(&mut roles, ended), "released", "{}", roles.source.story());
         drop(roles);
         place.expect_nothing_left();
     }

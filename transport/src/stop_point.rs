@@ -49,6 +49,12 @@ pub fn reached(name: &str) {
     }
 }
 
+/// Whether this process was told to stop at `name` and has not come there yet: for who must see to it that it can.
+#[inline]
+pub fn is_awaited(name: &str) -> bool {
+    ARMED.load(Ordering::Relaxed) && WANTED.get().is_some_and(|wanted| wanted.name == name)
+}
+
 #[cold]
 fn look(name: &str) {
     let Some(wanted) = WANTED.get().filter(|wanted| wanted.name == name) else { return };
@@ -77,5 +83,6 @@ mod tests {
             assert_eq!(arm(text), Err(NotAPoint(text.to_owned())));
         }
         reached("anything");
+        assert!(!is_awaited("anything"));
     }
 }

@@ -4,7 +4,7 @@ mod common;
 
 use belay_transport::{PAGE_SIZE, PageIndex};
 use belay_vmm_glue::kvm::BareGuest;
-use belay_vmm_glue::kvm::guests::{Filler, GuestSpec};
+use belay_vmm_glue::kvm::guests::{Filler, GuestSpec, rules};
 use belay_vmm_glue::witness::model::{Model, ModelError, NonceError};
 use belay_vmm_glue::witness::packet::PacketError;
 use common::{Kind, Rig};
@@ -55,6 +55,51 @@ fn one_flipped_byte_anywhere_in_memory_is_found_where_it_is() {
         flip();
     }
     assert!(model.compare(&rig.ram.alias, 4).is_equal());
+}
+
+#[test]
+fn of_a_guest_that_was_stopped_anywhere_one_flipped_byte_of_what_it_has_is_found() {
+    let (mut rig, _) = ran();
+    let layout = rig.spec.layout().unwrap();
+    let own = layout.own_pages(0);
+    let all = |_: PageIndex| true;
+    rig.guest.unpark().unwrap();
+    for round in 0..20 {
+        rig.guest.resume().unwrap();
+        // Anywhere: what is waited for is that it has gone on, and it stops wherever it is by then.
+        let from = rig.guest.steps().unwrap()[0];
+        while rig.guest.steps().unwrap()[0] <= from + round {}
+        rig.guest.pause(common::soon()).unwrap();
+        let steps = rig.guest.steps().unwrap();
+        let stopped = |is_there: &dyn Fn(PageIndex) -> bool| {
+            Model::of_stopped(&rig.spec, &steps, &rig.ram.alias, &rig.issued, is_there).unwrap()
+        };
+        let comparison = stopped(&all).compare_those(&rig.ram.alias, 4, &all);
+        assert!(comparison.is_equal() && comparison.pages_not_compared == 0, "{steps:?}: {comparison}");
+        // Where a page is missing nothing is said of it, and of the others as much as before.
+        let missing = PageIndex(own.start + round);
+        let but_one = |page: PageIndex| page != missing;
+        let word = rig.ram.alias.atomic_u8(missing.offset() + 9);
+        word.fetch_xor(1, std::sync::atomic::Ordering::SeqCst);
+        let comparison = stopped(&but_one).compare_those(&rig.ram.alias, 4, &but_one);
+        assert!(comparison.is_equal() && comparison.pages_not_compared == 1, "{steps:?}: {comparison}");
+        let comparison = stopped(&all).compare_those(&rig.ram.alias, 4, &all);
+        assert_eq!((comparison.pages_different, comparison.first[0].offset / PAGE_SIZE as u64), (1, missing.0));
+        word.fetch_xor(1, std::sync::atomic::Ordering::SeqCst);
+        // The words that the guest is about to write, and those it has just written, are no less known than others.
+        let seed = rules::step_seed(rig.spec.seed, 0);
+        let pattern = rig.spec.program.pattern().unwrap();
+        for step in [steps[0] - 1, steps[0], steps[0] + 31, steps[0] + 63] {
+            let (page, word, _) = rules::step(pattern, seed, step, own.end - own.start);
+            let place = PageIndex(own.start + page).offset() + word * 8;
+            let byte = rig.ram.alias.atomic_u8(place);
+            byte.fetch_xor(0x10, std::sync::atomic::Ordering::SeqCst);
+            let comparison = stopped(&all).compare_those(&rig.ram.alias, 100, &all);
+            let found = comparison.first.iter().any(|difference| difference.offset == place as u64);
+            assert!(found, "step {step} of {steps:?}: {comparison}");
+            byte.fetch_xor(0x10, std::sync::atomic::Ordering::SeqCst);
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::guest::Epoch;
 use crate::ring::{HEARTBEAT_OFFSET, OwnerRegion, RingReader, Step};
 use belay_transport::Deadline;
 use belay_transport::region::Mapping;
-use belay_transport::stop_point::reached;
+use belay_transport::stop_point::{is_awaited, reached};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -177,6 +177,9 @@ impl Drop for Folder {
 const QUIET_AFTER: u32 = 50;
 const QUIET: u32 = 20;
 
+/// The epoch after which all is left to the last read, where a process is to stop in that.
+const LEFT_AFTER: u64 = 2;
+
 struct Work {
     config: FoldConfig,
     ring: Arc<Mapping>,
@@ -251,7 +254,12 @@ impl Work {
         let shared = Arc::clone(&self.shared);
         let _turn = shared.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let waits = self.again.is_some_and(|again| Instant::now() < again);
-        if waits || shared.held.load(Ordering::Acquire) { Ok(false) } else { self.step() }
+        if waits || shared.held.load(Ordering::Acquire) || self.leaves_it() { Ok(false) } else { self.step() }
+    }
+
+    /// Who waits for the last read in the midst of a fold needs one there, and a folder that keeps up leaves none.
+    fn leaves_it(&self) -> bool {
+        is_awaited("catch-folding") && self.state.epoch() >= Epoch(LEFT_AFTER)
     }
 
     /// Takes one segment, and folds if it completes a record; whether there was one.

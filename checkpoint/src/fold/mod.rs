@@ -33,6 +33,7 @@ use crate::record::{Limits, PageSource, RecordError, RecordView, parse};
 use crate::ring::{InPlace, RingError, RingReader};
 use crate::storage::Storage;
 use belay_transport::region::RegionError;
+use belay_transport::stop_point::reached;
 use std::io;
 use std::sync::Arc;
 
@@ -230,7 +231,11 @@ impl FoldState {
         };
         self.apply(&record, &mut between)?;
         // From here on nothing can fail.
-        self.target.apply(&record, source, &mut between);
+        let begun: fn() = match self.unwritten {
+            Some(_) => || reached("catch-folding"),
+            None => || reached("fold-mid"),
+        };
+        self.target.apply(&record, source, begun, &mut between);
         if let (Some(cell), Some(image)) = (&mut self.kept, image) {
             cell.write(&image);
         }
@@ -260,7 +265,7 @@ impl FoldState {
         let mut record = parse(image, &self.limits, false).expect("a committed record");
         self.target.reserve(&record).expect("memory");
         record.pages.truncate(runs);
-        self.target.apply(&record, source, &mut || ());
+        self.target.apply(&record, source, || (), &mut || ());
     }
 
     /// Whether what the guest does to disks comes with its epochs.

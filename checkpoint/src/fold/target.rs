@@ -5,7 +5,6 @@ use crate::guest::RamBlock;
 use crate::record::{PageRun, PageSource, RecordView};
 use crate::share::{self, share};
 use belay_transport::region::RegionError;
-use belay_transport::stop_point::reached;
 use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::io;
@@ -54,8 +53,14 @@ impl FoldTarget {
         Ok(())
     }
 
-    /// Writes the record, whose page bytes are in `from`. Everything it needs was reserved.
-    pub(super) fn apply(&mut self, record: &RecordView, from: &impl PageSource, between: &mut impl FnMut()) {
+    /// Writes the record, whose page bytes are in `from`. Everything it needs was reserved. `begun` is called once its first run is in RAM.
+    pub(super) fn apply(
+        &mut self,
+        record: &RecordView,
+        from: &impl PageSource,
+        begun: fn(),
+        between: &mut impl FnMut(),
+    ) {
         for (region, pages) in &record.discards {
             self.block(*region).zero(pages.clone());
             between();
@@ -70,18 +75,24 @@ impl FoldTarget {
             }
         };
         let threads = share::threads_for(record.page_bytes());
-        share(threads, pieces.len(), || (), |(), piece| copy(blocks, from, pieces[piece], piece == 0), breathe);
+        share(
+            threads,
+            pieces.len(),
+            || (),
+            |(), piece| copy(blocks, from, pieces[piece], (piece == 0).then_some(begun)),
+            breathe,
+        );
     }
 }
 
 /// Copies runs that were checked and whose pages are allocated.
-fn copy(blocks: &[Block], from: &impl PageSource, runs: &[PageRun], first: bool) {
+fn copy(blocks: &[Block], from: &impl PageSource, runs: &[PageRun], begun: Option<fn()>) {
     for (at, run) in runs.iter().enumerate() {
         let block = blocks.iter().find(|block| block.ram.id == run.region);
         let block = block.expect("the record was checked against these regions");
         from.copy_to(run.at, run.len, &block.ram.alias, run.first.offset());
-        if first && at == 0 {
-            reached("fold-mid");
+        if let Some(begun) = begun.filter(|_| at == 0) {
+            begun();
         }
     }
 }

@@ -17,6 +17,10 @@ pub enum Lie {
     WrongPage,
     /// Nobody looked at memory.
     Unchecked,
+    /// It was looked at, and not one page of it could be.
+    Uncompared,
+    /// Whoever caught the guest found nothing in the ring.
+    NothingToFold,
     /// The destination was told that a checkpoint newer than the one caught had committed.
     LostCommit,
     /// Nobody said that a stale destination's commit was refused.
@@ -101,6 +105,20 @@ fn tell(lie: Lie, evidence: &mut Evidence<'_>) {
         Lie::Unchecked => {
             for said in [&mut evidence.source, &mut evidence.destination] {
                 said.events.retain(|event| !matches!(event.kind, Kind::Checked { .. }));
+            }
+        }
+        Lie::Uncompared => {
+            for event in &mut evidence.destination.events {
+                if let Kind::Checked { pages, not_compared: Some(left), .. } = &mut event.kind {
+                    (*pages, *left) = (0, *pages + *left);
+                }
+            }
+        }
+        Lie::NothingToFold => {
+            for event in &mut evidence.source.events {
+                if let Kind::Recovered { pages, .. } = &mut event.kind {
+                    *pages = 0;
+                }
             }
         }
         Lie::LostCommit => {

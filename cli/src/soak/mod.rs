@@ -301,6 +301,8 @@ impl Soak<'_> {
             killed_again: false,
             succession_silence_us: None,
             caught_epoch: None,
+            recovered_pages: None,
+            fenced: None,
             commits_told: 0,
             refused: None,
             folding: false,

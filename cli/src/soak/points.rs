@@ -79,6 +79,8 @@ pub fn of(phase: Phase) -> &'static [Point] {
         source("catch-loaded"),
         source("catch-resume"),
         source("catch-resumed"),
+        // Behind those at which a source that takes over stops too: where the guest had not run there is nothing to fold.
+        source("catch-folding"),
     ];
     match phase {
         Phase::Prepare => PREPARE,

@@ -1,7 +1,7 @@
 //! The sum of a soak.
 
 use super::case::{Phase, Strike};
-use super::verdict::{Home, Outcome, RunReport, Succession};
+use super::verdict::{Compared, Home, Outcome, RunReport, Succession};
 use crate::options::FabricChoice;
 use crate::report::time;
 use serde::Serialize;
@@ -30,6 +30,10 @@ pub struct Tally {
     second_after: BTreeMap<Home, u64>,
     /// Kills of the destination while the source stood in a fold, by fabric.
     after_folding: BTreeMap<String, u64>,
+    /// Fenced guests whose memory was compared, how many of them had all of it, and guests of which there was nothing to compare.
+    fenced: u64,
+    fenced_whole: u64,
+    not_compared: u64,
     silences: BTreeMap<String, Vec<u64>>,
     /// What takeovers came to, and how often whoever took over was killed too.
     by_succession: BTreeMap<(Strike, Succession), u64>,
@@ -68,6 +72,11 @@ pub struct Sum<'a> {
     /// Kills of the destination while the source stood in a fold: of all, and by fabric.
     kills_after_folding: u64,
     kills_after_folding_over: &'a BTreeMap<String, u64>,
+    /// Fenced guests whose memory was compared as far as they had it, those of them that had all of it, and guests of which there was nothing
+    /// to compare.
+    fenced_compared: u64,
+    fenced_compared_whole: u64,
+    not_compared: u64,
     /// Last packet of the killed destination to the first new one of the source.
     death_to_running: BTreeMap<&'a str, Latency>,
     /// What takeovers came to, by strike, and how many of them were taken over from once more.
@@ -110,6 +119,14 @@ impl Tally {
             *self.by_home.entry(home).or_default() += 1;
             *self.second_after.entry(home).or_default() += u64::from(run.second);
         }
+        match run.fenced {
+            Some(Compared::Pages { not_there, .. }) => {
+                self.fenced += 1;
+                self.fenced_whole += u64::from(not_there == 0);
+            }
+            Some(Compared::Not { .. }) => self.not_compared += 1,
+            None => {}
+        }
         if run.folding {
             *self.after_folding.entry(fabric.clone()).or_default() += 1;
         }
@@ -144,6 +161,9 @@ impl Tally {
             second_after: &self.second_after,
             kills_after_folding: self.after_folding.values().sum(),
             kills_after_folding_over: &self.after_folding,
+            fenced_compared: self.fenced,
+            fenced_compared_whole: self.fenced_whole,
+            not_compared: self.not_compared,
             death_to_running: latencies(&self.silences),
             by_succession: self
                 .by_succession
@@ -185,6 +205,11 @@ impl Tally {
             homes.join(", "),
             self.after_folding.values().sum::<u64>(),
             self.second_after.values().sum::<u64>()
+        );
+        let _ = writeln!(
+            out,
+            "memory of fenced guests compared: {}, {} of them whole; guests of which there was nothing to compare: {}",
+            self.fenced, self.fenced_whole, self.not_compared
         );
         for (fabric, Latency { runs, median_us, p99_us, max_us }) in latencies(&self.silences) {
             let _ = writeln!(
@@ -253,6 +278,8 @@ mod tests {
             killed_again: false,
             succession_silence_us: None,
             caught_epoch,
+            recovered_pages: None,
+            fenced: None,
             commits_told: 7,
             refused: None,
             folding,

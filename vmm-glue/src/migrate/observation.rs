@@ -144,11 +144,14 @@ pub enum Kind {
     ReleaseRecorded { path: String },
     /// The destination owns the guest.
     Released { total_us: u64 },
-    /// All of RAM and every step was compared with what it must be.
+    /// All of RAM and every step was compared with what it must be; of a fenced guest what it has of it.
     Checked {
         pages: u64,
+        /// Not here, or not known to be: of a fenced guest.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        not_compared: Option<u64>,
         wrong_pages: u64,
-        /// Steps done by each vCPU.
+        /// Steps done by each vCPU; of a fenced guest, which stands anywhere, at its last PACE read.
         steps: Vec<u64>,
         /// (step, nonce) as each vCPU saw them.
         nonces: Vec<Vec<(u64, u64)>>,

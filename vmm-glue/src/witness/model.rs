@@ -4,12 +4,19 @@
 //! Which nonce a guest saw at which step depends on when it was stopped, so that alone is taken from guest memory (the nonce logs)
 //! and checked against the list of nonces really issued. Everything else is compared byte for byte: tables, text, parameters, logs,
 //! holes and data. Costs as much private memory as the guest has.
+//!
+//! A guest that was stopped anywhere ([`Model::of_stopped`]) stands somewhere between two PACE reads, and its device state does not say at which
+//! step. Its memory does: a step writes one word, and each new word follows from the old one, so that of the steps after the last PACE read those
+//! done are the number with which memory agrees, if there is one. A guest that is stopped may lack pages: those it has are compared.
 
 use super::packet::{self, PacketError, Parsed};
 use crate::kvm::guests::rules::Pattern;
-use crate::kvm::guests::{GuestSpec, Layout, NONCE_LOG_CAPACITY, Program, SpecError, low_pages, rules, text};
+use crate::kvm::guests::{
+    GuestSpec, Layout, NONCE_LOG_CAPACITY, NONCE_LOG_PAGES, Program, SpecError, low_pages, rules, text,
+};
 use belay_transport::region::Mapping;
 use belay_transport::{PAGE_SIZE, PageIndex};
+use std::collections::BTreeMap;
 
 const PAGE_WORDS: usize = PAGE_SIZE / 8;
 
@@ -46,7 +53,8 @@ pub struct Difference {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Comparison {
     pub pages_compared: u64,
-    /// The page whose content depends on time (the metronome's log).
+    /// Pages that are not there, and those whose content depends on time (the metronome's log) or on where a vCPU of several stopped
+    /// (the counters they share).
     pub pages_not_compared: u64,
     pub pages_different: u64,
     /// The first differing words, at most as many as asked for.
@@ -88,6 +96,8 @@ pub enum ModelError {
     Step { vcpu: u16, step: u64, batch: u64 },
     #[error("guest memory is mapped with {got} bytes; the guest has {wanted}")]
     Memory { got: usize, wanted: u64 },
+    #[error("vCPU {vcpu} has not filled its part of memory yet")]
+    NotFilled { vcpu: u16 },
 }
 
 /// A guest's past, from which all else follows.
@@ -98,6 +108,8 @@ pub struct Model {
     packets: Vec<Vec<Parsed>>,
     logs: Vec<Vec<NonceSeen>>,
     issued: Vec<u64>,
+    /// Pages whose content does not follow from all this.
+    unknown: Vec<PageIndex>,
 }
 
 impl Model {
@@ -116,9 +128,120 @@ impl Model {
             if !step.is_multiple_of(spec.batch_steps) {
                 return Err(ModelError::Step { vcpu, step, batch: spec.batch_steps });
             }
-            logs.push(read_nonce_log(spec, &layout, memory, vcpu, step, issued)?);
+            logs.push(read_nonce_log(spec, &layout, memory, vcpu, step, issued, false)?);
         }
         Ok(Self::from_logs(spec, layout, steps, logs, issued))
+    }
+
+    /// The model of a guest whose vCPUs were stopped anywhere behind the PACE reads of `steps`, and before the next ones; `is_there` tells which
+    /// pages `memory` has. Nothing is said of a nonce log that is
+    /// not there, nor of what follows from it: the packets.
+    pub fn of_stopped(
+        spec: &GuestSpec,
+        steps: &[u64],
+        memory: &Mapping,
+        issued: &[u64],
+        is_there: &dyn Fn(PageIndex) -> bool,
+    ) -> Result<Self, ModelError> {
+        let layout = spec.layout()?;
+        if memory.len() as u64 != spec.memory_bytes {
+            return Err(ModelError::Memory { got: memory.len(), wanted: spec.memory_bytes });
+        }
+        if steps.len() != usize::from(spec.vcpus) {
+            return Err(ModelError::Vcpus { got: steps.len(), vcpus: spec.vcpus });
+        }
+        let pattern = spec.program.pattern();
+        let (mut logs, mut unwritten, mut unknown) = (Vec::new(), Vec::new(), Vec::new());
+        for (vcpu, &step) in (0..spec.vcpus).zip(steps) {
+            if step == 0 && pattern.is_some() {
+                return Err(ModelError::NotFilled { vcpu });
+            }
+            let log = (0..NONCE_LOG_PAGES).map(|page| PageIndex(layout.nonce_log(vcpu).0 + page));
+            // Of the log what its count needs must be there.
+            let needed = match is_there(layout.nonce_log(vcpu)) {
+                true => (nonce_log_word(&layout, memory, vcpu, 0).min(NONCE_LOG_CAPACITY) * 16 + 16)
+                    .div_ceil(PAGE_SIZE as u64),
+                false => 1,
+            };
+            if pattern.is_none() || !log.clone().take(needed as usize).all(is_there) {
+                logs.push(Vec::new());
+                unknown.extend(log);
+                continue;
+            }
+            let next = step + spec.batch_steps;
+            let unfinished = unfinished_entry(&layout, memory, vcpu, step);
+            logs.push(read_nonce_log(spec, &layout, memory, vcpu, next, issued, unfinished.is_some())?);
+            unwritten.extend(unfinished.map(|words| (vcpu, words)));
+        }
+        let mut model = Self::from_logs(spec, layout, steps, logs, issued);
+        if pattern.is_some() {
+            model.unknown.extend(unknown);
+        }
+        for (vcpu, [count, step]) in unwritten {
+            let at = model.layout.nonce_log(vcpu).0 as usize * PAGE_WORDS;
+            model.image[at] = count;
+            model.image[at + count as usize * 2] = step;
+        }
+        if let Some(pattern) = pattern {
+            for (vcpu, &step) in (0..spec.vcpus).zip(steps) {
+                if model.go_on(pattern, (vcpu, step), memory, is_there) && spec.vcpus > 1 {
+                    model.unknown.push(model.layout.shared_counters());
+                }
+            }
+        }
+        Ok(model)
+    }
+
+    /// Takes as many of a vCPU's next steps, up to its next PACE read, as agree best with the pages that are there. Whether they may be all of them:
+    /// it may then have added to the counters that it shares, or be about to.
+    fn go_on(
+        &mut self,
+        pattern: Pattern,
+        (vcpu, from): (u16, u64),
+        memory: &Mapping,
+        is_there: &dyn Fn(PageIndex) -> bool,
+    ) -> bool {
+        let own = self.layout.own_pages(vcpu);
+        let seed = rules::step_seed(self.spec.seed, vcpu);
+        let actual = |at: usize| {
+            let mut bytes = [0; 8];
+            memory.read(at * 8, &mut bytes);
+            u64::from_le_bytes(bytes)
+        };
+        // Word by word of this batch: what is there, what it must be after the steps so far.
+        let mut differing = 0i64;
+        let mut touched: BTreeMap<usize, (u64, u64)> = BTreeMap::new();
+        let mut writes = Vec::new();
+        for step in from..from + self.spec.batch_steps {
+            let (page, word, hash) = rules::step(pattern, seed, step, own.end - own.start);
+            let page = own.start + page;
+            let at = page as usize * PAGE_WORDS + word;
+            let there = is_there(PageIndex(page));
+            let (is, now) = *touched.entry(at).or_insert_with(|| {
+                let now = self.image[at];
+                let is = if there { actual(at) } else { now };
+                differing += i64::from(is != now);
+                (is, now)
+            });
+            let next = rules::chain(now, hash);
+            touched.insert(at, (is, next));
+            writes.push((at, there, is, now, next));
+        }
+        let (mut fewest, mut done) = (differing, 0);
+        let mut may_be_all = false;
+        for (index, &(_, there, is, now, next)) in writes.iter().enumerate() {
+            if there {
+                differing += i64::from(is != next) - i64::from(is != now);
+            }
+            if differing < fewest {
+                (fewest, done) = (differing, index + 1);
+            }
+            may_be_all = differing == fewest;
+        }
+        for &(at, _, _, _, next) in &writes[..done] {
+            self.image[at] = next;
+        }
+        may_be_all
     }
 
     /// The same from nonce logs read earlier ([`Self::nonces_seen`]), where guest memory is out of reach.
@@ -150,18 +273,32 @@ impl Model {
             Some(pattern) => run_ledger(&mut image, spec, pattern, &layout, steps, &logs),
             None => (0..spec.vcpus).map(|vcpu| scanner_packets(&image, &layout, vcpu, steps)).collect(),
         };
-        Self { spec: spec.clone(), layout, image, packets, logs, issued: issued.to_vec() }
+        let unknown = match spec.program {
+            Program::Metronome => vec![layout.metronome_log()],
+            _ => Vec::new(),
+        };
+        Self { spec: spec.clone(), layout, image, packets, logs, issued: issued.to_vec(), unknown }
     }
 
     /// Compares all of guest memory, and lists up to `limit` differing words.
     pub fn compare(&self, memory: &Mapping, limit: usize) -> Comparison {
+        self.compare_those(memory, limit, &|_| true)
+    }
+
+    /// Compares the pages that are there.
+    pub fn compare_those(
+        &self,
+        memory: &Mapping,
+        limit: usize,
+        is_there: &(dyn Fn(PageIndex) -> bool + Sync),
+    ) -> Comparison {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let pages = self.layout.pages() as usize;
         let share = pages.div_ceil(threads);
         let parts = std::thread::scope(|scope| {
             let ranges = (0..threads).map(|index| (index * share).min(pages)..((index + 1) * share).min(pages));
             let running: Vec<_> =
-                ranges.map(|range| scope.spawn(move || self.compare_range(memory, range, limit))).collect();
+                ranges.map(|range| scope.spawn(move || self.compare_range(memory, range, limit, is_there))).collect();
             running.into_iter().map(|thread| thread.join().expect("comparing does not panic")).collect::<Vec<_>>()
         });
         let mut whole = Comparison { pages_compared: 0, pages_not_compared: 0, pages_different: 0, first: Vec::new() };
@@ -175,12 +312,18 @@ impl Model {
         whole
     }
 
-    fn compare_range(&self, memory: &Mapping, pages: std::ops::Range<usize>, limit: usize) -> Comparison {
+    fn compare_range(
+        &self,
+        memory: &Mapping,
+        pages: std::ops::Range<usize>,
+        limit: usize,
+        is_there: &(dyn Fn(PageIndex) -> bool + Sync),
+    ) -> Comparison {
         let mut found = Comparison { pages_compared: 0, pages_not_compared: 0, pages_different: 0, first: Vec::new() };
         let mut bytes = [0; PAGE_SIZE];
-        let skip = (self.spec.program == Program::Metronome).then(|| self.layout.metronome_log());
         for page in pages {
-            if Some(PageIndex(page as u64)) == skip {
+            let index = PageIndex(page as u64);
+            if self.unknown.contains(&index) || !is_there(index) {
                 found.pages_not_compared += 1;
                 continue;
             }
@@ -258,6 +401,23 @@ impl Model {
     }
 }
 
+fn nonce_log_word(layout: &Layout, memory: &Mapping, vcpu: u16, index: u64) -> u64 {
+    let mut bytes = [0; 8];
+    memory.read(layout.nonce_log(vcpu).offset() + index as usize * 8, &mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+/// The entry that a vCPU stopped at `steps` was writing, if it was: it counts, then writes the step and then the nonce. Its count and its step.
+fn unfinished_entry(layout: &Layout, memory: &Mapping, vcpu: u16, steps: u64) -> Option<[u64; 2]> {
+    let word = |index| nonce_log_word(layout, memory, vcpu, index);
+    let count = word(0);
+    if !(1..=NONCE_LOG_CAPACITY).contains(&count) {
+        return None;
+    }
+    let (step, nonce) = (word(count * 2), word(count * 2 + 1));
+    (nonce == 0 && [0, steps].contains(&step)).then_some([count, step])
+}
+
 fn read_nonce_log(
     spec: &GuestSpec,
     layout: &Layout,
@@ -265,16 +425,14 @@ fn read_nonce_log(
     vcpu: u16,
     steps: u64,
     issued: &[u64],
+    but_the_last: bool,
 ) -> Result<Vec<NonceSeen>, NonceError> {
-    let word = |index: u64| {
-        let mut bytes = [0; 8];
-        memory.read(layout.nonce_log(vcpu).offset() + index as usize * 8, &mut bytes);
-        u64::from_le_bytes(bytes)
-    };
+    let word = |index| nonce_log_word(layout, memory, vcpu, index);
     let count = word(0);
     if count > NONCE_LOG_CAPACITY {
         return Err(NonceError::TooMany { vcpu, count });
     }
+    let count = count - u64::from(but_the_last);
     let mut log: Vec<NonceSeen> = Vec::new();
     let mut left = issued;
     for index in 0..count {

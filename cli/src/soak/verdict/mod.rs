@@ -9,6 +9,7 @@ mod takeover;
 use super::case::{Case, Moment, Phase, Strike};
 use super::second::Second;
 use super::strike::Struck;
+use crate::holder::NOT_COMPARED;
 use belay_transport::PAGE_SIZE;
 use belay_vmm_glue::kvm::guests::GuestSpec;
 use belay_vmm_glue::migrate::observation::Kind;
@@ -62,6 +63,16 @@ pub enum Home {
     WithItsHost,
 }
 
+/// What was looked at of a guest that runs nowhere.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compared {
+    /// So many pages of a fenced guest; of so many nothing was known, because they had not come.
+    Pages { pages: u64, not_there: u64 },
+    /// None, and why.
+    Not { why: String },
+}
+
 /// How a run went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -89,6 +100,10 @@ pub struct RunReport {
     pub succession_silence_us: Option<u64>,
     /// Checkpoints in the source's RAM when it caught the guest.
     pub caught_epoch: Option<u64>,
+    /// Pages that came out of the ring in the last read before that.
+    pub recovered_pages: Option<u64>,
+    /// What a fenced guest, or one that is gone, has of its memory was compared, or not.
+    pub fenced: Option<Compared>,
     pub commits_told: u64,
     /// The checkpoint that the destination tried to commit in vain.
     pub refused: Option<Refused>,
@@ -109,6 +124,7 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
     let home = home(evidence, &mut wrong);
     safety(evidence, home, &mut wrong);
     secrecy(evidence, &mut wrong);
+    let fenced = fenced(evidence, home, &mut wrong);
     second(evidence, &mut wrong);
     let void = match evidence.came {
         Err(why) => Some(why.to_owned()),
@@ -119,6 +135,9 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
         (Some(_), _) => {}
         (None, true) => succession = takeover::expected(evidence, home, &mut wrong),
         (None, false) => expected(evidence, home, &mut wrong),
+    }
+    if void.is_none() {
+        folded_in_the_catch(evidence, &mut wrong);
     }
     let outcome = match (wrong.is_empty(), &void) {
         (false, _) => Outcome::Broken,
@@ -136,6 +155,9 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
             story.extend(said.story(40).into_iter().map(|line| format!("{who}: {line}")));
             story.extend(said.text.lines().rev().take(10).map(|line| format!("{who} said: {line}")));
         }
+        if let Some(Compared::Not { why }) = &fenced {
+            story.push(format!("the guest that runs nowhere was not compared: {why}"));
+        }
     }
     let killed = evidence.case.strike.kills_destination() && home == Some(Home::Caught);
     RunReport {
@@ -152,6 +174,8 @@ pub fn judge(evidence: &Evidence<'_>) -> RunReport {
             _ => None,
         },
         caught_epoch: evidence.source.caught(),
+        recovered_pages: recovered_pages(evidence),
+        fenced,
         commits_told: evidence.struck.map_or(0, |struck| struck.commits_told),
         refused: evidence.destination.refused(),
         folding: evidence.case.strike.kills_destination() && evidence.struck.is_some_and(|struck| struck.folding),
@@ -251,7 +275,78 @@ fn safety(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) 
     wrong.extend(evidence.forgotten.iter().map(|who| format!("P7: {who} did not end")));
 }
 
-/// Whatever became of the guest, the next one moves: the directories of the first are as good as new ones.
+/// What a fenced guest has must be what its own steps make of it: whoever promotes it or tethers it again runs it with that. A guest whose process was
+/// killed has nothing that could be looked at, which is told and never counts as compared.
+fn fenced(evidence: &Evidence<'_>, home: Option<Home>, wrong: &mut Vec<String>) -> Option<Compared> {
+    let destination = &evidence.destination;
+    if destination.exit != Some(11) {
+        let gone = || Compared::Not { why: "it has gone with the process that had it".to_owned() };
+        return matches!(home, Some(Home::WithItsHost) | None).then(gone);
+    }
+    let compared = destination.last_of_the_last(|kind| match kind {
+        Kind::Checked { pages, not_compared: Some(not_there), steps, nonces, issued, .. } => {
+            Some((*pages, *not_there, steps, nonces, issued))
+        }
+        _ => None,
+    });
+    let Some((pages, not_there, steps, nonces, issued)) = compared else {
+        let why = destination.last_of_the_last(|kind| match kind {
+            Kind::State { state, why } if state == NOT_COMPARED => Some(why.clone()),
+            _ => None,
+        });
+        if why.is_none() {
+            wrong.push("P1, P3: the destination was fenced and what it has of the guest was not compared".to_owned());
+        }
+        return Some(Compared::Not { why: why.unwrap_or_else(|| "nobody looked".to_owned()) });
+    };
+    if pages == 0 {
+        wrong.push("P1, P3: not one page of a fenced guest was compared".to_owned());
+    }
+    // Whoever has forgotten the nonces, because that page had not come, knows what its packets were no more.
+    let knows = nonces.iter().all(|log| !log.is_empty());
+    if home == Some(Home::Fenced) && knows {
+        let spec = evidence.source.last(|kind| match kind {
+            Kind::GuestStarted { spec, .. } => Some(spec),
+            _ => None,
+        });
+        // It stands between these steps and the next of its PACE reads.
+        let shown = spec.ok_or("nobody said what guest was started".to_owned()).and_then(|spec| {
+            let next: Vec<_> = steps.iter().map(|step| step + spec.batch_steps).collect();
+            let (got, most) = packets(&evidence.seen, spec, &next, nonces, issued)?;
+            let few = got.iter().zip(&most).all(|(got, most)| got <= most);
+            if few {
+                Ok(())
+            } else {
+                Err(format!("{got:?} packets were shown of a fenced guest that has come to {most:?}"))
+            }
+        });
+        if let Err(why) = shown {
+            wrong.push(format!("P4: {why}"));
+        }
+    }
+    Some(Compared::Pages { pages, not_there })
+}
+
+/// Pages in the last read of whoever caught the guest.
+fn recovered_pages(evidence: &Evidence<'_>) -> Option<u64> {
+    evidence.source.last(|kind| match kind {
+        Kind::Recovered { pages, .. } => Some(*pages),
+        _ => None,
+    })
+}
+
+/// A catch that was struck in the midst of its fold had something to fold, and so has whoever does it again.
+fn folded_in_the_catch(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
+    let in_the_fold =
+        matches!(evidence.case.script().moment, Moment::At { point, .. } if point.name == "catch-folding");
+    if in_the_fold && evidence.source.caught().is_some() && recovered_pages(evidence).is_none_or(|pages| pages == 0) {
+        wrong.push(
+            "P3: the catch was struck while it folded, and who caught the guest says that there was nothing to fold"
+                .to_owned(),
+        );
+    }
+}
+
 /// Whoever has certificates speaks TLS with whoever it meets, and nobody else does.
 fn secrecy(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
     let meant = evidence.case.script().tls;
@@ -262,6 +357,7 @@ fn secrecy(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
     }
 }
 
+/// Whatever became of the guest, the next one moves: the directories of the first are as good as new ones.
 fn second(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
     let Some(Second { source, destination }) = &evidence.second else {
         if evidence.came.is_ok() && evidence.case.is_followed() {
@@ -331,12 +427,22 @@ fn packets_are_right(
     nonces: &[Vec<(u64, u64)>],
     issued: &[u64],
 ) -> Result<(), String> {
+    let (got, due) = packets(seen, spec, steps, nonces, issued)?;
+    if got == due { Ok(()) } else { Err(format!("{got:?} packets were shown, {due:?} were due")) }
+}
+
+/// How many packets each vCPU showed, all of them right, and how many it must have sent.
+fn packets(
+    seen: &[Seen],
+    spec: &GuestSpec,
+    steps: &[u64],
+    nonces: &[Vec<(u64, u64)>],
+    issued: &[u64],
+) -> Result<(Vec<u64>, Vec<u64>), String> {
     let shown: BTreeMap<u64, &[u8]> = seen.iter().map(|packet| (packet.sequence, &packet.bytes[..])).collect();
     let logs = nonces.iter().map(|log| log.iter().map(|&(step, nonce)| NonceSeen { step, nonce }).collect()).collect();
     let model = Model::from_nonces_seen(spec, steps, logs, issued).map_err(|error| error.to_string())?;
-    let got = model.check_packets(shown).map_err(|error| error.to_string())?;
-    let due = model.packets_due();
-    if got == due { Ok(()) } else { Err(format!("{got:?} packets were shown, {due:?} were due")) }
+    Ok((model.check_packets(shown).map_err(|error| error.to_string())?, model.packets_due()))
 }
 
 /// Whether a lease ran out that nobody had struck.

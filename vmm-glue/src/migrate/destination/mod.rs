@@ -156,6 +156,8 @@ pub struct Ended {
     pub guest: Option<Box<dyn Guest>>,
     /// What holds back a guest that waits for a page, for as long as there is one (P1). Declared after it, so dropped after it.
     pub faults: Vec<Uffd>,
+    /// Which of its pages are here, where any were pulled.
+    pub states: Option<Arc<PageStates>>,
     pub output: Option<Arc<Outbox>>,
     /// Every nonce the guest was given, in order.
     pub nonces: Vec<u64>,
@@ -245,6 +247,7 @@ pub fn run(
             why: "ended by a signal while it waited for a guest".to_owned(),
             guest: None,
             faults: Vec::new(),
+            states: None,
             output: None,
             nonces: Vec::new(),
             spec: None,
@@ -455,6 +458,7 @@ impl Destination<'_> {
             why: self.why,
             guest: self.guest,
             faults: self.uffds.into_iter().map(|(uffd, _)| uffd).collect(),
+            states: self.states,
             output: Some(self.output),
             nonces: self.nonces,
             spec: Some(self.proposal.vmm),
