@@ -1,5 +1,5 @@
-//! Strangers who dial a destination that is fenced: its source is gone, its guest stands still, and it listens for whoever comes back. Only the
-//! source of this very guest is heard, and strangers do not keep it out.
+//! Strangers who dial a destination, over tcp and at its Unix socket: one that waits for a guest, and one that is fenced: its source is gone,
+//! its guest stands still, and it listens for whoever comes back. Only the source of this very guest is heard, and strangers do not keep it out.
 
 mod running;
 
@@ -7,7 +7,35 @@ use running::{BELAY, Place, Process, has_kvm};
 use serde_json::Value;
 use std::io::Write;
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
+
+/// Where a destination listens.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Door {
+    /// On loopback, with certificates where a test makes them.
+    Tcp,
+    Unix,
+}
+
+impl Door {
+    /// What `--listen` is told.
+    fn listen(self, place: &Place, name: &str) -> String {
+        match self {
+            Self::Tcp => "127.0.0.1:0".to_owned(),
+            Self::Unix => format!("unix:{}", place.text(&format!("{name}.sock"))),
+        }
+    }
+}
+
+/// A stranger's connection. What is done with it (read, write) is the same call on either kind of socket.
+fn dial(to: &str) -> TcpStream {
+    match to.strip_prefix("unix:") {
+        Some(path) => OwnedFd::from(UnixStream::connect(path).expect("it listens")).into(),
+        None => TcpStream::connect(to).expect("it listens"),
+    }
+}
 
 /// Names that certificates are made for: two hosts of this migration's, and somebody who has one of his own.
 fn make_certificates(place: &Place) {
@@ -28,29 +56,32 @@ fn tls(place: &Place, own: &str, peer: &str) -> Vec<String> {
 
 /// Processes whose certificates lie in one place.
 struct Hosts {
+    door: Door,
     place: Place,
     /// On tmpfs; gone with the test.
     memory: tempfile::TempDir,
 }
 
 impl Hosts {
-    fn new() -> Self {
+    fn new(door: Door) -> Self {
         let place = Place::new();
         make_certificates(&place);
-        Self { place, memory: tempfile::tempdir_in("/dev/shm").expect("/dev/shm is tmpfs") }
+        Self { door, place, memory: tempfile::tempdir_in("/dev/shm").expect("/dev/shm is tmpfs") }
     }
 
-    fn belay(&self, arguments: &[&str], certificates: &[String]) -> Process {
+    /// Somebody who shows `own` certificate and expects `peer`'s, where there are certificates.
+    fn belay(&self, arguments: &[&str], own: &str, peer: &str) -> Process {
+        let certificates = if self.door == Door::Tcp { tls(&self.place, own, peer) } else { Vec::new() };
         let certificates = certificates.iter().map(String::as_str);
         self.place.belay(&arguments.iter().copied().chain(certificates).collect::<Vec<_>>())
     }
 
     /// A destination with the right certificate, and where it listens.
     fn receive(&self, state: &str) -> (Process, String) {
+        let listen = self.door.listen(&self.place, state);
         let state = self.place.text(state);
-        let first = ["receive", "--json", "--listen", "127.0.0.1:0", "--drive", "kvm", "--state-dir", &state];
-        let own = tls(&self.place, "destination", "source");
-        let mut destination = self.belay(&[&first[..], &["--hold-pull-at", "30"]].concat(), &own);
+        let first = ["receive", "--json", "--listen", &listen, "--drive", "kvm", "--state-dir", &state];
+        let mut destination = self.belay(&[&first[..], &["--hold-pull-at", "30"]].concat(), "destination", "source");
         let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
         (destination, to)
     }
@@ -61,7 +92,7 @@ impl Hosts {
         let first = ["send", "--json", "--to", to, "--state-dir", &state, "--memory-dir", &memory];
         // A lease that outlasts whatever a busy host does.
         let guest = ["--memory", "32M", "--drive", "kvm", "--run-before", "20ms", "--ring", "4M", "--lease", "20s"];
-        self.belay(&[&first[..], &guest].concat(), &tls(&self.place, own, "destination"))
+        self.belay(&[&first[..], &guest].concat(), own, "destination")
     }
 
     fn take_over(&self, state: &str, options: &[&str]) -> Process {
@@ -82,7 +113,7 @@ fn await_mid_pull(destination: &mut Process) {
 
 /// Strangers who connect and say nothing, or nothing that is a word; and stay.
 fn come_in_crowds(to: &str) -> Vec<TcpStream> {
-    let mut silent: Vec<_> = (0..24).map(|_| TcpStream::connect(to).expect("it listens")).collect();
+    let mut silent: Vec<_> = (0..24).map(|_| dial(to)).collect();
     for (at, stranger) in silent.iter_mut().enumerate().filter(|(at, _)| at % 2 == 1) {
         // The first of them may be turned away before it has said all.
         let _ = stranger.write_all(&vec![at as u8; at * 100]);
@@ -102,75 +133,165 @@ fn failure(process: &Process) -> String {
     failed["what"].as_str().unwrap().to_owned()
 }
 
+macro_rules! at_every_door {
+    ($($name:ident)*) => {
+        mod tcp { $(#[test] fn $name() { super::$name(super::Door::Tcp) })* }
+        mod unix { $(#[test] fn $name() { super::$name(super::Door::Unix) })* }
+    };
+}
+
+at_every_door! {
+    p7_a_thousand_strangers_cost_a_waiting_destination_little_and_its_source_nothing
+}
+
 mod kvm {
     use super::*;
 
-    #[test]
-    fn p2_no_stranger_gets_a_fenced_guest_or_sets_it_free_and_none_keeps_its_source_out() {
-        if !has_kvm() {
-            eprintln!("skipped: strangers at a fenced destination need /dev/kvm");
-            return;
-        }
-        let hosts = Hosts::new();
-        let (mut destination, to) = hosts.receive("destination");
-        let mut source = hosts.send(&to, "source", "source");
-        let migration = source.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-        await_mid_pull(&mut destination);
-        source.crash();
-        destination.wait_for_state("fenced");
-        let fenced_since = destination.seen.len();
+    at_every_door! {
+        p2_no_stranger_gets_a_fenced_guest_or_sets_it_free_and_none_keeps_its_source_out
+    }
+}
 
-        let silent = come_in_crowds(&to);
+/// Descriptors that a process has open, and bytes of memory that are its own (neither files' nor shared).
+fn holds(process: &Process) -> (usize, u64) {
+    let proc = format!("/proc/{}", process.pid());
+    let status = std::fs::read_to_string(format!("{proc}/status")).expect("it runs");
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"));
+    let kilobytes: u64 = kilobytes.expect("RssAnon").trim().parse().expect("a number");
+    (std::fs::read_dir(format!("{proc}/fd")).expect("it runs").count(), kilobytes << 10)
+}
 
+/// What a stranger says first, and why he is turned away for it.
+fn strange_words(door: Door) -> Vec<(Vec<u8>, &'static str)> {
+    let preamble = |protection| {
+        let mut bytes = [0; 64];
+        bytes[..8].copy_from_slice(b"BELAY\0\r\n");
+        (bytes[8], bytes[10], bytes[11], bytes[12]) = (1, 1, protection, 1);
+        bytes.to_vec()
+    };
+    let (own, other) = if door == Door::Tcp { (1, 3) } else { (3, 1) };
+    vec![
+        ([&b"GET / HTTP/1.1\r\n\r\n"[..], &[b' '; 64]].concat(), "does not begin like belay's"),
+        ([&preamble(own)[..], &u32::MAX.to_le_bytes()].concat(), "4294967295 bytes"),
+        ([&preamble(own)[..], &[8, 0, 0, 0], &[0xff; 8]].concat(), "hello"),
+        (preamble(other), "both must be the same"),
+    ]
+}
+
+fn p7_a_thousand_strangers_cost_a_waiting_destination_little_and_its_source_nothing(door: Door) {
+    if std::fs::File::open("/dev/userfaultfd").is_err() {
+        eprintln!("skipped: it needs a userfaultfd");
+        return;
+    }
+    let place = Place::new();
+    let (state, listen) = (place.text("destination"), door.listen(&place, "receive"));
+    let first = ["receive", "--json", "--listen", &listen, "--drive", "threads", "--state-dir", &state];
+    let mut destination = place.belay(&[&first[..], &["--check", "--run-on", "50ms"]].concat());
+    let to = destination.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+    let (fds, bytes) = holds(&destination);
+
+    let words = strange_words(door);
+    for (words, wanted) in &words {
+        let mut stranger = dial(&to);
+        stranger.write_all(words).expect("a fresh socket takes this much");
+        let why = turned_away(&mut destination);
+        assert!(why.contains(wanted), "{why:?} does not speak of {wanted:?}");
+    }
+    // Some are silent, some say a byte, the others what they were just turned away for; all of them stay.
+    let crowd: Vec<_> = (0..1000)
+        .map(|at| {
+            let mut stranger = dial(&to);
+            let said = match at % 6 {
+                0 => &[][..],
+                1 => &b"B"[..],
+                other => &words[other - 2].0,
+            };
+            let _ = stranger.write_all(said);
+            stranger
+        })
+        .collect();
+    while !turned_away(&mut destination).contains("too many connections") {}
+    let (fds_now, bytes_now) = holds(&destination);
+    // Sixty-four that are in their handshake, and what the destination opens while they are.
+    assert!(fds_now <= fds + 80, "{fds} descriptors became {fds_now}");
+    assert!(bytes_now <= bytes + (8 << 20), "{bytes} bytes became {bytes_now}");
+
+    let state = place.text("source");
+    let first = ["send", "--json", "--to", &to, "--state-dir", &state, "--drive", "threads", "--memory", "8M"];
+    let mut source = place.belay(&[&first[..], &["--run-before", "0ms"]].concat());
+    assert_eq!(source.end(), 0, "{}", source.story());
+    assert_eq!(destination.end(), 0, "{}", destination.story());
+    destination.expect_whole();
+    drop(crowd);
+    if let Some(path) = to.strip_prefix("unix:") {
+        assert!(!std::fs::exists(path).unwrap(), "its socket is left");
+    }
+    place.expect_nothing_left();
+}
+
+fn p2_no_stranger_gets_a_fenced_guest_or_sets_it_free_and_none_keeps_its_source_out(door: Door) {
+    if !has_kvm() {
+        eprintln!("skipped: strangers at a fenced destination need /dev/kvm");
+        return;
+    }
+    let hosts = Hosts::new(door);
+    let (mut destination, to) = hosts.receive("destination");
+    let mut source = hosts.send(&to, "source", "source");
+    let migration = source.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
+    await_mid_pull(&mut destination);
+    source.crash();
+    destination.wait_for_state("fenced");
+    let fenced_since = destination.seen.len();
+
+    let silent = come_in_crowds(&to);
+
+    if door == Door::Tcp {
         // Another certificate than the one that is expected.
         let mut stranger = hosts.send(&to, "stranger", "stranger");
         assert_eq!(stranger.end(), 4, "{}", stranger.story());
-        let mut why = turned_away(&mut destination);
-        while !why.contains("certificate") {
-            // The garbage above.
-            why = turned_away(&mut destination);
-        }
-
-        // The right certificate, and a guest of his own: this host has one.
-        let mut newcomer = hosts.send(&to, "newcomer", "source");
-        assert_eq!(newcomer.end(), 4, "{}", newcomer.story());
-        assert!(failure(&newcomer).contains("has a guest already"), "{}", newcomer.story());
-        while !turned_away(&mut destination).contains("has a guest already") {}
-
-        // The right certificate, and a migration of his own that he takes over: sent to the wrong destination.
-        let (mut elsewhere, to_elsewhere) = hosts.receive("elsewhere");
-        let mut other = hosts.send(&to_elsewhere, "other", "source");
-        let other_migration = other.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-        await_mid_pull(&mut elsewhere);
-        other.crash();
-        elsewhere.crash();
-        let mut other = hosts.take_over("other", &["--to", &to, "--takeover-grace", "2s"]);
-        let is_told = |event: &Value| {
-            let why = event["why"].as_str().unwrap_or("");
-            event["state"] == "turned-away" && why.contains(&migration) && why.contains(&other_migration)
-        };
-        destination.wait_for("the source of another guest turned away", is_told);
-        // He gets what is his, and nothing else.
-        assert_eq!(other.end(), 10, "{}", other.story());
-        other.expect_whole();
-
-        let since = &destination.seen[fenced_since..];
-        let states: Vec<_> = since.iter().filter_map(|event| event["state"].as_str()).collect();
-        assert!(
-            states.iter().all(|&state| !matches!(state, "tethered" | "owner" | "retired" | "release-asked")),
-            "{states:?}"
-        );
-        assert!(since.iter().all(|event| event["event"] != "tethered-again"), "{}", destination.story());
-
-        // The right one is heard, among all of them.
-        let silent = (silent, come_in_crowds(&to));
-        source = hosts.take_over("source", &["--takeover-grace", "20s"]);
-        let committed = source.wait_for_event("tethered-again")["committed"].as_u64();
-        destination.wait_for("a checkpoint over the new session", |event| event["epoch"].as_u64() > committed);
-        destination.crash();
-        assert_eq!(source.end(), 10, "{}", source.story());
-        source.expect_whole();
-        drop((silent, source, destination, elsewhere));
-        hosts.place.expect_nothing_left();
+        // The garbage above comes first.
+        while !turned_away(&mut destination).contains("certificate") {}
     }
+
+    // The right certificate, and a guest of his own: this host has one.
+    let mut newcomer = hosts.send(&to, "newcomer", "source");
+    assert_eq!(newcomer.end(), 4, "{}", newcomer.story());
+    assert!(failure(&newcomer).contains("has a guest already"), "{}", newcomer.story());
+    while !turned_away(&mut destination).contains("has a guest already") {}
+
+    // The right certificate, and a migration of his own that he takes over: sent to the wrong destination.
+    let (mut elsewhere, to_elsewhere) = hosts.receive("elsewhere");
+    let mut other = hosts.send(&to_elsewhere, "other", "source");
+    let other_migration = other.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
+    await_mid_pull(&mut elsewhere);
+    other.crash();
+    elsewhere.crash();
+    let mut other = hosts.take_over("other", &["--to", &to, "--takeover-grace", "2s"]);
+    let is_told = |event: &Value| {
+        let why = event["why"].as_str().unwrap_or("");
+        event["state"] == "turned-away" && why.contains(&migration) && why.contains(&other_migration)
+    };
+    destination.wait_for("the source of another guest turned away", is_told);
+    // He gets what is his, and nothing else.
+    assert_eq!(other.end(), 10, "{}", other.story());
+    other.expect_whole();
+
+    let since = &destination.seen[fenced_since..];
+    let states: Vec<_> = since.iter().filter_map(|event| event["state"].as_str()).collect();
+    assert!(
+        states.iter().all(|&state| !matches!(state, "tethered" | "owner" | "retired" | "release-asked")),
+        "{states:?}"
+    );
+    assert!(since.iter().all(|event| event["event"] != "tethered-again"), "{}", destination.story());
+
+    // The right one is heard, among all of them.
+    let silent = (silent, come_in_crowds(&to));
+    source = hosts.take_over("source", &["--takeover-grace", "20s"]);
+    let committed = source.wait_for_event("tethered-again")["committed"].as_u64();
+    destination.wait_for("a checkpoint over the new session", |event| event["epoch"].as_u64() > committed);
+    destination.crash();
+    assert_eq!(source.end(), 10, "{}", source.story());
+    source.expect_whole();
+    drop((silent, source, destination, elsewhere));
+    hosts.place.expect_nothing_left();
 }

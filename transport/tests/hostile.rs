@@ -12,6 +12,8 @@ use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const CONTROL: u8 = 1;
@@ -19,17 +21,64 @@ const LANE: u8 = 2;
 const GUARD: u8 = 3;
 const PLAIN: u8 = 1;
 const TLS: u8 = 2;
+const UNIX: u8 = 3;
+
+macro_rules! at_every_door {
+    ($($name:ident)*) => {
+        mod tcp { $(#[test] fn $name() { super::$name(super::Door::TCP) })* }
+        mod unix { $(#[test] fn $name() { super::$name(super::Door::UNIX) })* }
+    };
+}
+
+at_every_door! {
+    bytes_that_are_not_ours_are_closed_without_a_word
+    another_preamble_version_is_answered_as_such
+    another_protection_is_answered_as_such
+    a_connection_for_a_session_that_does_not_exist_is_refused
+    a_lane_with_a_wrong_token_and_a_guard_with_a_wrong_proof_do_not_enter
+    an_oversized_hello_is_not_even_read
+    a_preamble_that_drips_is_cut_off_and_keeps_nobody_waiting
+    a_thousand_idle_connections_do_not_keep_a_source_out
+    a_crowd_that_never_stops_dialling_does_not_keep_a_source_out
+    sources_beyond_those_that_wait_are_told_that_it_is_busy
+}
+
+/// A kind of listener, and what is said at it.
+#[derive(Clone, Copy)]
+struct Door {
+    over: Over,
+    protection: u8,
+}
+
+impl Door {
+    const TCP: Self = Self { over: Over::Tcp, protection: PLAIN };
+    const UNIX: Self = Self { over: Over::Local, protection: UNIX };
+
+    /// A listener of this kind that lasts as long as its directory.
+    fn listen(self, config: SessionConfig) -> (Listener, tempfile::TempDir) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let address = match self.over {
+            Over::Local => Address::Unix(dir.path().join("belay.sock")),
+            _ => Address::Tcp("127.0.0.1:0".to_owned()),
+        };
+        (Listener::bind(&address, config).expect("bind"), dir)
+    }
+
+    fn preamble(self, kind: u8, session: SessionId) -> [u8; 64] {
+        preamble(kind, self.protection, session)
+    }
+}
 
 fn plain() -> SessionConfig {
     SessionConfig::new(Security::LoopbackOnly)
 }
 
-fn listen(config: SessionConfig) -> Listener {
-    Listener::bind(&Address::Tcp("127.0.0.1:0".to_owned()), config).expect("bind")
-}
-
+/// A connection of our own. What is done with it (read, write, a bound on reading) is the same call on either kind of socket.
 fn raw(listener: &Listener) -> TcpStream {
-    let stream = TcpStream::connect(listener.address().to_string()).expect("connect");
+    let stream = match listener.address() {
+        Address::Tcp(address) => TcpStream::connect(address).expect("connect"),
+        Address::Unix(path) => OwnedFd::from(UnixStream::connect(path).expect("connect")).into(),
+    };
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream
 }
@@ -83,15 +132,14 @@ fn rejected(listener: &Listener, wanted: impl Fn(&SessionError) -> bool) {
     panic!("not among {seen:?}");
 }
 
-#[test]
-fn bytes_that_are_not_ours_are_closed_without_a_word() {
-    let listener = listen(plain());
+fn bytes_that_are_not_ours_are_closed_without_a_word(door: Door) {
+    let (listener, _dir) = door.listen(plain());
     let mut stream = raw(&listener);
     stream.write_all(&[b"GET / HTTP/1.1\r\nHost: example\r\n\r\n", &[b' '; 64][..]].concat()).unwrap();
     assert_eq!(answer(&mut stream), None);
     rejected(&listener, |error| matches!(error, SessionError::Protocol { .. }));
     for (at, value) in [(10, 0), (10, 9), (11, 0), (29, 1), (63, 1)] {
-        let mut bytes = preamble(CONTROL, PLAIN, SessionId([1; 16]));
+        let mut bytes = door.preamble(CONTROL, SessionId([1; 16]));
         bytes[at] = value;
         let mut stream = raw(&listener);
         stream.write_all(&bytes).unwrap();
@@ -100,10 +148,9 @@ fn bytes_that_are_not_ours_are_closed_without_a_word() {
     assert_serves(&listener);
 }
 
-#[test]
-fn another_preamble_version_is_answered_as_such() {
-    let listener = listen(plain());
-    let mut bytes = preamble(CONTROL, PLAIN, SessionId([1; 16]));
+fn another_preamble_version_is_answered_as_such(door: Door) {
+    let (listener, _dir) = door.listen(plain());
+    let mut bytes = door.preamble(CONTROL, SessionId([1; 16]));
     bytes[8] = 2;
     let mut stream = raw(&listener);
     stream.write_all(&bytes).unwrap();
@@ -111,23 +158,33 @@ fn another_preamble_version_is_answered_as_such() {
     rejected(&listener, |error| matches!(error, SessionError::PreambleVersion { ours: 1, theirs: 2 }));
 }
 
-#[test]
-fn a_connection_for_a_session_that_does_not_exist_is_refused() {
-    let listener = listen(plain());
+fn another_protection_is_answered_as_such(door: Door) {
+    let (listener, _dir) = door.listen(plain());
+    for protection in [PLAIN, TLS, UNIX].into_iter().filter(|&protection| protection != door.protection) {
+        let mut stream = raw(&listener);
+        stream.write_all(&preamble(CONTROL, protection, SessionId([1; 16]))).unwrap();
+        assert_eq!(answer(&mut stream), Some(3), "protection {protection}");
+        assert_closed(&mut stream);
+        rejected(&listener, |error| matches!(error, SessionError::SecurityMismatch { .. }));
+    }
+    assert_serves(&listener);
+}
+
+fn a_connection_for_a_session_that_does_not_exist_is_refused(door: Door) {
+    let (listener, _dir) = door.listen(plain());
     for kind in [LANE, GUARD] {
         let mut stream = raw(&listener);
-        stream.write_all(&preamble(kind, PLAIN, SessionId([7; 16]))).unwrap();
+        stream.write_all(&door.preamble(kind, SessionId([7; 16]))).unwrap();
         assert_eq!(answer(&mut stream), Some(4));
         assert_closed(&mut stream);
     }
 }
 
-#[test]
-fn a_lane_with_a_wrong_token_and_a_guard_with_a_wrong_proof_do_not_enter() {
-    let session = meet(Over::Tcp);
+fn a_lane_with_a_wrong_token_and_a_guard_with_a_wrong_proof_do_not_enter(door: Door) {
+    let session = meet(door.over);
     let id = session.source.agreed.session;
     let mut stream = raw(&session.listener);
-    stream.write_all(&preamble(LANE, PLAIN, id)).unwrap();
+    stream.write_all(&door.preamble(LANE, id)).unwrap();
     assert_eq!(answer(&mut stream), Some(1));
     stream.write_all(&[0x55; 32]).unwrap();
     let mut verdict = [0];
@@ -135,7 +192,7 @@ fn a_lane_with_a_wrong_token_and_a_guard_with_a_wrong_proof_do_not_enter() {
     assert_eq!(verdict, [2]);
     assert_closed(&mut stream);
     let mut stream = raw(&session.listener);
-    stream.write_all(&preamble(GUARD, PLAIN, id)).unwrap();
+    stream.write_all(&door.preamble(GUARD, id)).unwrap();
     assert_eq!(answer(&mut stream), Some(5));
     let shortly = || Deadline::after(Duration::from_millis(5));
     assert!(session.destination.lanes.take(FAULT, shortly()).is_err());
@@ -182,7 +239,7 @@ fn a_client_without_a_certificate_is_refused() {
     }
     let dir = tempfile::tempdir().unwrap();
     let (_, destination) = tls_configs(dir.path());
-    let listener = listen(destination);
+    let (listener, _dir) = Door::TCP.listen(destination);
     let provider = rustls::crypto::ring::default_provider();
     let config = rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(provider.clone()))
         .with_safe_default_protocol_versions()
@@ -202,24 +259,22 @@ fn a_client_without_a_certificate_is_refused() {
     assert!(listener.accept(Deadline::after(Duration::from_millis(1))).is_err());
 }
 
-#[test]
-fn an_oversized_hello_is_not_even_read() {
-    let listener = listen(plain());
+fn an_oversized_hello_is_not_even_read(door: Door) {
+    let (listener, _dir) = door.listen(plain());
     let mut stream = raw(&listener);
-    stream.write_all(&preamble(CONTROL, PLAIN, SessionId([1; 16]))).unwrap();
+    stream.write_all(&door.preamble(CONTROL, SessionId([1; 16]))).unwrap();
     assert_eq!(answer(&mut stream), Some(1));
     stream.write_all(&u32::MAX.to_le_bytes()).unwrap();
     assert_closed(&mut stream);
     rejected(&listener, |error| matches!(error, SessionError::FrameTooLarge { .. }));
 }
 
-#[test]
-fn a_preamble_that_drips_is_cut_off_and_keeps_nobody_waiting() {
+fn a_preamble_that_drips_is_cut_off_and_keeps_nobody_waiting(door: Door) {
     let bound = Duration::from_millis(300);
-    let listener = listen(SessionConfig { handshake_bound: bound, ..plain() });
+    let (listener, _dir) = door.listen(SessionConfig { handshake_bound: bound, ..plain() });
     let mut dripping = raw(&listener);
     let begun = Instant::now();
-    let bytes = preamble(CONTROL, PLAIN, SessionId([1; 16]));
+    let bytes = door.preamble(CONTROL, SessionId([1; 16]));
     dripping.write_all(&bytes[..1]).unwrap();
     assert_serves(&listener);
     assert!(begun.elapsed() < bound, "the honest source waited for the dripping one");
@@ -242,12 +297,11 @@ fn a_preamble_that_drips_is_cut_off_and_keeps_nobody_waiting() {
     rejected(&listener, |error| matches!(error, SessionError::TimedOut { .. }));
 }
 
-#[test]
-fn a_thousand_idle_connections_do_not_keep_a_source_out() {
+fn a_thousand_idle_connections_do_not_keep_a_source_out(door: Door) {
     let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     limit.current = limit.maximum;
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).expect("up to the hard limit");
-    let listener = listen(plain());
+    let (listener, _dir) = door.listen(plain());
     let idle: Vec<_> = (0..1000).map(|_| raw(&listener)).collect();
     let begun = Instant::now();
     assert_serves(&listener);
@@ -255,9 +309,55 @@ fn a_thousand_idle_connections_do_not_keep_a_source_out() {
     drop(idle);
 }
 
-#[test]
-fn sources_beyond_those_that_wait_are_told_that_it_is_busy() {
-    let listener = listen(plain());
+fn a_crowd_that_never_stops_dialling_does_not_keep_a_source_out(door: Door) {
+    const STRANGERS: u64 = 4;
+    let (listener, _dir) = door.listen(plain());
+    let (over, dialled) = (AtomicBool::new(false), AtomicU64::new(0));
+    // What every second of them says: a control connection's beginning, and nothing after it.
+    let words = door.preamble(CONTROL, SessionId([1; 16]));
+    std::thread::scope(|scope| {
+        for stranger in 0..STRANGERS {
+            let (listener, over, dialled) = (&listener, &over, &dialled);
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let mut stream = raw(listener);
+                    if stranger % 2 == 0 {
+                        let _ = stream.write_all(&words);
+                    }
+                    dialled.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let ends = End(&over);
+        let deadline = soon();
+        while dialled.load(Ordering::Relaxed) < 2000 {
+            assert!(!deadline.expired(), "the crowd does not come");
+            std::thread::yield_now();
+        }
+        let mut slowest = Duration::ZERO;
+        for _ in 0..5 {
+            let begun = Instant::now();
+            assert_serves(&listener);
+            slowest = slowest.max(begun.elapsed());
+        }
+        eprintln!("the slowest source was served in {slowest:?}, among {} strangers", dialled.load(Ordering::Relaxed));
+        // Over tcp a full backlog may cost a SYN, which the kernel sends again after a second.
+        assert!(slowest < Duration::from_secs(5), "{slowest:?}");
+        drop(ends);
+    });
+}
+
+/// Ends a crowd, whether its test has passed or not.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn sources_beyond_those_that_wait_are_told_that_it_is_busy(door: Door) {
+    let (listener, _dir) = door.listen(plain());
     std::thread::scope(|scope| {
         let sources: Vec<_> =
             (0..5).map(|_| scope.spawn(|| connect(listener.address(), plain(), &Offer::default(), soon()))).collect();

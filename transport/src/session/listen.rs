@@ -28,6 +28,9 @@ const MAX_SESSIONS: usize = 16;
 const MAX_LANES: usize = 256;
 /// Rejections kept for [`Listener::take_rejections`].
 const MAX_REJECTIONS: usize = 16;
+/// Connections taken at once before those that are in their handshake get their turn: a crowd that never stops dialling is heard
+/// between them and not in their place.
+const MAX_HEARD: usize = 16;
 /// How long the acceptor leaves the listening socket alone when the process is out of descriptors.
 const OUT_OF_DESCRIPTORS_PAUSE: Duration = Duration::from_millis(50);
 
@@ -386,7 +389,7 @@ fn hear(
     incoming: &Sender<Greeted>,
     pending: &mut Vec<Pending>,
 ) -> Option<Instant> {
-    loop {
+    for _ in 0..MAX_HEARD {
         let fd = match rustix::net::accept_with(listening, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(fd) => fd,
             Err(Errno::AGAIN) => return None,
@@ -416,6 +419,8 @@ fn hear(
         // Most have sent their preamble by now, which lifts them out of the silent.
         pending.extend(step(connection, true, shared, incoming));
     }
+    // Whoever is left in the backlog is polled for.
+    None
 }
 
 /// Puts a connection that has come through where its session waits for it.
