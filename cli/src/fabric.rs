@@ -70,7 +70,7 @@ pub fn session(options: &FabricOptions, security: Security, address: &Address) -
     Ok(config)
 }
 
-/// What to do where a session failed over its fabric; `None` where it failed over something else.
+/// What to do where a session failed over its fabric or a certificate's dates; `None` where it failed over something else.
 pub fn no_session(error: &SessionError) -> Option<&'static str> {
     Some(match error {
         SessionError::NoCommonFabric { .. } => {
@@ -82,6 +82,9 @@ pub fn no_session(error: &SessionError) -> Option<&'static str> {
         }
         SessionError::NoVerbs { why: NoVerbs::NoKey } => {
             "Give both hosts certificates (`belay keygen`) instead of --insecure, or use --fabric tcp."
+        }
+        SessionError::NotValidNow { .. } => {
+            "The guest was not touched. `belay keygen` makes new certificates for both hosts; if a host's clock is wrong, set that."
         }
         SessionError::NoVerbs { .. } => "`belay check` says what this host has; --fabric tcp needs no RDMA.",
         _ => return None,

@@ -3,6 +3,7 @@
 
 mod running;
 
+use belay_transport::session::keygen_valid;
 use running::{BELAY, Place, Process, has_kvm};
 use serde_json::Value;
 use std::io::Write;
@@ -10,6 +11,7 @@ use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::{Duration, SystemTime};
 
 /// Where a destination listens.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -142,6 +144,42 @@ macro_rules! at_every_door {
 
 at_every_door! {
     p7_a_thousand_strangers_cost_a_waiting_destination_little_and_its_source_nothing
+}
+
+#[test]
+fn p9_a_source_whose_destinations_certificate_has_expired_says_so_and_keeps_its_guest() {
+    let place = Place::new();
+    make_certificates(&place);
+    let keys = place.path("keys");
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    keygen_valid(&keys, "expired", at(1_500_000_000), at(1_582_977_600)).unwrap();
+    for [source, destination] in [["source", "expired"], ["expired", "destination"]] {
+        let state = place.text(&format!("{destination}-state"));
+        let receive = ["receive", "--json", "--listen", "127.0.0.1:0", "--drive", "threads", "--state-dir", &state];
+        let belay = |arguments: &[&str], certificates: &[String]| {
+            place.belay(&arguments.iter().copied().chain(certificates.iter().map(String::as_str)).collect::<Vec<_>>())
+        };
+        let mut receiving = belay(&receive, &tls(&place, destination, source));
+        let to = receiving.wait_for_event("listening")["address"].as_str().unwrap().to_owned();
+        let state = place.text(&format!("{source}-state"));
+        let send = ["send", "--json", "--to", &to, "--state-dir", &state, "--drive", "threads", "--memory", "8M"];
+        let mut sending = belay(&send, &tls(&place, source, destination));
+        assert_eq!(sending.end(), 4, "{}", sending.story());
+        let (here, there) = (sending.story(), turned_away(&mut receiving));
+        let dated = "expired.crt: the peer's certificate expired on 2020-02-29 12:00:00 UTC";
+        let told = "expired.crt: by the peer's clock our certificate has expired";
+        if destination == "expired" {
+            assert!(here.contains(dated), "{here}");
+        } else {
+            assert!(there.contains(dated), "{there}");
+            assert!(here.contains(told), "{here}");
+        }
+        assert!(here.contains("The guest was not touched") && here.contains("belay keygen"), "{here}");
+        assert!(!sending.was("released") && !receiving.was("owner"), "{here}");
+        receiving.signal(libc::SIGTERM);
+        assert_eq!(receiving.end(), 130, "{}", receiving.story());
+    }
+    place.expect_nothing_left();
 }
 
 mod kvm {

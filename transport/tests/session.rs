@@ -173,20 +173,33 @@ fn only_the_pinned_certificates_are_accepted_in_both_directions() {
 }
 
 #[test]
-fn a_certificate_is_not_accepted_outside_its_validity_period() {
+fn a_certificate_is_not_accepted_outside_its_validity_period_in_either_direction() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let (now, day) = (SystemTime::now(), Duration::from_secs(86_400));
-    keygen(dir, "destination").unwrap();
-    keygen_valid(dir, "expired", now - 3 * day, now - day).unwrap();
-    keygen_valid(dir, "early", now + day, now + 3 * day).unwrap();
-    for name in ["expired", "early"] {
-        let pinned = dir.join(format!("{name}.crt"));
-        let listener = Listener::bind(&loopback(), credentials((dir, "destination"), &pinned)).unwrap();
-        let config = credentials((dir, name), &dir.join("destination.crt"));
-        assert!(dial_once(&listener, config).is_err(), "{name}");
-        let error = rejection(&listener);
-        assert!(matches!(&error, SessionError::Tls { .. }), "{name}: {error}");
+    let day = Duration::from_secs(86_400);
+    // `date -u -d @…` has the dates.
+    let [past, future] = [1_582_977_600, 4_107_542_400].map(|at| SystemTime::UNIX_EPOCH + Duration::from_secs(at));
+    keygen(dir, "valid").unwrap();
+    keygen_valid(dir, "expired", past - day, past).unwrap();
+    keygen_valid(dir, "early", future, future + day).unwrap();
+    let crt = |name: &str| dir.join(format!("{name}.crt"));
+    let dates =
+        [("expired", "expired on 2020-02-29 12:00:00 UTC"), ("early", "not valid before 2100-03-01 00:00:00 UTC")];
+    for (name, date) in dates {
+        for [source, destination] in [[name, "valid"], ["valid", name]] {
+            let listener = Listener::bind(&loopback(), credentials((dir, destination), &crt(source))).unwrap();
+            let dialled = dial_once(&listener, credentials((dir, source), &crt(destination))).unwrap_err();
+            let rejected = rejection(&listener);
+            for (at, error) in [("the source", &dialled), ("the destination", &rejected)] {
+                let (said, of) = (error.to_string(), format!("{name}.crt"));
+                // The one whose certificate it is may be gone before it has heard why.
+                let unheard = matches!(error, SessionError::PeerClosed { .. });
+                let is_own = (at == "the source") == (source == name);
+                assert!(said.contains(&of) || is_own && unheard, "{at}, {source} to {destination}: {said}");
+                assert!(is_own || said.contains(date), "{at}: {said}");
+            }
+            assert!(listener.accept(Deadline::after(Duration::from_millis(1))).is_err(), "nobody came in");
+        }
     }
 }
 

@@ -60,11 +60,20 @@ pub fn connect(
     config.check(address)?;
     let session = SessionId(random()?);
     let token = Token(random()?);
-    let versions = config.versions;
     let dialer = Dialer { address: address.clone(), config, session, token };
+    let greeted = greet(&dialer, offer, deadline).map_err(|error| dialer.config.security.naming(error))?;
+    let (stream, agreed, blob) = greeted;
+    let binding = BindingKey::of(&stream, session, &dialer.token)?;
+    let control = Arc::new(Control::new(stream, dialer.config.max_frame_bytes));
+    Ok(SourceSession { control, agreed, blob, lanes: LaneDialer { inner: Arc::new(dialer), binding } })
+}
+
+/// Says hello and hears the reply.
+fn greet(dialer: &Dialer, offer: &Offer, deadline: Deadline) -> Result<(LaneStream, Agreed, Vec<u8>), SessionError> {
+    let versions = dialer.config.versions;
     let mut stream = dialer.open(Kind::Control, deadline)?;
-    let ours = dialer.config.offers_over(address, &stream);
-    let hello = Zeroizing::new(encode_hello(session, &dialer.token, versions, &ours, offer)?);
+    let ours = dialer.config.offers_over(&dialer.address, &stream);
+    let hello = Zeroizing::new(encode_hello(dialer.session, &dialer.token, versions, &ours, offer)?);
     let length = u32::try_from(hello.len()).expect("a hello is at most 128 KiB").to_le_bytes();
     stream.write_all("sending the hello", &Zeroizing::new([&length, &hello[..]].concat()), deadline)?;
 
@@ -76,10 +85,8 @@ pub fn connect(
     }
     let mut reply = vec![0; length];
     stream.read_exact("receiving the reply", &mut reply, deadline)?;
-    let (agreed, blob) = decode_reply(&reply, session, versions, &ours)?;
-    let binding = BindingKey::of(&stream, session, &dialer.token)?;
-    let control = Arc::new(Control::new(stream, dialer.config.max_frame_bytes));
-    Ok(SourceSession { control, agreed, blob, lanes: LaneDialer { inner: Arc::new(dialer), binding } })
+    let (agreed, blob) = decode_reply(&reply, dialer.session, versions, &ours)?;
+    Ok((stream, agreed, blob))
 }
 
 impl LaneDialer {

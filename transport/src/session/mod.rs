@@ -63,6 +63,16 @@ pub enum Security {
     LoopbackOnly,
 }
 
+impl Security {
+    /// `error` with the certificate named that it is about, where it is about a validity period.
+    fn naming(&self, error: SessionError) -> SessionError {
+        match self {
+            Self::Tls(credentials) => credentials.naming(error),
+            Self::Insecure | Self::LoopbackOnly => error,
+        }
+    }
+}
+
 /// What a session is allowed to use and how long it waits.
 #[derive(Debug, Clone)]
 pub struct SessionConfig {
@@ -171,6 +181,9 @@ pub enum SessionError {
     },
     #[error("{}: {what}", path.display())]
     Credentials { path: PathBuf, what: String },
+    /// A certificate, outside its validity period.
+    #[error("{}: {what}", path.display())]
+    NotValidNow { path: PathBuf, what: String },
     #[error("{doing}")]
     Io {
         doing: String,

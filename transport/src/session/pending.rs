@@ -85,7 +85,7 @@ impl Pending {
             match self.gather(wanted) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Step::Later(self)),
-                Err(error) => return Err(SessionError::from_io("shaking hands", error)),
+                Err(error) => return Err(shared.config.security.naming(SessionError::from_io("shaking hands", error))),
             }
             if let Some(arrived) = self.complete(shared)? {
                 return Ok(Step::Arrived(arrived.with(self.stream)));

@@ -5,6 +5,7 @@
 //! the handshake is signed with its key.
 
 use super::SessionError;
+use crate::words::utc;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair as GeneratedKey};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -14,8 +15,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName as WireName, Error, RootCertStore,
-    ServerConfig, SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName as WireName, Error,
+    RootCertStore, ServerConfig, SignatureScheme,
 };
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -33,6 +34,9 @@ const CLOCK_SLACK: Duration = Duration::from_secs(24 * 3600);
 pub struct Credentials {
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
+    /// Where our certificate and the peer's were read.
+    own: PathBuf,
+    peer: PathBuf,
 }
 
 impl std::fmt::Debug for Credentials {
@@ -78,7 +82,28 @@ impl Credentials {
             .map_err(unusable)?;
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(NoServerSessionStorage {});
-        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
+        let (own, peer) = (own_cert.into(), peer_cert.into());
+        Ok(Self { client: Arc::new(client), server: Arc::new(server), own, peer })
+    }
+
+    /// Names the certificate, where a handshake has failed by its validity period: TLS itself knows no file, and no date.
+    pub(super) fn naming(&self, error: SessionError) -> SessionError {
+        let SessionError::Tls { source, .. } = &error else { return error };
+        let utc = |at: &UnixTime| utc(at.as_secs());
+        let (path, what) = match source {
+            Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => {
+                (&self.peer, format!("the peer's certificate expired on {}; it is {} here", utc(not_after), utc(time)))
+            }
+            Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => (
+                &self.peer,
+                format!("the peer's certificate is not valid before {}; it is {} here", utc(not_before), utc(time)),
+            ),
+            Error::AlertReceived(AlertDescription::CertificateExpired) => {
+                (&self.own, "by the peer's clock our certificate has expired, or is not valid yet".to_owned())
+            }
+            _ => return error,
+        };
+        SessionError::NotValidNow { path: path.clone(), what }
     }
 
     pub(super) fn dialling(&self) -> Result<rustls::Connection, SessionError> {

@@ -28,7 +28,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Requests for lanes that are not permitted yet.
-const MAX_WAITING: usize = 64;
+pub(super) const MAX_WAITING: usize = 64;
 /// How long such a request waits.
 const WAITING_BOUND: Duration = Duration::from_secs(10);
 /// Refused requests kept for the operator.
@@ -135,6 +135,19 @@ impl Shared {
 
     pub(super) fn details(&self) -> Option<FabricDetails> {
         self.lock().details.clone()
+    }
+
+    /// Connections, and requests that wait.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.connections.len(), state.waiting.len())
+    }
+
+    /// Has the steward do nothing for as long as this is kept.
+    #[cfg(test)]
+    pub(super) fn pause(&self) -> impl Sized + '_ {
+        self.lock()
     }
 
     pub(super) fn broken(&self) -> BorrowedFd<'_> {

@@ -286,6 +286,16 @@ impl Id {
         self.done(begun, "rdma_connect", || "asking for a connection".to_owned())
     }
 
+    /// As [`Self::connect`], without a queue pair: asks for one of this number, which need not exist.
+    #[cfg(test)]
+    pub(super) fn connect_as(&mut self, queue_pair: u32, terms: &Terms<'_>) -> Result<(), VerbsError> {
+        let mut parameters = terms.parameters();
+        parameters.qp_num = queue_pair;
+        // SAFETY: the identifier is alive; the parameters point to private data of the length they say.
+        let begun = unsafe { ibv::rdma_connect(self.id.as_ptr(), &raw mut parameters) };
+        self.done(begun, "rdma_connect", || "asking for a connection".to_owned())
+    }
+
     pub(super) fn accept(&mut self, terms: &Terms<'_>) -> Result<(), VerbsError> {
         let mut parameters = terms.parameters();
         // SAFETY: the identifier is alive; the parameters point to private data of the length they say.

@@ -31,8 +31,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Connect requests that the kernel keeps for the steward.
-const BACKLOG: i32 = 64;
+/// Connect requests that the kernel keeps for the steward (net.rdma_ucm.max_backlog is 1024 too). One that does not fit is dropped without a
+/// word, and its asker's kernel asks again only after 4.3 s: with fewer, a burst of strangers costs a lane that time.
+const BACKLOG: i32 = 1024;
 /// Longest wait for the peer's acknowledgement of a new table.
 const ACKNOWLEDGEMENT_BOUND: Duration = Duration::from_secs(10);
 
@@ -69,7 +70,7 @@ pub struct VerbsOwner {
     observer: Option<RegistrationObserver>,
     pinned_bytes: u64,
     version: u64,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     steward: Option<Steward>,
     listening: Option<Id>,
     pub(super) releasing: Option<Releasing>,

@@ -2,6 +2,7 @@
 //!
 //! On a host without RDMA each prints that it was skipped. BELAY_VERBS_DEVICE names the device where there are several.
 
+use super::admission::MAX_WAITING;
 use super::burial::Mortal;
 use super::cm::{EventChannel, Id, Terms};
 use super::endpoint::{Endpoint, Use};
@@ -20,7 +21,10 @@ use crate::session::{
     Address, BindingKey, DestinationSession, Listener, Offer, Security, SessionConfig, SourceSession, connect, random,
 };
 use crate::units::PageSize;
+use belay_verbs_sys::rdma_cm_event_type as kind;
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const FAULT: LaneId = LaneId { kind: LaneKind::Fault, index: 0 };
@@ -206,6 +210,225 @@ fn a_proof_that_is_sent_again_is_refused() {
     endpoint.id_mut().connect(&Terms { private_data: &request, responder_resources: 1, initiator_depth: 1 }).unwrap();
     let answer = channel.wait(soon()).unwrap().expect("an answer");
     assert_eq!(super::proof::read_refusal(&answer.data.private_data), Some(RefusedLane::WrongProof));
+}
+
+/// Numbers of queue pairs that do not exist, above those that a device gives. Each is new: rdma_cm takes one that it has just seen for
+/// what is left of an older connection, and refuses it by itself.
+fn new_numbers() -> impl Iterator<Item = u32> {
+    static NEXT: AtomicU32 = AtomicU32::new(0x80_0000);
+    std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Many who ask the owner for a connection, from one process and at once. None has a queue pair: asking takes none.
+struct Crowd {
+    channel: Arc<EventChannel>,
+    /// Each with the number of its queue pair and what it says.
+    members: Vec<(Id, u32, Vec<u8>)>,
+    asked: usize,
+    /// Why each was refused that has had an answer; `None` where no word of belay's came with it.
+    answers: Vec<Option<RefusedLane>>,
+}
+
+impl Crowd {
+    fn gather([from, to]: [SocketAddr; 2], words: impl Iterator<Item = (u32, Vec<u8>)>) -> Self {
+        let channel = EventChannel::new().unwrap();
+        let one = |(number, said)| {
+            let mut id = Id::new(&channel).unwrap();
+            id.resolve_address(from, to, soon()).unwrap();
+            (id, number, said)
+        };
+        let members = words.map(one).collect();
+        Self { channel, members, asked: 0, answers: Vec::new() }
+    }
+
+    /// Goes on until `done`.
+    fn until(&mut self, done: impl Fn(&Self) -> bool) {
+        let deadline = soon();
+        while !done(self) {
+            let Some(event) = self.channel.wait(deadline).unwrap() else {
+                panic!("{} of {} asked, {} were answered", self.asked, self.members.len(), self.answers.len());
+            };
+            let member = self.members.iter_mut().find(|(id, ..)| id.token() == event.of);
+            let (id, number, private_data) = member.expect("one of them");
+            match event.kind {
+                kind::RDMA_CM_EVENT_ADDR_RESOLVED => id.resolve_route(deadline).unwrap(),
+                kind::RDMA_CM_EVENT_ROUTE_RESOLVED => {
+                    id.connect_as(*number, &Terms { private_data, responder_resources: 1, initiator_depth: 1 })
+                        .unwrap();
+                    self.asked += 1;
+                }
+                kind::RDMA_CM_EVENT_ESTABLISHED => panic!("a stranger is let in"),
+                _ => self.answers.push(super::proof::read_refusal(&event.data.private_data)),
+            }
+        }
+    }
+
+    fn have_asked(&self) -> bool {
+        self.asked == self.members.len()
+    }
+
+    fn are_answered(&self) -> bool {
+        self.answers.len() == self.members.len()
+    }
+}
+
+/// What is held for connections: at the owner, by this process, and on the device (queue pairs, identifiers).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Held {
+    at_owner: (usize, usize),
+    descriptors: usize,
+    on_device: Option<(usize, usize)>,
+}
+
+impl Held {
+    fn now(w: &World) -> Self {
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        Self { at_owner: w.owner.shared.held(), descriptors, on_device: on_device() }
+    }
+}
+
+/// As iproute2's rdma counts them, where there is one: `0: rxe0: pd 1 cq 1 qp 1 cm_id 2 mr 0`.
+fn on_device() -> Option<(usize, usize)> {
+    let said = std::process::Command::new("rdma").args(["resource", "show"]).output().ok()?.stdout;
+    let said = String::from_utf8_lossy(&said).into_owned();
+    let words: Vec<_> = said.split_whitespace().collect();
+    let all = |name| words.windows(2).filter(|two| two[0] == name).filter_map(|two| two[1].parse::<usize>().ok()).sum();
+    Some((all("qp"), all("cm_id")))
+}
+
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+#[test]
+fn a_crowd_of_requests_keeps_no_lane_out_and_leaves_nothing() {
+    const CROWD: usize = 200;
+    const BOUND: Duration = Duration::from_secs(10);
+    let Some(mut w) = world() else { return };
+    let _lane = w.lane(FAULT);
+    let open = w.initiator.session.as_ref().unwrap();
+    let (key, challenge) = (w.initiator.key.clone(), open.offer.challenge);
+    let to = super::cm::socket_address(open.offer.ip, open.offer.port, 0);
+    let road = [w.initiator.local.address, to];
+    let request = |lane, key: &BindingKey, queue_pair| {
+        Subject { challenge, lane, nonce: random().unwrap(), queue_pair }.request(key).to_vec()
+    };
+    // Nothing, noise, a request with another key, and one that was recorded: right in every byte but for its queue pair.
+    let strangers = || {
+        let words = |(at, number)| {
+            (
+                number,
+                match at % 4 {
+                    0 => Vec::new(),
+                    1 => vec![0xff; 56],
+                    2 => request(CHECKPOINT, &BindingKey::for_test([9; 32]), number),
+                    _ => request(CHECKPOINT, &key, 0x17),
+                },
+            )
+        };
+        (0..CROWD).zip(new_numbers()).map(words)
+    };
+    // Comes three times at least. Every second time nobody stays to hear the answer.
+    let asked = AtomicUsize::new(0);
+    let flood = |over: &AtomicBool| {
+        let mut rounds = 0;
+        while rounds < 3 || !over.load(Ordering::Relaxed) {
+            let mut crowd = Crowd::gather(road, strangers());
+            crowd.until(Crowd::have_asked);
+            asked.fetch_add(CROWD, Ordering::Relaxed);
+            if rounds % 2 == 0 {
+                crowd.until(Crowd::are_answered);
+            }
+            rounds += 1;
+        }
+    };
+
+    let over = AtomicBool::new(false);
+    let bulk = |index| LaneId { kind: LaneKind::Bulk, index };
+    let (mut lanes, mut slowest) = (Vec::new(), Duration::ZERO);
+    std::thread::scope(|scope| {
+        let flooding = scope.spawn(|| flood(&over));
+        let opened = [CHECKPOINT, bulk(0), bulk(1), bulk(2)].into_iter().try_for_each(|id| {
+            // Each in another crowd.
+            let (before, deadline) = (asked.load(Ordering::Relaxed), soon());
+            while asked.load(Ordering::Relaxed) == before && !flooding.is_finished() && !deadline.expired() {
+                std::thread::yield_now();
+            }
+            let begun = Instant::now();
+            w.owner.serve_lane(id, soon())?;
+            lanes.push(w.initiator.open_lane(id, 8, Deadline::after(BOUND))?);
+            slowest = slowest.max(begun.elapsed());
+            Ok::<_, FabricError>(())
+        });
+        over.store(true, Ordering::Relaxed);
+        flooding.join().unwrap();
+        opened.unwrap_or_else(|error| panic!("a lane is kept out: {}", crate::explain(&error)));
+    });
+    let among = asked.load(Ordering::Relaxed);
+    eprintln!("the slowest of {} lanes was let in after {slowest:?}, among {among} requests", lanes.len());
+    lanes[0].commit(&w.write(0, 8), soon()).unwrap();
+    complete_read(&mut *lanes[1], &w);
+
+    let (before, bytes) = (Held::now(&w), resident_bytes());
+    assert_eq!(before.at_owner, (5, 0), "the lanes, and nobody else");
+    flood(&AtomicBool::new(true));
+    // A peer with the session's own key who asks for lanes that nobody permits.
+    let unwanted = (9..)
+        .zip(new_numbers())
+        .take(CROWD)
+        .map(|(index, number)| (number, request(LaneId { kind: LaneKind::Checkpoint, index }, &key, number)));
+    let mut crowd = Crowd::gather(road, unwanted);
+    // Those beyond the bound are told at once, and not when the others' time is up.
+    let busy = |crowd: &Crowd| crowd.answers.iter().filter(|&&why| why == Some(RefusedLane::Busy)).count();
+    crowd.until(|crowd| crowd.have_asked() && busy(crowd) >= CROWD - MAX_WAITING);
+    let (connections, waiting) = w.owner.shared.held();
+    assert!(connections == 5 && waiting <= 64, "{connections} connections, {waiting} requests wait");
+    drop(crowd);
+    let deadline = soon();
+    while Held::now(&w) != before {
+        assert!(!deadline.expired(), "{before:?} became {:?}", Held::now(&w));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let grown = resident_bytes().saturating_sub(bytes);
+    assert!(grown < 4 << 20, "{grown} bytes more");
+    // Nothing was taken for a lane's end.
+    complete_read(&mut *lanes[1], &w);
+}
+
+#[test]
+fn a_lane_that_comes_behind_two_hundred_strangers_is_not_dropped() {
+    let Some(mut w) = world() else { return };
+    let _lane = w.lane(FAULT);
+    w.owner.serve_lane(CHECKPOINT, soon()).unwrap();
+    let open = w.initiator.session.as_ref().unwrap();
+    let to = super::cm::socket_address(open.offer.ip, open.offer.port, 0);
+    let road = [w.initiator.local.address, to];
+    let (owner, initiator) = (&w.owner, &mut w.initiator);
+    let mut lane = std::thread::scope(|scope| {
+        let paused = owner.shared.pause();
+        let mut crowd = Crowd::gather(road, new_numbers().take(200).map(|number| (number, vec![0xff; 56])));
+        crowd.until(Crowd::have_asked);
+        let asking = scope.spawn(|| {
+            let begun = Instant::now();
+            (initiator.open_lane(CHECKPOINT, 8, soon()), begun.elapsed())
+        });
+        // Long enough that its request usually has come by now; right in either order.
+        std::thread::sleep(Duration::from_millis(300));
+        drop(paused);
+        let (lane, took) = asking.join().unwrap();
+        crowd.until(Crowd::are_answered);
+        eprintln!("let in after {took:?}");
+        // A request that does not fit is dropped, and the asker's kernel asks again after 4.3 s.
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        lane.unwrap_or_else(|error| panic!("kept out: {}", crate::explain(&error)))
+    });
+    lane.commit(&w.write(0, 8), soon()).unwrap();
+}
+
+fn complete_read(lane: &mut dyn Lane, w: &World) {
+    lane.post_reads(&[w.read(0, 4096)]).unwrap();
+    complete(lane).unwrap();
 }
 
 #[test]
