@@ -136,8 +136,11 @@ mod kvm {
         assert_eq!(sum["kills_after_folding"], in_folds.len(), "{in_folds:?}");
         // A guest that is fenced in the end was compared as far as it is there; one that is gone with its process counts as nothing but that.
         let fenced: Vec<_> = runs.iter().filter(|run| run["outcome"] == "held" && run["home"] == "fenced").collect();
-        let compared = |run: &&&Value| run["fenced"]["pages"]["pages"].as_u64() > Some(0);
-        assert_eq!(fenced.iter().filter(compared).count(), fenced.len(), "{fenced:#?}");
+        let not_compared = |run: &&Value| run["fenced"]["not"]["why"].as_str() == Some("none of its pages had come");
+        let compared = |run: &&Value| run["fenced"]["pages"]["pages"].as_u64() > Some(0);
+        assert!(fenced.iter().all(|run| compared(run) || not_compared(run)), "{fenced:#?}");
+        let fenced: Vec<_> = fenced.into_iter().filter(compared).collect();
+        assert!(fenced.len() >= 10, "{fenced:#?}");
         let whole = |run: &&Value| run["fenced"]["pages"]["not_there"] == 0;
         assert!(fenced.iter().any(&whole) && !fenced.iter().all(whole), "{fenced:#?}");
         assert!(sum["fenced_compared"].as_u64() >= Some(fenced.len() as u64), "{sum}");
