@@ -64,6 +64,12 @@ impl Said {
         self.said(|kind| matches!(kind, Kind::State { state: name, .. } if name == state))
     }
 
+    /// When it last said so up to then, by CLOCK_MONOTONIC in microseconds.
+    pub fn when_last(&self, state: &str, at_us: u64) -> Option<u64> {
+        let entered = |event: &&Observation| matches!(&event.kind, Kind::State { state: name, .. } if name == state);
+        self.events.iter().filter(entered).map(|event| event.at_us).filter(|&at| at <= at_us).max()
+    }
+
     pub fn caught(&self) -> Option<u64> {
         self.last(|kind| match kind {
             Kind::Caught { epoch, .. } => Some(*epoch),

@@ -255,9 +255,14 @@ fn ends(evidence: &Evidence<'_>, home: Option<Home>, came: Succession, ending: E
 fn went_on(evidence: &Evidence<'_>, wrong: &mut Vec<String>) {
     for event in &evidence.source.events {
         let Kind::TetheredAgain { committed } = event.kind else { continue };
-        let told = evidence.destination.newest_commit_until(event.at_us);
-        // The first checkpoint of the new session may have committed by the time this was said.
-        if told > committed + 1 {
+        // Who was fenced stood still from there until the new session, whose first checkpoints may have committed by the time this was said.
+        // Who took over from a page server has no such moment.
+        let (until, more) = match evidence.destination.when_last("fenced", event.at_us) {
+            Some(fenced) => (fenced, 0),
+            None => (event.at_us, 1),
+        };
+        let told = evidence.destination.newest_commit_until(until);
+        if told > committed + more {
             wrong.push(format!(
                 "P3: it went on from checkpoint {committed}, the destination was told that {told} had committed"
             ));
