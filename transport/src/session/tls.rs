@@ -5,7 +5,6 @@
 //! the handshake is signed with its key.
 
 use super::SessionError;
-use crate::words::utc;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair as GeneratedKey};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -24,6 +23,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use time::OffsetDateTime;
 use zeroize::Zeroizing;
 
 const VALID_FOR: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -89,7 +89,6 @@ impl Credentials {
     /// Names the certificate, where a handshake has failed by its validity period: TLS itself knows no file, and no date.
     pub(super) fn naming(&self, error: SessionError) -> SessionError {
         let SessionError::Tls { source, .. } = &error else { return error };
-        let utc = |at: &UnixTime| utc(at.as_secs());
         let (path, what) = match source {
             Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => {
                 (&self.peer, format!("the peer's certificate expired on {}; it is {} here", utc(not_after), utc(time)))
@@ -229,6 +228,15 @@ impl ClientCertVerifier for Pinned {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A certificate's moment for a person.
+fn utc(at: &UnixTime) -> String {
+    let seconds = i64::try_from(at.as_secs()).ok();
+    match seconds.and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok()) {
+        Some(at) => format!("{} {:02}:{:02}:{:02} UTC", at.date(), at.hour(), at.minute(), at.second()),
+        None => format!("{} s after 1970", at.as_secs()),
     }
 }
 

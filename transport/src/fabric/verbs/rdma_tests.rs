@@ -383,7 +383,7 @@ fn a_crowd_of_requests_keeps_no_lane_out_and_leaves_nothing() {
     let busy = |crowd: &Crowd| crowd.answers.iter().filter(|&&why| why == Some(RefusedLane::Busy)).count();
     crowd.until(|crowd| crowd.have_asked() && busy(crowd) >= CROWD - MAX_WAITING);
     let (connections, waiting) = w.owner.shared.held();
-    assert!(connections == 5 && waiting <= 64, "{connections} connections, {waiting} requests wait");
+    assert!(connections == 5 && waiting <= MAX_WAITING, "{connections} connections, {waiting} requests wait");
     drop(crowd);
     let deadline = soon();
     while Held::now(&w) != before {
