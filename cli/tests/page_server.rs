@@ -69,17 +69,6 @@ impl Scene {
         took
     }
 
-    /// Waits until so much of RAM is at the destination and at least three checkpoints have committed.
-    fn await_mid_pull(&mut self, landed_percent: u64) {
-        let mut commits = 0;
-        self.server.wait_for("a pull under way with three checkpoints", |event| {
-            commits += u64::from(event["event"] == "committed");
-            let landed = event["landed_frames"].as_u64().unwrap_or(0);
-            let absent = event["absent_frames"].as_u64().unwrap_or(0);
-            commits >= 3 && absent > 0 && landed * 100 >= (landed + absent) * landed_percent
-        });
-    }
-
     /// The page server is tethered, takes checkpoints, and owns the guest in the end, with every byte what it must be.
     fn expect_released(mut self) {
         assert_eq!(self.server.end(), 0, "{}\nsource: {}", self.server.story(), self.source.story());
@@ -117,7 +106,7 @@ mod kvm {
     fn a_frozen_page_server_keeps_its_guest_and_a_dead_one_leaves_it_with_all_that_had_landed() {
         needs_kvm!("a frozen page server");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &LEASE);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.server.signal(libc::SIGSTOP);
         let mut early = scene.another(&[]);
         assert_eq!(early.end(), 8, "{}", early.story());
@@ -155,7 +144,7 @@ mod kvm {
 
     fn killed_in_mid_pull(fabric: &str) {
         let mut scene = Scene::start(fabric, &["--hold-pull-at", "30"], &LEASE);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.take_over(&CHECKED);
         scene.server.wait_for_state("tethered");
         scene.expect_released();
@@ -165,9 +154,9 @@ mod kvm {
     fn page_servers_killed_one_after_the_other_leave_the_guest_whole() {
         needs_kvm!("takeovers in a row");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "20"], &LEASE);
-        scene.await_mid_pull(20);
+        scene.server.await_mid_pull(20);
         let first = scene.take_over(&["--hold-pull-at", "60"]);
-        scene.await_mid_pull(60);
+        scene.server.await_mid_pull(60);
         let second = scene.take_over(&CHECKED);
         let landed = |took: &Value| took["landed_frames"].as_u64().unwrap();
         assert!(landed(&second) > landed(&first), "{first} {second}");
@@ -178,7 +167,7 @@ mod kvm {
     fn a_page_server_killed_in_the_takeover_leaves_it_to_the_next() {
         needs_kvm!("a death in the takeover");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &LEASE);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.take_over(&[]);
         // It has the VMM and has not, or has only just, been heard by the source.
         scene.take_over(&CHECKED);
@@ -199,7 +188,7 @@ mod kvm {
     fn p4_under_commit_the_guest_of_a_dead_page_server_is_caught_and_a_later_one_retires_what_was_left() {
         needs_kvm!("a catch before a takeover");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &["--run-on", "3s"]);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.server.crash();
         scene.source.wait_for_event("caught");
         scene.server = scene.another(&[]);
@@ -217,7 +206,7 @@ mod kvm {
     fn p6_with_source_and_page_server_dead_the_guest_stays_fenced_with_its_memory() {
         needs_kvm!("both dead");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &LEASE);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.source.crash();
         scene.take_over(&[]);
         scene.server.wait_for_state("fenced");
@@ -234,7 +223,7 @@ mod kvm {
         // A lease that no test waits for: only the fence's proof lets this catch begin.
         let send = [&LEASE[..], &["--lease", "60min", "--catch-on-loss", "--run-on", "50ms"]].concat();
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &send);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.server.crash();
         assert_eq!(scene.source.end(), 10, "{}", scene.source.story());
         assert!(!is_running(scene.vmm), "fenced");
@@ -261,7 +250,7 @@ mod kvm {
         {
             let send = [&LEASE[..], &["--tracker", tracker, "--run-on", "50ms"]].concat();
             let mut scene = Scene::start(fabric, &["--hold-pull-at", "40"], &send);
-            scene.await_mid_pull(40);
+            scene.server.await_mid_pull(40);
             let took = scene.take_over(&["--hold-pull-at", "60"]);
             let landed = took["landed_frames"].as_u64().unwrap();
             let first = scene.server.wait_for_event("committed");
@@ -286,7 +275,7 @@ mod kvm {
             let memory = tempfile::tempdir_in("/dev/shm").expect("/dev/shm is tmpfs");
             let kept = ["--memory-dir", memory.path().to_str().unwrap()];
             let mut scene = Scene::start(fabric, &["--hold-pull-at", "30"], &kept);
-            scene.await_mid_pull(30);
+            scene.server.await_mid_pull(30);
             // In this order: under commit a living source catches the guest of a dead page server at once.
             scene.source.crash();
             scene.take_over(&CHECKED);
@@ -315,7 +304,7 @@ mod kvm {
     fn a_promotion_is_refused_while_pages_are_missing_and_says_how_many() {
         needs_kvm!("a refused promotion");
         let mut scene = Scene::start("tcp", &["--hold-pull-at", "30"], &["--release", "never"]);
-        scene.await_mid_pull(30);
+        scene.server.await_mid_pull(30);
         scene.source.crash();
         let took = scene.take_over(&["--promote"]);
         let refused = scene.server.wait_for_state("pages-missing");

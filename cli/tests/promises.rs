@@ -6,18 +6,11 @@ mod running;
 mod cut;
 
 use belay_vmm_glue::kvm::guests::GuestSpec;
+use belay_vmm_glue::witness::observer::Seen;
 use cut::{BACK, Link, THERE};
-use running::{BELAY, Place, Process, has_kvm, is_running, kill};
+use running::{BELAY, Place, Process, has_kvm, is_running, kill, packets};
 use serde_json::Value;
 use std::os::unix::fs::FileExt;
-
-/// What the observer saw arrive: who sent it, which packet, and what was in it.
-#[derive(Debug)]
-struct Packet {
-    sender: String,
-    sequence: u64,
-    bytes: String,
-}
 
 /// Source, destination and an outside observer, joined as an operator would join them.
 struct Road {
@@ -78,17 +71,6 @@ impl Road {
         place.belay(&[&arguments[..], &guest, more].concat())
     }
 
-    /// Waits until so much of RAM is at the destination and at least three checkpoints have committed.
-    fn await_mid_pull(&mut self, landed_percent: u64) {
-        let mut commits = 0;
-        self.destination.wait_for("a pull under way with three checkpoints", |event| {
-            commits += u64::from(event["event"] == "committed");
-            let landed = event["landed_frames"].as_u64().unwrap_or(0);
-            let absent = event["absent_frames"].as_u64().unwrap_or(0);
-            commits >= 3 && absent > 0 && landed * 100 >= (landed + absent) * landed_percent
-        });
-    }
-
     /// The source must have caught the guest, found every byte right, and ended by itself; the epoch it caught.
     fn expect_caught(&mut self) -> u64 {
         assert_eq!(self.source.end(), 10, "{}", self.source.story());
@@ -98,19 +80,12 @@ impl Road {
     }
 
     /// The outside must have seen neither gap nor contradiction, and no process may be left. All that it saw, in order.
-    fn expect_good_end(mut self) -> Vec<Packet> {
+    fn expect_good_end(mut self) -> Vec<Seen> {
         self.observer.signal(libc::SIGTERM);
         assert_eq!(self.observer.end(), 0, "{}", self.observer.story());
         drop((self.source, self.destination, self.observer));
         self.place.expect_nothing_left();
-        let log = std::fs::read_to_string(self.place.path("packets")).expect("the observer has written what it saw");
-        let packet = |line: &str| {
-            let fields: Vec<_> = line.split(' ').collect();
-            let [_at_us, sender, sequence, bytes] = fields[..] else { panic!("not a packet: {line:?}") };
-            let sequence = sequence.parse().expect("a number");
-            Packet { sender: sender.to_owned(), sequence, bytes: bytes.to_owned() }
-        };
-        log.lines().map(packet).collect()
+        packets(&self.place.path("packets"))
     }
 }
 
@@ -134,7 +109,7 @@ mod kvm {
     fn p1_a_guest_whose_page_server_is_killed_waits_while_the_source_catches_it() {
         needs_kvm!("p1");
         let mut road = Road::start("local", &["--vmm", "apart", "--hold-pull-at", "30"], &["--run-on", "200ms"]);
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
         let vmm = road.destination.events("vmm-started").next().expect("the VMM is apart")["pid"].as_i64().unwrap();
         let vmm = i32::try_from(vmm).unwrap();
         road.destination.crash();
@@ -160,7 +135,7 @@ mod kvm {
     fn stall_past_the_lease(fabric: &str) {
         let send = ["--lease", "200ms", "--run-on", "400ms"];
         let mut road = Road::start(fabric, &["--hold-pull-at", "40"], &send);
-        road.await_mid_pull(40);
+        road.destination.await_mid_pull(40);
         road.destination.signal(libc::SIGSTOP);
         let revoked = road.source.wait_for_event("revoked")["at_us"].as_u64().unwrap();
         road.source.wait_for_event("caught");
@@ -178,14 +153,14 @@ mod kvm {
         let resent = recovered["resent_packets"].as_u64().unwrap() as usize;
         let seen = road.expect_good_end();
         // What the source shows after a packet of the destination's it shows after the revocation: the destination stood still by then.
-        let is = |who: &'static str| move |packet: &&Packet| packet.sender == who;
-        let moved = seen.iter().position(|packet| packet.sender == "destination").expect("the guest ran there");
-        let back = moved + seen[moved..].iter().position(|packet| packet.sender == "source").expect("it runs here");
+        let is = |who: &'static str| move |packet: &&Seen| &*packet.sender == who;
+        let moved = seen.iter().position(|packet| &*packet.sender == "destination").expect("the guest ran there");
+        let back = moved + seen[moved..].iter().position(|packet| &*packet.sender == "source").expect("it runs here");
         let shown = seen[..back].iter().filter(is("destination")).count();
         let again: Vec<_> = seen[back..].iter().filter(is("source")).take(resent).collect();
         let late: Vec<_> = seen[back..].iter().filter(is("destination")).collect();
         // Stopped between a commit and the packets that it lets go, it shows those when it goes on: committed, and what the source sends again.
-        let committed = |packet: &&&Packet| {
+        let committed = |packet: &&&Seen| {
             again.iter().any(|again| (again.sequence, &again.bytes) == (packet.sequence, &packet.bytes))
         };
         let new: Vec<_> = late.iter().filter(|packet| !committed(packet)).collect();
@@ -202,7 +177,7 @@ mod kvm {
     fn lose_the_link(directions: &[usize]) {
         let send = ["--lease", "1s", "--run-on", "400ms", "--release", "never"];
         let (mut road, link, _output) = Road::start_over_links(&["--hold-pull-at", "40"], &send);
-        road.await_mid_pull(40);
+        road.destination.await_mid_pull(40);
         link.cut_in(directions);
         road.expect_caught();
         // What the source says is heard where the way there is open.
@@ -285,7 +260,7 @@ mod kvm {
         needs_kvm!("p6");
         for place in ["in-process", "apart"] {
             let mut road = Road::start("tcp", &["--hold-pull-at", "20", "--vmm", place], &[]);
-            road.await_mid_pull(20);
+            road.destination.await_mid_pull(20);
             road.source.crash();
             road.destination.wait_for_state("fenced");
             road.destination.signal(libc::SIGINT);
@@ -319,7 +294,7 @@ mod kvm {
         needs_kvm!("p7");
         let send = ["--dirty-rate", "300k", "--ring", "1M", "--pace", "400M", "--run-on", "100ms", "--lease", "5s"];
         let mut road = Road::start("tcp", &["--hold-pull-at", "50"], &send);
-        road.await_mid_pull(50);
+        road.destination.await_mid_pull(50);
         road.destination.crash();
         road.expect_caught();
         let held = road.destination.events("pull").filter_map(|event| event["held_packets"].as_u64()).max();
@@ -332,7 +307,7 @@ mod kvm {
         let mut road = Road::start("tcp", &[receive, &["--check"]].concat(), &["--release", "never"]);
         match whole {
             true => drop(road.destination.wait_for_event("all-landed")),
-            false => road.await_mid_pull(30),
+            false => road.destination.await_mid_pull(30),
         }
         road.source.crash();
         road.destination.wait_for_state("fenced");
@@ -416,7 +391,7 @@ mod kvm {
         needs_kvm!("p2");
         let send = ["--output", "lease", "--lease", "200ms", "--run-on", "100ms"];
         let mut road = Road::start("tcp", &["--hold-pull-at", "30"], &send);
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
         // Frozen, not dead: nothing proves that it shows nothing more.
         road.destination.signal(libc::SIGSTOP);
         let failed = road.source.wait_for_event("failed");
@@ -435,7 +410,7 @@ mod kvm {
         needs_kvm!("p9");
         for signal in [libc::SIGINT, libc::SIGTERM] {
             let mut road = Road::start("local", &["--hold-pull-at", "30"], &["--run-on", "100ms"]);
-            road.await_mid_pull(30);
+            road.destination.await_mid_pull(30);
             road.source.signal(signal);
             road.expect_caught();
             assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
@@ -448,7 +423,7 @@ mod kvm {
         needs_kvm!("p9");
         for (fabric, signal, vmm) in [("local", libc::SIGINT, "apart"), ("tcp", libc::SIGTERM, "in-process")] {
             let mut road = Road::start(fabric, &["--hold-pull-at", "30", "--vmm", vmm], &["--run-on", "100ms"]);
-            road.await_mid_pull(30);
+            road.destination.await_mid_pull(30);
             road.destination.signal(signal);
             assert_eq!(road.destination.end(), 13, "{}", road.destination.story());
             road.expect_caught();

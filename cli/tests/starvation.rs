@@ -7,7 +7,7 @@ mod running;
 use belay_vmm_glue::migrate::observation::{Kind, Observation};
 use belay_vmm_glue::witness::model::{Model, NonceSeen};
 use belay_vmm_glue::witness::observer::{Seen, distinct};
-use running::{BELAY, BOUND, Place, Process, has_kvm};
+use running::{BELAY, BOUND, Place, Process, has_kvm, packets};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -97,7 +97,7 @@ fn home_is_whole(roles: &mut Roles, (source, destination): (i32, i32)) -> &'stat
     roles.observer.signal(libc::SIGTERM);
     // No gap, no contradiction, nothing out of order: its own verdict.
     assert_eq!(roles.observer.end(), 0, "the observer: {}\n{told}", roles.observer.story());
-    let seen = read_log(&roles.packets);
+    let seen = packets(&roles.packets);
     let whole = |process: &Process| {
         let checked = process.events("checked").last().cloned().unwrap_or_default();
         assert_eq!((&checked["wrong_pages"], &checked["detail"]), (&0.into(), &"".into()), "{told}");
@@ -138,22 +138,6 @@ fn home_is_whole(roles: &mut Roles, (source, destination): (i32, i32)) -> &'stat
         (KILLED, 5 | 130) => "gone with its host",
         _ => panic!("no named end: {told}"),
     }
-}
-
-/// What `belay observe --log` wrote.
-fn read_log(path: &Path) -> Vec<Seen> {
-    let text = std::fs::read_to_string(path).expect("the observer has written what it saw");
-    let packet = |line: &str| {
-        let [at_us, sender, sequence, hex] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line:?}") };
-        let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
-        Seen {
-            at_us: at_us.parse().unwrap(),
-            sender: sender.into(),
-            sequence: sequence.parse().unwrap(),
-            bytes: (0..hex.len()).step_by(2).map(byte).collect(),
-        }
-    };
-    text.lines().map(packet).collect()
 }
 
 /// Whether the packets that were seen are those that the guest at `home`, by what it says of its past, has sent: none that it does not remember,
@@ -231,15 +215,6 @@ fn await_stop(pid: i32) {
 fn fill(file: &Path) {
     let mut file = std::fs::File::create(file).expect("room for a name");
     while file.write_all(&[0; 4096]).is_ok() {}
-}
-
-/// Waits until a held pull is under way and three checkpoints have committed.
-fn await_mid_pull(destination: &mut Process) {
-    let mut commits = 0;
-    destination.wait_for("a pull under way with three checkpoints", |event| {
-        commits += u64::from(event["event"] == "committed");
-        commits >= 3 && event["absent_frames"].as_u64() > Some(0)
-    });
 }
 
 macro_rules! needs_kvm {
@@ -366,7 +341,7 @@ mod kvm {
         }
         let mut roles = both_with(&place, at_destination, at_source);
         if full.destination_dies {
-            await_mid_pull(&mut roles.destination);
+            roles.destination.await_mid_pull(1);
             roles.destination.crash();
         }
         let mut filler = None;
@@ -604,11 +579,11 @@ mod kvm {
         let one = ["taskset", "-c", "0"];
         let held = With { before: &one, more: &["--hold-pull-at", "40"] };
         let mut roles = both_with(&place, held, With { before: &one, more: &[] });
-        await_mid_pull(&mut roles.destination);
+        roles.destination.await_mid_pull(1);
         roles.destination.crash();
         let ended = ends(&mut roles);
         assert_eq!(home_is_whole(&mut roles, ended), "caught", "{}", roles.source.story());
-        let seen = read_log(&roles.packets);
+        let seen = packets(&roles.packets);
         let new = |who: &str| seen.iter().filter(|packet| &*packet.sender == who).map(|packet| packet.sequence).max();
         let (before, after) = (new("destination"), new("source"));
         assert!(before.is_some() && after > before, "shown up to {before:?} there, and {after:?} here");

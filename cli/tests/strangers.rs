@@ -104,15 +104,6 @@ impl Hosts {
     }
 }
 
-fn await_mid_pull(destination: &mut Process) {
-    let mut commits = 0;
-    destination.wait_for("a pull under way with three checkpoints", |event| {
-        commits += u64::from(event["event"] == "committed");
-        let frames = |name: &str| event[name].as_u64().unwrap_or(0);
-        commits >= 3 && frames("landed_frames") > 0 && frames("absent_frames") > 0
-    });
-}
-
 /// Strangers who connect and say nothing, or nothing that is a word; and stay.
 fn come_in_crowds(to: &str) -> Vec<TcpStream> {
     let mut silent: Vec<_> = (0..24).map(|_| dial(to)).collect();
@@ -276,7 +267,7 @@ fn p2_no_stranger_gets_a_fenced_guest_or_sets_it_free_and_none_keeps_its_source_
     let (mut destination, to) = hosts.receive("destination");
     let mut source = hosts.send(&to, "source", "source");
     let migration = source.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-    await_mid_pull(&mut destination);
+    destination.await_mid_pull(1);
     source.crash();
     destination.wait_for_state("fenced");
     let fenced_since = destination.seen.len();
@@ -301,7 +292,7 @@ fn p2_no_stranger_gets_a_fenced_guest_or_sets_it_free_and_none_keeps_its_source_
     let (mut elsewhere, to_elsewhere) = hosts.receive("elsewhere");
     let mut other = hosts.send(&to_elsewhere, "other", "source");
     let other_migration = other.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-    await_mid_pull(&mut elsewhere);
+    elsewhere.await_mid_pull(1);
     other.crash();
     elsewhere.crash();
     let mut other = hosts.take_over("other", &["--to", &to, "--takeover-grace", "2s"]);

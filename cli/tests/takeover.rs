@@ -83,16 +83,6 @@ impl Road {
         assert_eq!((self.left(), self.journals()), (vec![], 0), "an orderly end leaves nothing");
     }
 
-    fn await_mid_pull(&mut self, landed_percent: u64) {
-        let mut commits = 0;
-        self.destination.wait_for("a pull under way with three checkpoints", |event| {
-            commits += u64::from(event["event"] == "committed");
-            let landed = event["landed_frames"].as_u64().unwrap_or(0);
-            let absent = event["absent_frames"].as_u64().unwrap_or(0);
-            commits >= 3 && absent > 0 && landed * 100 >= (landed + absent) * landed_percent
-        });
-    }
-
     /// Files of memory that are left.
     fn left(&self) -> Vec<PathBuf> {
         let folders = std::fs::read_dir(self.memory.path()).unwrap().flatten().map(|entry| entry.path());
@@ -118,7 +108,7 @@ fn goes_on(fabric: &str, send: &[&str], receive: &[&str], times: usize) {
     if receive.is_empty() {
         road.destination.wait_for_state("tethered");
     } else {
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
     }
     road.source.crash();
     for round in 0..times {
@@ -178,7 +168,7 @@ fn a_source_taken_over_without_its_destination_has_the_guest_from_the_newest_com
     needs_kvm!("takeover");
     for fabric in ["tcp", "local"] {
         let mut road = Road::start(fabric, &HELD, &[]);
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
         road.source.crash();
         road.destination.crash();
         let newest = road.destination.events("committed").map(|event| event["epoch"].as_u64().unwrap()).max();
@@ -195,7 +185,7 @@ fn a_source_that_dies_at_any_step_of_a_catch_is_taken_over_and_nothing_is_lost()
     let points = ["catch-begun", "catch-unrevoked", "catch-revoked", "catch-loaded", "catch-resume"];
     for (fabric, point) in ["local", "tcp"].into_iter().flat_map(|fabric| points.map(|point| (fabric, point))) {
         let mut road = Road::start(fabric, &HELD, &["--stop-at", point]);
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
         road.destination.crash();
         road.crash_where_it_stopped();
         // And the one that takes over dies there too.
@@ -211,7 +201,7 @@ fn p2_a_guest_that_ran_at_the_source_again_is_not_brought_back_a_second_time() {
     needs_kvm!("takeover");
     let mut road = Road::start("tcp", &HELD, &["--stop-at", "catch-resumed"]);
     let id = road.source.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-    road.await_mid_pull(30);
+    road.destination.await_mid_pull(30);
     road.destination.crash();
     road.crash_where_it_stopped();
     assert!(refused(&road.place, &[&id], 7).contains("ran here"));
@@ -315,7 +305,7 @@ fn a_source_that_dies_in_the_handshake_of_a_takeover_is_taken_over_again() {
     needs_kvm!("takeover");
     for fabric in ["tcp", "local"] {
         let mut road = Road::start(fabric, &HELD, &[]);
-        road.await_mid_pull(30);
+        road.destination.await_mid_pull(30);
         road.source.crash();
         for wait in ["taken-over", "connected", "tethered-again"] {
             road.source = road.take_over(&["--takeover-grace", "20s"]);
@@ -337,7 +327,7 @@ fn a_source_that_dies_in_the_handshake_of_a_takeover_is_taken_over_again() {
 fn a_second_migration_succeeds_after_a_takeover() {
     needs_kvm!("takeover");
     let mut road = Road::start("tcp", &HELD, &[]);
-    road.await_mid_pull(30);
+    road.destination.await_mid_pull(30);
     road.source.crash();
     road.destination.crash();
     road.expect_caught_by_takeover();
@@ -360,7 +350,7 @@ fn a_second_migration_succeeds_after_a_takeover() {
 fn under_lease_a_destination_that_was_silent_too_long_tethers_again() {
     needs_kvm!("takeover");
     let mut road = Road::start("tcp", &HELD, &["--output", "lease", "--lease", "300ms"]);
-    road.await_mid_pull(30);
+    road.destination.await_mid_pull(30);
     road.destination.signal(libc::SIGSTOP);
     road.source.wait_for_state("awaiting-operator");
     road.destination.signal(libc::SIGCONT);
@@ -394,7 +384,7 @@ fn what_cannot_be_taken_over_is_said_with_a_code_of_its_own() {
     assert!(refused(&place, &["0123456789abcdef"], 7).contains("0123456789abcdef"));
     let mut road = Road::start("tcp", &HELD, &[]);
     let id = road.source.wait_for_event("kept")["migration"].as_str().unwrap().to_owned();
-    road.await_mid_pull(30);
+    road.destination.await_mid_pull(30);
     // Held by a process that lives.
     let held = refused(&road.place, &[], 8);
     assert!(held.contains(&road.source.pid().to_string()) && held.contains(&id), "{held}");

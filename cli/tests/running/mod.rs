@@ -4,9 +4,11 @@
 #![allow(dead_code)]
 
 use belay_vmm_glue::migrate::observation::Observation;
+use belay_vmm_glue::witness::observer::{Seen, log};
 use serde_json::Value;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -21,7 +23,13 @@ pub const BOUND: Duration = Duration::from_secs(40);
 const MARK: &str = "BELAY_TEST_MARK";
 
 pub fn has_kvm() -> bool {
-    std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
+    File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// What `belay observe --log` wrote.
+pub fn packets(path: &Path) -> Vec<Seen> {
+    let file = File::open(path).expect("the observer has written what it saw");
+    log::read(BufReader::new(file)).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// A test's own directory, and the mark of its processes.
@@ -159,6 +167,17 @@ impl Process {
             listening.join().unwrap();
         }
         self.complaints.lock().unwrap().clone()
+    }
+
+    /// Waits until a destination has so many percent of the pages that it pulls, lacks some, and three checkpoints have committed.
+    pub fn await_mid_pull(&mut self, landed_percent: u64) {
+        let mut commits = 0;
+        self.wait_for("a pull under way with three checkpoints", |event| {
+            commits += u64::from(event["event"] == "committed");
+            let landed = event["landed_frames"].as_u64().unwrap_or(0);
+            let absent = event["absent_frames"].as_u64().unwrap_or(0);
+            commits >= 3 && absent > 0 && landed * 100 >= (landed + absent) * landed_percent
+        });
     }
 
     /// Waits for an event; everything up to it is in `seen` afterwards.
