@@ -22,9 +22,9 @@ use belay_vmm_glue::migrate::operator::{Ask, Ended as WaitEnded, Words};
 use belay_vmm_glue::migrate::settings::VmmSpec;
 use belay_vmm_glue::migrate::source::{SourceError, fresh_nonce};
 use belay_vmm_glue::migrate::status::Board;
-use belay_vmm_glue::witness::model::ModelError;
+use belay_vmm_glue::witness::model::{ModelError, NonceSeen};
 use belay_vmm_glue::witness::observer::{ObserverAddress, ObserverClient};
-use belay_vmm_glue::witness::proof::{self, CheckError};
+use belay_vmm_glue::witness::proof::{self, CheckError, Checked};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -309,22 +309,7 @@ impl Held {
             (false, _) => checked.comparison.to_string(),
             (true, false) => "output that may leave did not leave".to_owned(),
         };
-        let nonces = checked.nonces.iter().map(|log| log.iter().map(|seen| (seen.step, seen.nonce)).collect());
-        let good = detail.is_empty();
-        observer.note(
-            None,
-            Kind::Checked {
-                pages: checked.comparison.pages_compared,
-                not_compared: None,
-                wrong_pages: checked.comparison.pages_different,
-                steps: checked.steps.clone(),
-                nonces: nonces.collect(),
-                issued: self.nonces.clone(),
-                detail,
-                took_us: us(begun.elapsed()),
-            },
-        );
-        good
+        self.tell(checked, None, detail, begun, observer)
     }
 
     /// Compares what a fenced guest has of its memory, of which `states` tells, and notes what was found: whoever promotes it, or tethers it again,
@@ -343,24 +328,33 @@ impl Held {
                 return true;
             }
         };
-        let good = checked.comparison.is_equal();
-        observer.note(
-            None,
-            Kind::Checked {
-                pages: checked.comparison.pages_compared,
-                not_compared: Some(checked.comparison.pages_not_compared),
-                wrong_pages: checked.comparison.pages_different,
-                steps: checked.steps.clone(),
-                nonces: checked
-                    .nonces
-                    .iter()
-                    .map(|log| log.iter().map(|seen| (seen.step, seen.nonce)).collect())
-                    .collect(),
-                issued: self.nonces.clone(),
-                detail: if good { String::new() } else { checked.comparison.to_string() },
-                took_us: us(begun.elapsed()),
-            },
-        );
+        let detail = if checked.comparison.is_equal() { String::new() } else { checked.comparison.to_string() };
+        let not_there = checked.comparison.pages_not_compared;
+        self.tell(checked, Some(not_there), detail, begun, observer)
+    }
+
+    /// Notes what a comparison begun at `begun` found; whether all is as it must be, which is where there is no `detail`.
+    fn tell(
+        &self,
+        Checked { comparison, steps, nonces }: Checked,
+        not_compared: Option<u64>,
+        detail: String,
+        begun: Instant,
+        observer: &Observer,
+    ) -> bool {
+        let good = detail.is_empty();
+        let log = |log: Vec<NonceSeen>| log.into_iter().map(|seen| (seen.step, seen.nonce)).collect();
+        let checked = Kind::Checked {
+            pages: comparison.pages_compared,
+            not_compared,
+            wrong_pages: comparison.pages_different,
+            steps,
+            nonces: nonces.into_iter().map(log).collect(),
+            issued: self.nonces.clone(),
+            detail,
+            took_us: us(begun.elapsed()),
+        };
+        observer.note(None, checked);
         good
     }
 

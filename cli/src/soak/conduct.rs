@@ -3,7 +3,7 @@
 use super::actor::{Actor, Log, Logs, Role, Told};
 use super::case::{Case, Moment, Phase, SHORT_OF_HOLD, Script, Strike};
 use super::doctor::{self, Lie};
-use super::launch::{Launch, SOURCE_AND_DESTINATION, belay, memory, path, unix};
+use super::launch::{Launch, belay, memory, path, unix};
 use super::pace::Pace;
 use super::points::At;
 use super::relay::Relay;
@@ -11,7 +11,7 @@ use super::second::Second;
 use super::verdict::{self, Evidence, RunReport, Said};
 use super::{stage, strike};
 use crate::options::FabricChoice;
-use belay_transport::session::{SessionError, keygen};
+use belay_transport::session::SessionError;
 use belay_vmm_glue::migrate::observation::Kind;
 use rustix::process::Signal;
 use std::path::Path;
@@ -123,12 +123,8 @@ impl Run {
             _ => None,
         };
         let output = view.as_ref().map_or(unix("observer.sock"), |view| view.address.clone());
-        if script.tls {
-            for name in SOURCE_AND_DESTINATION {
-                keygen(Path::new(stage::PLACE), name).map_err(ConductError::Keygen)?;
-            }
-        }
         let launch = Launch { case: &case, pace, script: &script, output: &output };
+        launch.make_certificates().map_err(ConductError::Keygen)?;
         let destination = start(Role::Destination, command(launch.receive())?)?;
         let listens = listening(&logs, Role::Destination, pace)?;
         let link = match case.strike {

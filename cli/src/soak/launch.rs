@@ -6,6 +6,7 @@ use super::points::At;
 use super::stage;
 use super::takeover::Setting;
 use crate::options::FabricChoice;
+use belay_transport::session::{SessionError, keygen};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -18,8 +19,9 @@ const KEPT: Duration = Duration::from_millis(300);
 /// A lease that no run waits for.
 const LONG_LEASE: Duration = Duration::from_secs(10);
 
-/// Whom the certificates are of.
-pub const SOURCE_AND_DESTINATION: [&str; 2] = ["source", "destination"];
+/// Whom certificates are of.
+const SOURCE: &str = "source";
+const DESTINATION: &str = "destination";
 
 /// A file of the run.
 pub fn path(name: &str) -> PathBuf {
@@ -63,8 +65,14 @@ impl Launch<'_> {
         let mut command = belay(&["receive", "--json", "--listen", listen, "--state-dir", &state])?;
         command.args(["--fabric", &self.case.fabric.to_string(), "--drive", "kvm", "--check"]);
         command.args(["--run-on", &self.pace.ms(RUN_ON)]);
-        self.certify(&mut command, SOURCE_AND_DESTINATION[1], SOURCE_AND_DESTINATION[0]);
+        self.certify(&mut command, DESTINATION, SOURCE);
         Ok(command)
+    }
+
+    /// Makes what both hosts prove themselves with, where they are to.
+    pub fn make_certificates(&self) -> Result<(), SessionError> {
+        let of: &[&str] = if self.script.tls { &[SOURCE, DESTINATION] } else { &[] };
+        of.iter().try_for_each(|name| keygen(Path::new(stage::PLACE), name).map(drop))
     }
 
     /// What a process proves itself with, and what its peer has to. A source that takes over has it from the journal.
@@ -117,7 +125,7 @@ impl Launch<'_> {
             true => "never".to_owned(),
             false => "when-landed".to_owned(),
         });
-        self.certify(&mut command, SOURCE_AND_DESTINATION[0], SOURCE_AND_DESTINATION[1]);
+        self.certify(&mut command, SOURCE, DESTINATION);
         if takeover.is_some_and(|takeover| takeover.keeps_memory(self.case.strike)) {
             std::fs::create_dir_all(memory())?;
             command.arg("--memory-dir").arg(memory());
@@ -152,7 +160,7 @@ impl Launch<'_> {
         command.args(["--memory", "16M", "--working-set", "4M", "--ring", "4M", "--run-before", "0ms"]);
         command.args(["--run-on", &self.pace.ms(RUN_ON), "--seed", &(self.script.guest_seed + 1).to_string()]);
         command.args(self.pace.words(LONG_LEASE)).args(["--release", "when-landed"]);
-        self.certify(&mut command, SOURCE_AND_DESTINATION[0], SOURCE_AND_DESTINATION[1]);
+        self.certify(&mut command, SOURCE, DESTINATION);
         if self.script.takeover.as_ref().is_some_and(|takeover| takeover.keeps_memory(self.case.strike)) {
             command.arg("--memory-dir").arg(memory());
         }
