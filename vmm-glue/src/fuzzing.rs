@@ -24,7 +24,7 @@ pub fn apart(data: &[u8]) {
     let Some((mode, bytes)) = bounded(data).split_first() else { return };
     match mode % 4 {
         2 => crate::kvm::state::fuzzing::state(bytes),
-        3 => crate::kvm::host_threads::fuzz(bytes),
+        3 => crate::kvm::host_threads::fuzzing::state(bytes),
         side => crate::kvm::apart::fuzzing::frames(side, bytes),
     }
 }

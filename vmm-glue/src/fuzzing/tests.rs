@@ -26,7 +26,7 @@ fn the_corpus_of_guard_breaks_no_promise() {
 fn the_corpus_of_apart_breaks_no_promise() {
     let mut seeds = crate::kvm::apart::fuzzing::seeds();
     seeds.extend(crate::kvm::state::fuzzing::seeds());
-    seeds.extend(crate::kvm::host_threads::seeds());
+    seeds.extend(crate::kvm::host_threads::fuzzing::seeds());
     check(&at("apart"), &seeds, apart);
 }
 

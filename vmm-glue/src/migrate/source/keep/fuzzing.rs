@@ -2,24 +2,24 @@
 
 use super::*;
 use crate::fuzzing::{says_the_same_again, told};
+use serde::de::DeserializeOwned;
 
-/// The journal's body: what is understood says the same again, and a proposal in it is within its limits or refused.
+/// The journal's body.
 pub(crate) fn journal(bytes: &[u8]) {
-    match protocol::decode::<Written>(bytes) {
-        Ok(written) => {
-            says_the_same_again(&written, bytes.len());
-            assert_eq!(protocol::decode::<Written>(&protocol::encode(&written)).expect("our own"), written);
-        }
-        Err(error) => told(&error),
-    }
+    read_back::<Written>(bytes);
 }
 
 /// Who owned the guest.
 pub(crate) fn mark(bytes: &[u8]) {
-    match protocol::decode::<Marked>(bytes) {
-        Ok(marked) => {
-            says_the_same_again(&marked, bytes.len());
-            assert_eq!(protocol::decode::<Marked>(&protocol::encode(&marked)).expect("our own"), marked);
+    read_back::<Marked>(bytes);
+}
+
+/// What is understood is written as something that says the same, and what is wrong is told.
+fn read_back<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+    match protocol::decode::<T>(bytes) {
+        Ok(kept) => {
+            says_the_same_again(&kept, bytes.len());
+            assert_eq!(protocol::decode::<T>(&protocol::encode(&kept)).expect("our own"), kept);
         }
         Err(error) => told(&error),
     }
