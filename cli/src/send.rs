@@ -164,6 +164,11 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         return Exit::Usage;
     };
     let spec = guest_spec(&args.guest);
+    let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
+    if let Err(why) = can_be(&spec, page_size) {
+        report::failed_text(observer, &why, "Nothing was started; `belay help send` names the limits.");
+        return Exit::Usage;
+    }
     let (fence, arbiter) = match outsiders(args, observer) {
         Ok(outsiders) => outsiders,
         Err(exit) => return exit,
@@ -216,7 +221,6 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         Err(error) => return fail(&error, "Write --output-to as `belay observe` prints it.", Exit::Usage),
     };
     board.emits_through(&output);
-    let page_size = args.guest.page_size.map_or(PageSize::Small, Into::into);
     let keep = match keeping::begin(&args.keep, page_size, proposal.identity, observer) {
         Ok(keep) => keep,
         Err(error) => return keeping::refused(&error, observer),
@@ -422,6 +426,15 @@ pub fn session(args: &SendArgs, to: &Address) -> Result<SessionConfig, SessionRe
 }
 
 /// What the guest is asked to do, with the defaults of the command.
+/// Whether there can be such a guest on such pages; why not.
+fn can_be(spec: &GuestSpec, page_size: PageSize) -> Result<(), String> {
+    spec.layout().map_err(|error| error.to_string())?;
+    match spec.memory_bytes.is_multiple_of(page_size.bytes() as u64) {
+        true => Ok(()),
+        false => Err(format!("guest memory of {} bytes is no whole number of {page_size} pages", spec.memory_bytes)),
+    }
+}
+
 fn guest_spec(options: &GuestOptions) -> GuestSpec {
     let defaults = GuestSpec::default();
     let memory_bytes = options.memory.map_or(256 << 20, |bytes| bytes.0);

@@ -157,6 +157,28 @@ fn a_memory_directory_that_is_too_small_is_refused_with_numbers_before_anything_
 }
 
 #[test]
+fn a_guest_that_cannot_be_is_refused_with_the_reason_before_anything_is_started() {
+    let place = Place::new();
+    let state = place.text("state");
+    for (guest, reason) in [
+        (&["--memory", "3K"][..], "guest memory of 3072 bytes is not a multiple of 4096"),
+        (&["--memory", "0"], "guest memory of 0 bytes"),
+        (&["--memory", "1M", "--working-set", "4M"], "between 2097152 and"),
+        (&["--memory", "8M", "--working-set", "8M"], "a working set of 8388608 bytes"),
+        (&["--memory", "3M", "--working-set", "1M", "--page-size", "2M"], "3145728 bytes is no whole number of 2 MiB"),
+    ] {
+        let send = ["send", "--json", "--to", "127.0.0.1:1", "--drive", "threads", "--state-dir", &state];
+        let mut refused = place.belay(&[&send[..], guest].concat());
+        assert_eq!(refused.end(), 2, "{}", refused.story());
+        let failed = refused.events("failed").last().unwrap().clone();
+        assert!(failed["what"].as_str().unwrap().contains(reason), "{failed}");
+        assert!(failed["advice"].as_str().unwrap().starts_with("Nothing was started"), "{failed}");
+    }
+    assert!(!place.path("state").join("migrations").exists(), "nothing is left of what was refused");
+    place.expect_nothing_left();
+}
+
+#[test]
 fn memory_of_another_page_size_is_refused_before_anything_is_started() {
     let place = Place::new();
     // None of these pages is there to be had: what is wrong is said first.
