@@ -10,10 +10,23 @@ use std::time::Duration;
 pub enum QuantityError {
     #[error("{text:?} has no number in front; write for example {example}")]
     NoNumber { text: String, example: &'static str },
+    #[error("{text:?} has no unit of {of} behind it; use one of {known}")]
+    NoUnit { text: String, of: &'static str, known: &'static str },
     #[error("{unit:?} in {text:?} is not a unit of {of}; use one of {known}")]
     UnknownUnit { text: String, unit: String, of: &'static str, known: &'static str },
     #[error("{text:?} is too large")]
     TooLarge { text: String },
+}
+
+impl QuantityError {
+    /// What is wrong with the `unit` that stands behind the number in `text`.
+    fn of_unit(text: &str, unit: &str, of: &'static str, known: &'static str) -> Self {
+        let (text, unit) = (text.to_owned(), unit.to_owned());
+        match unit.is_empty() {
+            true => Self::NoUnit { text, of, known },
+            false => Self::UnknownUnit { text, unit, of, known },
+        }
+    }
 }
 
 fn split<'a>(text: &'a str, example: &'static str) -> Result<(f64, &'a str), QuantityError> {
@@ -59,10 +72,7 @@ impl FromStr for Bytes {
             "m" => 20,
             "g" => 30,
             "t" => 40,
-            _ => {
-                let (text, unit) = (text.to_owned(), unit.to_owned());
-                return Err(QuantityError::UnknownUnit { text, unit, of: "size", known: "K, M, G, T" });
-            }
+            _ => return Err(QuantityError::of_unit(text, unit, "size", "K, M, G, T")),
         };
         Ok(Self(whole(number * (1u64 << shift) as f64, text)?))
     }
@@ -93,10 +103,7 @@ impl FromStr for Span {
             "ms" => 1e6,
             "s" => 1e9,
             "m" | "min" => 60e9,
-            _ => {
-                let (text, unit) = (text.to_owned(), unit.to_owned());
-                return Err(QuantityError::UnknownUnit { text, unit, of: "time", known: "us, ms, s, min" });
-            }
+            _ => return Err(QuantityError::of_unit(text, unit, "time", "us, ms, s, min")),
         };
         Ok(Self(Duration::from_nanos(whole(number * nanoseconds, text)?)))
     }
@@ -126,10 +133,7 @@ impl FromStr for PerSecond {
             "" => 1.0,
             "k" => 1e3,
             "M" => 1e6,
-            _ => {
-                let (text, unit) = (text.to_owned(), unit.to_owned());
-                return Err(QuantityError::UnknownUnit { text, unit, of: "rate", known: "k, M (a second)" });
-            }
+            _ => return Err(QuantityError::of_unit(text, unit, "rate", "k, M (a second)")),
         };
         Ok(Self(whole(number * factor, text)?))
     }
@@ -157,10 +161,7 @@ impl FromStr for BitRate {
         let factor = match unit.trim_end_matches("bit/s").trim_end_matches("bit").trim_end_matches("b/s") {
             "M" => 1e6,
             "G" => 1e9,
-            _ => {
-                let (text, unit) = (text.to_owned(), unit.to_owned());
-                return Err(QuantityError::UnknownUnit { text, unit, of: "link rate", known: "M, G (bits a second)" });
-            }
+            _ => return Err(QuantityError::of_unit(text, unit, "link rate", "M, G (bits a second)")),
         };
         let bits_per_s = whole(number * factor, text)?;
         if bits_per_s > MOST_BITS_PER_S {
@@ -211,7 +212,8 @@ mod tests {
     #[test]
     fn a_wrong_quantity_says_what_would_be_right() {
         assert!("ten".parse::<Bytes>().unwrap_err().to_string().contains("256M"));
-        assert!("10".parse::<Span>().unwrap_err().to_string().contains("ms"));
+        let expected = r#""10" has no unit of time behind it; use one of us, ms, s, min"#;
+        assert_eq!("10".parse::<Span>().unwrap_err().to_string(), expected);
         assert!("3 parsecs".parse::<Bytes>().unwrap_err().to_string().contains("parsecs"));
         assert!("99999999999999999T".parse::<Bytes>().is_err());
     }

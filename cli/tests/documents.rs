@@ -152,7 +152,11 @@ fn taken(page: &str) -> BTreeSet<String> {
         let expected = match &*words[0] {
             "list" | "status" | "release" | "catch" | "cancel" | "promote" => {
                 command.args(["--run-dir", &elsewhere("/run")]);
-                if words[0] == "list" { "no migration runs here" } else { "none runs" }
+                match (&*words[0], words.iter().skip(1).any(|word| !word.starts_with('-'))) {
+                    ("list", _) => "no migration runs here",
+                    ("status", false) => "no belay process runs here",
+                    _ => "none runs",
+                }
             }
             // Starts nothing, and only complains of this if the rest was understood.
             "send" | "receive" => {

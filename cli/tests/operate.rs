@@ -202,6 +202,10 @@ mod seeing {
         let (code, _, complaint) = told(&belay(&place, &["status", "vm9"]));
         assert_eq!(code, 30, "{complaint}");
         assert!(complaint.contains("`vm9`; none runs"), "{complaint}");
+        let (code, _, complaint) = told(&belay(&place, &["status"]));
+        assert_eq!(code, 30, "{complaint}");
+        let expected = format!("no belay process runs here ({} has no living socket)", place.text("run"));
+        assert!(complaint.contains(&expected) && complaint.contains("--run-dir"), "{complaint}");
         let run = place.text("run");
         let mut first =
             place.belay(&["receive", "--json", "--listen", "127.0.0.1:0", "--run-dir", &run, "--name", "vm1"]);

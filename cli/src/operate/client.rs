@@ -19,6 +19,8 @@ const ORDER_GRACE: Duration = Duration::from_secs(8);
 pub enum AskError {
     #[error(transparent)]
     Place(#[from] PlaceError),
+    #[error("no belay process runs here ({} has no living socket)", .looked_in.display())]
+    NoneRuns { looked_in: PathBuf },
     /// With those that there are.
     #[error("no belay process here is called `{id}`{}", among(.there))]
     NoSuch { id: String, there: Vec<String> },

@@ -145,6 +145,7 @@ fn processes(place: &Where) -> Result<Processes, Exit> {
 fn failed(error: &AskError) -> Exit {
     let (advice, exit) = match error {
         AskError::NoSuch { .. } | AskError::Ambiguous { .. } => ("`belay list` shows them.", Exit::NoSuchMigration),
+        AskError::NoneRuns { .. } => ("--run-dir says where else to look.", Exit::NoSuchMigration),
         AskError::Silent { .. } => ("Is its process stopped? `ps -o stat= -p PID` says T then.", Exit::Failed),
         AskError::Place(_) => ("Choose another --run-dir, or mend this one.", Exit::Failed),
         AskError::Stranger { .. } => ("Nothing was asked of it.", Exit::Failed),
@@ -199,9 +200,7 @@ pub fn status(args: &StatusArgs) -> Exit {
         None => processes.ids(),
     };
     let ids = match ids {
-        Ok(ids) if ids.is_empty() => {
-            return failed(&AskError::NoSuch { id: args.id.clone().unwrap_or_else(|| "anything".into()), there: ids });
-        }
+        Ok(ids) if ids.is_empty() => return failed(&AskError::NoneRuns { looked_in: processes.path().to_owned() }),
         Ok(ids) => ids,
         Err(error) => return failed(&error),
     };
