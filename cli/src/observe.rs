@@ -31,6 +31,14 @@ pub struct ObserveArgs {
 /// Runs the command.
 pub fn run(args: ObserveArgs) -> Exit {
     let observer = report::reporter("observer", args.json);
+    // Opened now, so that what is seen in hours is not lost to a path that never could be written.
+    let log = match args.log.as_deref().map(LogFile::create).transpose() {
+        Ok(log) => log,
+        Err(what) => {
+            report::failed_text(&observer, &what, "Nothing was listened for; choose another --log.");
+            return report::ended(&observer, Exit::Usage);
+        }
+    };
     let server = match signals::termination().and_then(|words| Ok((words, ObserverServer::bind(&args.listen)?))) {
         Ok(server) => server,
         Err(error) => {
@@ -44,19 +52,35 @@ pub fn run(args: ObserveArgs) -> Exit {
     // Ends with the first signal, or with the thread that hears them.
     let _ = words.recv();
     let verdict = server.verdict();
-    if let Some(path) = &args.log
-        && let Err(error) = write_log(path, &server.seen())
-    {
-        report::failed(&observer, &error, "The verdict stands; the packets were not written.");
-        return report::ended(&observer, Exit::Failed);
+    let written = log.map_or(Ok(()), |log| log.write(&server.seen()));
+    if let Err(what) = &written {
+        report::failed_text(&observer, what, "The verdict stands; the packets were not written.");
     }
-    let exit = if verdict.is_good() { Exit::Done } else { Exit::CheckFailed };
+    let exit = match (verdict.is_good(), written) {
+        (false, _) => Exit::CheckFailed,
+        (true, Err(_)) => Exit::Failed,
+        (true, Ok(())) => Exit::Done,
+    };
     observer.note(observer.latest().as_ref(), Kind::Ended { outcome: verdict.to_string(), exit_code: exit.code() });
     exit
 }
 
-fn write_log(path: &Path, seen: &[Seen]) -> io::Result<()> {
-    log::write(&mut BufWriter::new(File::create(path)?), seen)
+/// Where the packets are written down at the end. Its errors name the file.
+struct LogFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl LogFile {
+    fn create(path: &Path) -> Result<Self, String> {
+        let file = File::create(path).map_err(|error| format!("cannot make {}: {error}", path.display()))?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    fn write(self, seen: &[Seen]) -> Result<(), String> {
+        let written = log::write(&mut BufWriter::new(self.file), seen);
+        written.map_err(|error| format!("cannot write {} packets to {}: {error}", seen.len(), self.path.display()))
+    }
 }
 
 /// What an observer wrote down.

@@ -1,12 +1,14 @@
 //! `belay receive --record-trace` and `--record-faults`: what a guest that has moved wrote and sent, for `belay-bench policy --trace`, and which pages it
-//! waited for, for `belay-bench replay`.
+//! waited for, for `belay-bench replay`. And `belay observe --log`: what was seen of it from outside.
 
 mod running;
 
+use belay_checkpoint::guest::Packet;
 use belay_checkpoint::policy::Adaptive;
 use belay_checkpoint::policy::simulator::{Costs, simulate};
 use belay_checkpoint::policy::trace::file as writes;
 use belay_vmm_glue::migrate::faults::file as faults;
+use belay_vmm_glue::witness::observer::ObserverClient;
 use running::{Place, has_kvm};
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -123,5 +125,45 @@ fn a_recording_that_cannot_be_written_is_said_before_any_guest_comes_and_none_is
         }
     }
     assert_eq!(std::fs::read_to_string(there).unwrap(), "mine");
+    place.expect_nothing_left();
+}
+
+/// Runs an observer that writes down what it sees, lets it see one packet, and ends it: its exit code, what failed, what it ended with.
+fn observe_one_packet(place: &Place, log: &str) -> (i32, Option<String>, String) {
+    let listen = format!("unix:{}", place.text("observer.sock"));
+    let mut observer = place.belay(&["observe", "--json", "--listen", &listen, "--log", log]);
+    observer.wait_for_event("listening");
+    let packet = Packet { sequence: 0, bytes: b"hello".to_vec() };
+    ObserverClient::new(listen.parse().unwrap(), "guest").send(&packet).expect("it is acknowledged");
+    observer.signal(libc::SIGTERM);
+    let code = observer.end();
+    let failed = observer.events("failed").last().map(|failed| failed["what"].as_str().unwrap().to_owned());
+    let ended = observer.events("ended").last().unwrap()["outcome"].as_str().unwrap().to_owned();
+    (code, failed, ended)
+}
+
+#[test]
+fn an_observer_that_cannot_write_what_it_saw_says_which_file_and_keeps_its_verdict() {
+    let place = Place::new();
+    let log = place.text("packets");
+    let (code, failed, verdict) = observe_one_packet(&place, &log);
+    assert_eq!((code, failed), (0, None), "{verdict}");
+    assert_eq!(running::packets(log.as_ref()).len(), 1);
+    // Every write there fails, as on a full file system.
+    let (code, failed, ended) = observe_one_packet(&place, "/dev/full");
+    assert_eq!((code, &ended), (1, &verdict));
+    assert!(failed.as_ref().unwrap().contains("cannot write 1 packets to /dev/full: No space left"), "{failed:?}");
+    place.expect_nothing_left();
+}
+
+#[test]
+fn an_observer_whose_log_cannot_be_made_says_so_before_it_listens() {
+    let place = Place::new();
+    let (listen, log) = (format!("unix:{}", place.text("observer.sock")), place.text("nowhere/packets"));
+    let mut observer = place.belay(&["observe", "--json", "--listen", &listen, "--log", &log]);
+    assert_eq!(observer.end(), 2, "{}", observer.story());
+    let failed = observer.events("failed").last().unwrap()["what"].as_str().unwrap().to_owned();
+    assert!(failed.contains(&log) && failed.contains("No such file"), "{failed}");
+    assert!(observer.events("listening").next().is_none(), "{}", observer.story());
     place.expect_nothing_left();
 }

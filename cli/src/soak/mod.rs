@@ -57,7 +57,7 @@ const PROGRESS: Duration = Duration::from_secs(10);
 #[command(after_help = EXAMPLES)]
 pub struct SoakArgs {
     /// How many runs
-    #[arg(long, value_name = "N", default_value_t = 286, conflicts_with = "until_stopped")]
+    #[arg(long, value_name = "N", default_value_t = 286, conflicts_with = "until_stopped", value_parser = clap::value_parser!(u64).range(1..))]
     runs: u64,
     /// Go on until SIGINT or SIGTERM, then sum up
     #[arg(long)]
