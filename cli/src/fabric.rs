@@ -77,6 +77,7 @@ pub fn no_session(error: &SessionError) -> Option<&'static str> {
             "The guest was not touched. Say the same --fabric on both hosts, or leave it out to have the best that both can."
         }
         SessionError::FabricOverAddress { .. } => "Write the address that goes with the fabric, or leave --fabric out.",
+        SessionError::NotLoopback { .. } => "No guest was touched. `belay keygen` makes certificates for both hosts.",
         SessionError::NoVerbs { why: NoVerbs::NotTrusted } => {
             "Say --trusted-fabric on both hosts if nobody else is on that network; or use --fabric tcp, which encrypts."
         }

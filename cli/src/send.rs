@@ -425,7 +425,6 @@ pub fn session(args: &SendArgs, to: &Address) -> Result<SessionConfig, SessionRe
     Ok(session)
 }
 
-/// What the guest is asked to do, with the defaults of the command.
 /// Whether there can be such a guest on such pages; why not.
 fn can_be(spec: &GuestSpec, page_size: PageSize) -> Result<(), String> {
     spec.layout().map_err(|error| error.to_string())?;
@@ -435,6 +434,7 @@ fn can_be(spec: &GuestSpec, page_size: PageSize) -> Result<(), String> {
     }
 }
 
+/// What the guest is asked to do, with the defaults of the command.
 fn guest_spec(options: &GuestOptions) -> GuestSpec {
     let defaults = GuestSpec::default();
     let memory_bytes = options.memory.map_or(256 << 20, |bytes| bytes.0);

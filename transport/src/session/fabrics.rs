@@ -9,6 +9,7 @@ use super::{Address, BindingKey, Security, SessionConfig, SessionError};
 use crate::fabric::{FabricKind, verbs};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::SocketAddr;
 
 /// Why a side does not offer `verbs`. Told to the peer, so that both operators learn it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,9 +119,12 @@ impl SessionConfig {
         }
     }
 
-    /// Refuses, before anything is dialled or bound, what could only fail later: a fabric that this kind of address does not
-    /// carry, and `verbs` alone where this side may not use it.
+    /// Refuses, before anything is dialled or bound, what could only fail later: plaintext beyond loopback that nobody asked for,
+    /// a fabric that this kind of address does not carry, and `verbs` alone where this side may not use it.
     pub fn check(&self, address: &Address) -> Result<(), SessionError> {
+        for address in resolved_now(address) {
+            super::socket::check_reach(&address, self)?;
+        }
         let Some(only) = self.only else { return Ok(()) };
         if !address.fabrics().contains(&only) {
             return Err(SessionError::FabricOverAddress { fabric: only, address: address.to_string() });
@@ -128,22 +132,28 @@ impl SessionConfig {
         if only != FabricKind::Verbs {
             return Ok(());
         }
-        match self.lacks_verbs(self.could_bind(address)?) {
+        match self.lacks_verbs(self.could_bind(address)) {
             Some(why) => Err(SessionError::NoVerbs { why }),
             None => Ok(()),
         }
     }
 
     /// Whether a connection with `address` could be bound. Each connection is judged again once it is there.
-    fn could_bind(&self, address: &Address) -> Result<bool, SessionError> {
-        match (&self.security, address) {
-            (Security::Insecure, Address::Tcp(host_and_port)) => {
-                let all = Address::resolve(host_and_port)?;
-                Ok(all.iter().all(|address| super::socket::is_loopback(address.ip())))
-            }
+    fn could_bind(&self, address: &Address) -> bool {
+        match self.security {
+            Security::Insecure => resolved_now(address).iter().all(|address| super::socket::is_loopback(address.ip())),
             // Without certificates, anything but loopback is refused when it is dialled or bound.
-            (Security::Tls(_) | Security::LoopbackOnly, _) | (Security::Insecure, Address::Unix(_)) => Ok(true),
+            Security::Tls(_) | Security::LoopbackOnly => true,
         }
+    }
+}
+
+/// What a TCP address resolves to. A name that does not resolve has nothing that could be judged yet: it may when it is dialled, and
+/// whoever takes a guest over must not be stopped by it.
+fn resolved_now(address: &Address) -> Vec<SocketAddr> {
+    match address {
+        Address::Tcp(host_and_port) => Address::resolve(host_and_port).unwrap_or_default(),
+        Address::Unix(_) => Vec::new(),
     }
 }
 
@@ -202,6 +212,19 @@ mod tests {
         assert!(refused(no_device, &tcp()).contains("port 1 is DOWN"));
         // Without --fabric there is always something left.
         config(false, None).check(&Address::Tcp("0.0.0.0:7".into())).expect("tcp is left");
+        let beyond = SessionConfig { security: Security::LoopbackOnly, ..config(false, None) };
+        beyond.check(&tcp()).expect("it is loopback");
+        assert!(refused(beyond, &Address::Tcp("192.0.2.1:7".into())).contains("not a loopback address"));
+    }
+
+    #[test]
+    fn a_name_that_does_not_resolve_is_left_to_whoever_dials_it() {
+        // A label longer than any name server is asked for.
+        let nobody = Address::Tcp(format!("{}.invalid:7", "n".repeat(64)));
+        for security in [Security::Insecure, Security::LoopbackOnly] {
+            let config = SessionConfig { security, ..config(true, Some(FabricKind::Verbs)) };
+            config.check(&nobody).expect("nothing can be said of it yet");
+        }
     }
 
     #[test]

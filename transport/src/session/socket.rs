@@ -56,7 +56,7 @@ pub(crate) fn own_ip(connection: impl AsFd) -> Option<IpAddr> {
 }
 
 /// Refuses plaintext beyond this host unless it was asked for.
-fn check_reach(address: &SocketAddr, config: &SessionConfig) -> Result<(), SessionError> {
+pub(super) fn check_reach(address: &SocketAddr, config: &SessionConfig) -> Result<(), SessionError> {
     match config.security {
         super::Security::LoopbackOnly if !is_loopback(address.ip()) => {
             Err(SessionError::NotLoopback { address: address.to_string() })
