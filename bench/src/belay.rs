@@ -1,6 +1,7 @@
 //! belay as its user runs it: processes of `belay`, followed by their log.
 
 use crate::error::BenchError;
+use crate::leavings::{self, Remembered};
 use belay_transport::fabric::FabricKind;
 use belay_transport::stop_point::ANNOUNCED;
 use belay_vmm_glue::migrate::observation::Kind;
@@ -26,6 +27,8 @@ pub struct Belay {
 /// A process of it that tells what happens.
 pub struct Told {
     child: Child,
+    /// Forgotten once the child has been waited for.
+    _remembered: Remembered,
     lines: Receiver<(Instant, Line)>,
     /// Everything that it has told so far.
     pub seen: Vec<Kind>,
@@ -85,6 +88,7 @@ impl Belay {
         // SAFETY: prctl(2) may be called between fork and exec.
         unsafe { command.pre_exec(die_with_the_bench) };
         let mut child = command.spawn().map_err(BenchError::io("start belay"))?;
+        let remembered = leavings::process(&mut child)?;
         let said = BufReader::new(child.stderr.take().expect("stderr is a pipe"));
         let (tell, lines) = channel();
         let listen = move || {
@@ -95,7 +99,7 @@ impl Belay {
             }
         };
         std::thread::Builder::new().name("events".into()).spawn(listen).map_err(BenchError::io("start a thread"))?;
-        Ok(Told { child, lines, seen: Vec::new(), said: Vec::new() })
+        Ok(Told { child, _remembered: remembered, lines, seen: Vec::new(), said: Vec::new() })
     }
 }
 

@@ -10,6 +10,7 @@ mod error;
 mod fault;
 mod floor;
 mod folder;
+mod leavings;
 mod migrate;
 mod policies;
 mod profile;
@@ -100,7 +101,18 @@ impl Fabric {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let command = Cli::parse().command;
+    match leavings::go_with_this_process().and_then(|()| run(command)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("belay-bench: {}", error.with_causes());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode, BenchError> {
+    match command {
         Command::Fault(args) => fault::run(&args),
         Command::Pull(args) => pull::run(&args),
         Command::Checkpoint(args) => checkpoint::run(&args),
@@ -124,13 +136,6 @@ fn main() -> ExitCode {
         Command::Html(args) => args.run(),
         Command::Results(args) => args.run(),
         Command::Compare(args) => args.run(),
-    };
-    match outcome {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("belay-bench: {}", error.with_causes());
-            ExitCode::FAILURE
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::carrier::Carrier;
 use crate::cores::Cores;
 use crate::error::BenchError;
+use crate::leavings::{self, Remembered};
 use belay_transport::fabric::{
     FabricKind, Initiator, Lane, LaneId, LaneKind, LocalKey, Owner, ReadKey, initiator, owner,
 };
@@ -66,11 +67,11 @@ pub struct AtSource {
 }
 
 /// A socket's path, removed when dropped.
-struct SocketPath(Option<PathBuf>);
+struct SocketPath(Option<(PathBuf, Remembered)>);
 
 impl Drop for SocketPath {
     fn drop(&mut self) {
-        if let Some(path) = &self.0 {
+        if let Some((path, _)) = &self.0 {
             // The listener may have removed it already.
             let _ = std::fs::remove_file(path);
         }
@@ -304,7 +305,8 @@ fn address(carrier: &Carrier) -> (Address, SocketPath) {
         Some(FabricKind::Local) => {
             let name = format!("belay-bench-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
             let path = std::env::temp_dir().join(name);
-            (Address::Unix(path.clone()), SocketPath(Some(path)))
+            let remembered = leavings::path(&path);
+            (Address::Unix(path.clone()), SocketPath(Some((path, remembered))))
         }
     }
 }

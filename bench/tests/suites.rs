@@ -3,9 +3,11 @@
 use belay_transport::uffd::{Features, OpenMode, Uffd};
 use belay_transport::{FrameIndex, PageSize, RegionId};
 use belay_vmm_glue::migrate::faults::{Fault, Region, file};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 const BENCH: &str = env!("CARGO_BIN_EXE_belay-bench");
 /// What a machine that is too busy to measure on makes a suite say. It is right to; nothing is wrong with the suite then.
@@ -113,6 +115,69 @@ fn guests_that_move_at_once_are_each_whole_and_so_is_every_page_that_threads_ask
     assert!(measure(guests, "memory beside RAM a guest, destination")[0] > 1.0);
     let [engine] = cases(&report, "the engine alone")[..] else { panic!("one case: {report}") };
     assert!(measure(engine, "faults served")[0] > 0.0);
+}
+
+/// Children of a process: their numbers, and the letter of their state (proc_pid_stat(5)).
+fn children(parent: u32) -> Vec<(i32, char)> {
+    let all = std::fs::read_dir("/proc").expect("/proc").flatten();
+    let stat = all.filter_map(|entry| std::fs::read_to_string(entry.path().join("stat")).ok());
+    let child = stat.filter_map(|stat| {
+        let (number, rest) = (stat.split(' ').next()?.parse().ok()?, stat.rsplit_once(") ")?.1);
+        let mut rest = rest.split(' ');
+        let (state, of) = (rest.next()?.chars().next()?, rest.next()?);
+        (of == parent.to_string()).then_some((number, state))
+    });
+    child.collect()
+}
+
+/// Starts `catch` by these words, ends it with these signals while its destination is frozen, and looks at what is left.
+fn end_from_outside(by: &[&str], signals: &[Signal], code: i32) {
+    let place = tempfile::tempdir().expect("a folder");
+    let mut bench = Command::new(by[0])
+        .args(&by[1..])
+        .args(["catch", "--pages", "100", "--epochs", "1", "--rounds", "1", "--tethered", "100ms", "--fabric", "local"])
+        .args(["--loss", "freeze", "--trials", "1000"])
+        .env("TMPDIR", place.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let there = loop {
+        let there = children(bench.id());
+        if there.len() >= 2 && there.iter().any(|(_, state)| *state == 'T') {
+            break there;
+        }
+        let ended = bench.try_wait().expect("it is ours");
+        assert!(ended.is_none() && Instant::now() < deadline, "{ended:?}, nobody is frozen: {there:?}");
+        std::thread::yield_now();
+    };
+    assert!(std::fs::read_dir(place.path()).expect("a folder").count() > 0);
+    for &signal in signals {
+        kill_process(Pid::from_child(&bench), signal).expect("it runs");
+    }
+    let ended = bench.wait().expect("it is ours");
+    assert_eq!(ended.code(), Some(code), "{ended}");
+    let left: Vec<_> = std::fs::read_dir(place.path()).expect("a folder").flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    for (number, _) in there {
+        let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).unwrap_or_default();
+        // Whoever takes orphans in may not have waited for it yet.
+        let is_gone = stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with('Z'));
+        assert!(is_gone, "{stat}");
+    }
+}
+
+#[test]
+fn a_suite_that_is_ended_from_outside_takes_its_processes_and_its_files_along_even_a_frozen_one() {
+    if !kvm() || !belay() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| end_from_outside(&[BENCH], &[Signal::INT], 130));
+        // A terminal that closes is none of its business then.
+        scope.spawn(|| end_from_outside(&["nohup", BENCH], &[Signal::HUP, Signal::TERM], 143));
+    });
 }
 
 /// Two threads of a guest of 4 MiB, a quarter of it zero, that touch a page every 100 us or so.

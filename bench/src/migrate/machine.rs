@@ -2,6 +2,7 @@
 
 use super::linux::Linux;
 use crate::error::BenchError;
+use crate::leavings::{self, Remembered};
 use belay_transport::Deadline;
 use belay_vmm_glue::qemu::qmp::{Qmp, QmpError};
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -51,6 +52,8 @@ pub enum Begin {
 /// One that runs. It ends with this, and its RAM file goes.
 pub struct Vm {
     child: Child,
+    /// Forgotten once the child has been waited for.
+    _remembered: Remembered,
     pub ram: PathBuf,
     pub socket: PathBuf,
     console: PathBuf,
@@ -92,8 +95,9 @@ impl Machine {
         let die_with_the_bench = || set_parent_process_death_signal(Some(Signal::KILL)).map_err(Into::into);
         // SAFETY: prctl(2) may be called between fork and exec.
         unsafe { command.pre_exec(die_with_the_bench) };
-        let child = command.spawn().map_err(BenchError::io("start QEMU (--qemu names it)"))?;
-        let mut vm = Vm { child, ram, socket, console, log: log_path };
+        let mut child = command.spawn().map_err(BenchError::io("start QEMU (--qemu names it)"))?;
+        let remembered = leavings::process(&mut child)?;
+        let mut vm = Vm { child, _remembered: remembered, ram, socket, console, log: log_path };
         match vm.qmp() {
             Ok(_) => Ok(vm),
             Err(error) => {
