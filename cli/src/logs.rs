@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::io;
 use tracing::Level;
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
 /// How a line looks.
@@ -26,14 +27,28 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Logs(bool);
 
+/// What a filter is made of.
+const DIRECTIVES: &str = "error, warn, info, debug, trace, off, or TARGET=LEVEL, separated by commas";
+
+/// Whether a lone word names no level and nothing here either: as a target it would silence everything there is.
+fn is_no_directive(word: &str) -> bool {
+    let is_lone = word.chars().all(|letter| letter.is_alphanumeric() || matches!(letter, '_' | '-' | ':'));
+    is_lone && word.parse::<LevelFilter>().is_err() && !word.starts_with("belay")
+}
+
 /// Starts logging on stderr, if `filter` asks for it.
 pub fn start(filter: Option<&str>, format: Option<LogFormat>) -> Result<Logs, Exit> {
     let Some(filter) = filter else { return Ok(Logs(false)) };
+    if let Some(word) = filter.split(',').map(str::trim).find(|word| is_no_directive(word)) {
+        eprintln!("belay: --log {filter}: {word:?} is neither a level nor something of belay's");
+        eprintln!("       {DIRECTIVES}");
+        return Err(Exit::Usage);
+    }
     let filter = match EnvFilter::builder().parse(filter) {
         Ok(filter) => filter,
         Err(error) => {
             eprintln!("belay: --log {filter}: {error}");
-            eprintln!("       error, warn, info, debug, trace, or TARGET=LEVEL, separated by commas");
+            eprintln!("       {DIRECTIVES}");
             return Err(Exit::Usage);
         }
     };

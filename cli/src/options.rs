@@ -91,7 +91,7 @@ pub struct GuestOptions {
     /// The part of RAM the guest keeps writing to [default: half of RAM]
     #[arg(long, value_name = "BYTES")]
     pub working_set: Option<Bytes>,
-    /// Page writes a second over all vCPUs [default: 20k]
+    /// Page writes a second over all vCPUs; 0: as fast as it goes [default: 20k]
     #[arg(long, value_name = "RATE")]
     pub dirty_rate: Option<PerSecond>,
     /// Virtual CPUs [default: 1]
@@ -181,13 +181,20 @@ pub enum ConfigError {
     },
     #[error("{path} is not a belay configuration:\n{source}")]
     Parse { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("{path} has both a policy and a period in [tether]; a period is a policy, leave out one of them")]
+    PolicyAndPeriod { path: PathBuf },
 }
 
 impl ConfigFile {
     /// Reads `path`.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })
+        let file: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
+        match (&file.tether.policy, &file.tether.period) {
+            (Some(_), Some(_)) => Err(ConfigError::PolicyAndPeriod { path: path.into() }),
+            _ => Ok(file),
+        }
     }
 }
 

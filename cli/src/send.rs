@@ -14,13 +14,14 @@ use crate::quantity::Span;
 use crate::soak::points::StopAt;
 use crate::{descriptors, fabric, logs, report, signals};
 use belay_checkpoint::arbiter::LendError;
+use belay_checkpoint::epoch::overflow_is_enough;
 use belay_checkpoint::guest::TrackerKind;
 use belay_checkpoint::outbox::{Outbox, OutputMode};
 use belay_checkpoint::policy::PolicySpec;
-use belay_checkpoint::ring::SpoolError;
+use belay_checkpoint::ring::{RingShape, SpoolError};
 use belay_transport::region::RegionError;
 use belay_transport::session::{Address, SessionConfig, SessionError};
-use belay_transport::{PageSize, RegionId};
+use belay_transport::{PAGE_SIZE, PageSize, RegionId};
 use belay_vmm_glue::fence_hook::FenceHook;
 use belay_vmm_glue::kvm::guests::{GuestSpec, Program};
 use belay_vmm_glue::migrate::arbitration::Arbitration;
@@ -214,6 +215,11 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         report::failed_text(observer, &why, "Nothing was started; `belay help send` names the limits.");
         return Exit::Usage;
     }
+    let sizes = sizes(&args.tether, spec.memory_bytes);
+    if let (Some(_), Err(why)) = (&proposal.tether, can_tether(sizes, spec.memory_bytes)) {
+        report::failed_text(observer, &why, SIZES_ADVICE);
+        return Exit::Usage;
+    }
     let output =
         holder::output(args.output_to.as_deref(), "source").and_then(|out| Outbox::open(holder::OUTBOX_BOUNDS, out));
     let output = match output {
@@ -225,7 +231,7 @@ fn send(args: &SendArgs, board: &Arc<Board>, observer: &Observer) -> Exit {
         Ok(keep) => keep,
         Err(error) => return keeping::refused(&error, observer),
     };
-    let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes);
+    let (ring_bytes, overflow_bytes) = sizes;
     let room = keep.expect_room(spec.memory_bytes, ring_bytes as u64, overflow_bytes);
     let made = room.and_then(|()| keep.make_ram(RegionId(0), spec.memory_bytes as usize, page_size));
     let file = match made {
@@ -389,6 +395,15 @@ pub fn not_begun(error: &SourceError, taken_over: bool, observer: &Observer) -> 
 pub fn sizes(tether: &TetherOptions, memory_bytes: u64) -> (usize, u64) {
     let ring = tether.ring.map_or(64 << 20, |ring| ring.0 as usize);
     (ring, tether.overflow.map_or(holder::overflow_for(memory_bytes), |bytes| bytes.0))
+}
+
+/// What to do about sizes with which nothing can be tethered.
+pub const SIZES_ADVICE: &str = "Nothing was started; leave --ring and --overflow out to have what the guest needs.";
+
+/// Whether a guest of so much memory can be tethered with a ring and overflow memory of these sizes; why not.
+pub fn can_tether((ring_bytes, overflow_bytes): (usize, u64), memory_bytes: u64) -> Result<(), String> {
+    RingShape::of(ring_bytes).map_err(|error| format!("--ring: {error}"))?;
+    overflow_is_enough(overflow_bytes, memory_bytes / PAGE_SIZE as u64).map_err(|error| error.to_string())
 }
 
 /// Why no session can be had with these options.

@@ -302,7 +302,12 @@ mod seeing {
         let (code, _, complaint) = told(&belay(&place, &["status", "vm"]));
         assert!(code == 1 && complaint.contains("vm does not answer"), "{complaint}");
         assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        let (code, _, complaint) = told(&belay(&place, &["cancel", "vm", "--wait", "1s"]));
+        assert!(code == 1 && complaint.contains("vm was given the order and has not answered"), "{complaint}");
+        // Whoever gave it has gone, so it is not carried out behind his back.
         process.signal(libc::SIGCONT);
+        let (code, said, complaint) = told(&belay(&place, &["status", "vm"]));
+        assert!(code == 0 && said.contains("listening"), "{said} {complaint}");
         process.signal(libc::SIGTERM);
         assert_eq!(process.end(), 130);
     }
@@ -357,6 +362,24 @@ mod ordering {
             pair.source.expect_whole();
             pair.place.expect_nothing_left();
         }
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_the_operator_is_seen_to_wait_until_it_is_caught() {
+        let send = ["--release", "never", "--output", "lease", "--lease", "200ms", "--run-on", "100ms"];
+        let mut pair = Pair::start("tcp", &["--hold-pull-at", "60"], &send);
+        pair.wait_status("here", "checkpoints", |now| now["checkpoints"]["folded_epoch"].as_u64() > Some(2));
+        // Frozen, not dead: nothing proves that it shows nothing more.
+        pair.destination.signal(libc::SIGSTOP);
+        pair.wait_status("here", "the operator to be waited for", |now| now["state"] == "awaiting-operator");
+        let (code, said, complaint) = told(&pair.belay(&["status", "here"]));
+        assert!(code == 0 && said.contains("awaiting-operator"), "{said} {complaint}");
+        let (code, _, complaint) = told(&pair.belay(&["catch", "here"]));
+        assert_eq!(code, 0, "{complaint}");
+        pair.destination.signal(libc::SIGCONT);
+        assert_eq!((pair.source.end(), pair.destination.end()), (10, 13), "{}", pair.source.story());
+        pair.source.expect_whole();
+        pair.place.expect_nothing_left();
     }
 
     #[test]
@@ -691,7 +714,13 @@ mod watching {
     #[test]
     fn a_filter_or_an_address_that_makes_no_sense_starts_nothing() {
         let place = Place::new();
-        for bad in [["--log", "belay=loud"], ["--metrics", "everywhere"], ["--name", "../x"]] {
+        for bad in [
+            ["--log", "belay=loud"],
+            ["--log", "inof"],
+            ["--log", "info,trase"],
+            ["--metrics", "everywhere"],
+            ["--name", "../x"],
+        ] {
             let listen = ["receive", "--listen", "127.0.0.1:0", "--run-dir", &place.text("run")];
             let mut process = place.belay(&[&listen[..], &bad].concat());
             assert_eq!(process.end(), 2, "{bad:?}: {}", process.story());

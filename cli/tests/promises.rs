@@ -513,6 +513,7 @@ fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
         place.text(name)
     };
     let unknown = file("unknown.toml", "[tether]\noutputt = \"commit\"\n");
+    let twice = file("twice.toml", "[tether]\nperiod = \"10ms\"\npolicy = \"none\"\n");
     let bad = file("bad.toml", "[tether\n");
     let wrong_value = file("value.toml", "[guest]\nmemory = \"lots\"\n");
     let nobody = format!("unix:{}", place.text("nobody.sock"));
@@ -529,6 +530,11 @@ fn p9_every_wrong_command_line_ends_with_a_code_a_message_and_an_event() {
         failing("demo --policy none", 2, "--kill-at never"),
         failing("demo --tls", 2, "--fabric tcp"),
         failing("demo --memory 900T", 2, "--memory"),
+        failing("demo --memory 0", 2, "guest memory of 0 bytes"),
+        failing("send --to 127.0.0.1:1 --overflow 4K", 2, "is the least that can be worked with"),
+        failing("send --to 127.0.0.1:1 --ring 4K", 2, "a ring region of 4096 bytes is too small"),
+        failing(&format!("send --to 127.0.0.1:1 --config {twice}"), 2, "both a policy and a period"),
+        failing("soak --fabric verbs --runs 1", 3, "RDMA cannot be used on this host"),
         failing("send --to 127.0.0.1:1 --fabric verbs", 2, "--trusted-fabric on both hosts"),
         failing("receive --listen 0.0.0.0:0 --insecure --fabric verbs --trusted-fabric", 2, "belay keygen"),
         failing("receive --listen unix:/nowhere/x.sock --fabric verbs --trusted-fabric", 2, "HOST:PORT"),

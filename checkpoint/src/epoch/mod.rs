@@ -27,7 +27,7 @@ pub use harvest::harvest;
 pub(crate) use heartbeat::Beats;
 pub use heartbeat::{Heartbeat, HeartbeatConfig, HeartbeatError, HeartbeatStatus};
 pub use stats::{EpochStats, PauseParts, TetherStats};
-pub use tether::{Tether, TetherConfig, TetherEnd, TetherParts};
+pub use tether::{Tether, TetherConfig, TetherEnd, TetherParts, overflow_is_enough};
 
 use crate::dirty::DirtySet;
 use crate::guest::{Epoch, GuestError, TrackerKind};

@@ -258,16 +258,22 @@ impl Drop for Tether {
     }
 }
 
+/// Whether so many bytes of overflow memory are enough for a guest of so many pages; what is the least where they are not.
+pub fn overflow_is_enough(reserved: u64, pages: u64) -> Result<(), TetherError> {
+    let least = largest_record(LEAST_PAGES);
+    match reserved >= least.min(largest_record(pages)) {
+        true => Ok(()),
+        false => Err(TetherError::OverflowTooSmall { reserved, least }),
+    }
+}
+
 /// Dirty pages at which an epoch is closed whatever the policy says, or `None` when even all of the guest fits the reservation.
 fn page_limit(config: &TetherConfig, pages: u64, tracker: &mut dyn DirtyTracker) -> Result<Option<u64>, TetherError> {
     let (needed, reserved) = (largest_record(pages), config.overflow_bytes);
     if reserved >= needed {
         return Ok(None);
     }
-    let least = largest_record(LEAST_PAGES);
-    if reserved < least {
-        return Err(TetherError::OverflowTooSmall { reserved, least });
-    }
+    overflow_is_enough(reserved, pages)?;
     if tracker.dirty_so_far().is_none() {
         return Err(TetherError::OverflowUnwatched { needed, reserved });
     }

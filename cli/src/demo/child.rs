@@ -18,6 +18,16 @@ pub enum Role {
     Observer,
 }
 
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+            Self::Observer => "observer",
+        })
+    }
+}
+
 /// What a child said, or that it has nothing more to say.
 #[derive(Debug)]
 pub enum Said {

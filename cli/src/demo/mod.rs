@@ -131,8 +131,12 @@ pub fn run(mut args: DemoArgs) -> Exit {
         Ok(exit) => exit,
         Err(error) => {
             report::failed(&observer, &error, "Every process of the demo has been ended.");
-            let interrupted = matches!(error, DemoError::Interrupted(_));
-            report::ended(&observer, if interrupted { Exit::Interrupted } else { Exit::Failed })
+            let exit = match error {
+                DemoError::Interrupted(_) => Exit::Interrupted,
+                DemoError::EndedEarly { exit: Some(exit), .. } => exit,
+                _ => Exit::Failed,
+            };
+            report::ended(&observer, exit)
         }
     }
 }
@@ -174,8 +178,8 @@ enum DemoError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{who:?} ended before it was ready: {said}")]
-    EndedEarly { who: Role, said: String },
+    #[error("the {who} ended before it was ready; what was said last: {said}")]
+    EndedEarly { who: Role, said: String, exit: Option<Exit> },
     #[error("after {after:?} the demo still waited for {waiting_for}; what was said last: {said}")]
     TookTooLong { after: Duration, waiting_for: &'static str, said: String },
     #[error("interrupted by signal {0}")]
@@ -343,6 +347,21 @@ impl Demo {
         if self.last_lines.is_empty() { "nothing".to_owned() } else { self.last_lines.join(" | ") }
     }
 
+    /// What was wrong with the words that both were given, or with this host, is as wrong for the demo.
+    fn ended_early(&self, who: Role) -> DemoError {
+        let story = match who {
+            Role::Source => &self.story.source,
+            Role::Destination => &self.story.destination,
+            Role::Observer => &self.story.observer,
+        };
+        let code = story.iter().find_map(|seen| match seen.kind {
+            Kind::Ended { exit_code, .. } => Some(exit_code),
+            _ => None,
+        });
+        let exit = [Exit::Usage, Exit::Missing].into_iter().find(|exit| code == Some(exit.code()));
+        DemoError::EndedEarly { who, said: self.last_words(), exit }
+    }
+
     fn remember(&mut self, said: &Said) {
         match said {
             Said::Observation(role, observation) => {
@@ -352,7 +371,7 @@ impl Demo {
                     println!("{line}");
                 }
                 if let Kind::Failed { what, advice } = &observation.kind {
-                    self.last_lines.push(format!("{role:?}: {what} {advice}"));
+                    self.last_lines.push(format!("{what}. {advice}"));
                 }
                 match role {
                     Role::Source => self.story.source.push((**observation).clone()),
@@ -385,7 +404,7 @@ impl Demo {
                     }
                 }
                 Said::Closed(role) if role == who => {
-                    return Err(DemoError::EndedEarly { who, said: self.last_words() });
+                    return Err(self.ended_early(who));
                 }
                 _ => {}
             }
@@ -420,7 +439,7 @@ impl Demo {
                     }
                 }
                 Said::Closed(who @ (Role::Source | Role::Destination)) => {
-                    return Err(DemoError::EndedEarly { who, said: self.last_words() });
+                    return Err(self.ended_early(who));
                 }
                 _ => {}
             }

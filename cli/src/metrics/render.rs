@@ -11,7 +11,7 @@ use std::fmt::{Display, Write};
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// States a role can be in, by its name in `belay status`.
-pub const STATES: [&str; 16] = [
+pub const STATES: [&str; 19] = [
     "starting",
     "filling",
     "listening",
@@ -19,6 +19,9 @@ pub const STATES: [&str; 16] = [
     "switching",
     "serving",
     "revoking",
+    "awaiting-operator",
+    "cannot-revoke",
+    "catch-stuck",
     "released",
     "lost",
     "preparing",

@@ -32,6 +32,12 @@ pub enum AskError {
         #[source]
         source: io::Error,
     },
+    #[error("{id} was given the order and has not answered: it may still carry it out")]
+    NoAnswer {
+        id: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("{id} runs as user {owner}, who is neither root nor this user")]
     Stranger { id: String, owner: u32 },
     #[error("{id} said what is no answer")]
@@ -136,7 +142,11 @@ impl Processes {
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         let mut line = self.ask(id, Wanted::Order { order: ask, wait_ms }, wait.saturating_add(ORDER_GRACE))?;
         loop {
-            match line.answer()? {
+            let said = line.answer().map_err(|error| match error {
+                AskError::Silent { id, source } => AskError::NoAnswer { id, source },
+                other => other,
+            });
+            match said? {
                 Said::Order(answer) => {
                     heard(&answer);
                     if answer.is_last() || wait.is_zero() {

@@ -146,6 +146,10 @@ fn failed(error: &AskError) -> Exit {
     let (advice, exit) = match error {
         AskError::NoSuch { .. } | AskError::Ambiguous { .. } => ("`belay list` shows them.", Exit::NoSuchMigration),
         AskError::NoneRuns { .. } => ("--run-dir says where else to look.", Exit::NoSuchMigration),
+        AskError::NoAnswer { .. } => (
+            "`belay status` tells whether it has; `ps -o stat= -p PID` says T of a process that is stopped.",
+            Exit::Failed,
+        ),
         AskError::Silent { .. } => ("Is its process stopped? `ps -o stat= -p PID` says T then.", Exit::Failed),
         AskError::Place(_) => ("Choose another --run-dir, or mend this one.", Exit::Failed),
         AskError::Stranger { .. } => ("Nothing was asked of it.", Exit::Failed),

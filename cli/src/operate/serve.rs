@@ -312,6 +312,10 @@ impl<D: Dialect> Serving<D> {
             Err(error) if is_later(&error) => return Some((Phase::Saying(received), false)),
             Err(_) => return None,
         }
+        // Whoever has given up is told nothing, and gets nothing done behind his back.
+        if hung_up(stream) {
+            return None;
+        }
         Some(match self.dialect.hear(&received) {
             Heard::More if received.len() > D::LONGEST => (Phase::Hearing(self.dialect.too_long(), 0, None), true),
             Heard::More => (Phase::Saying(received), true),
@@ -329,6 +333,12 @@ impl<D: Dialect> Serving<D> {
             }
         })
     }
+}
+
+/// Whether both directions are closed: a client of a Unix socket has gone. One that only has no more to say hears the answer.
+fn hung_up(stream: &Stream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }
 
 fn is_later(error: &io::Error) -> bool {

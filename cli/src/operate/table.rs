@@ -132,5 +132,16 @@ pub fn page(status: &Status) -> String {
 
 /// Whether a role runs its loop in this state.
 fn is_under_way(status: &Status) -> bool {
-    ["switching", "serving", "revoking", "preparing", "tethered", "fenced"].contains(&&*status.state)
+    [
+        "switching",
+        "serving",
+        "revoking",
+        "awaiting-operator",
+        "cannot-revoke",
+        "catch-stuck",
+        "preparing",
+        "tethered",
+        "fenced",
+    ]
+    .contains(&&*status.state)
 }

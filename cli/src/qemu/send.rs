@@ -7,7 +7,8 @@ use crate::keeping;
 use crate::operate::console::Console;
 use crate::options::GuestOptions;
 use crate::send::{
-    CEDED, SendArgs, SessionRefused, not_begun, outsiders, release_policy, session, sizes, tether_settings,
+    CEDED, SIZES_ADVICE, SendArgs, SessionRefused, can_tether, not_begun, outsiders, release_policy, session, sizes,
+    tether_settings,
 };
 use crate::{holder, report, signals};
 use belay_checkpoint::guest::TrackerKind;
@@ -200,6 +201,9 @@ pub fn send(args: &SendArgs, qemu: &QemuSend, board: &Arc<Board>, observer: &Obs
     let spec = QemuSpec::of(&found.guest);
     let disk_bytes = qemu.disk.len() as u64 * disk::MOST_LOG_BYTES;
     let (ring_bytes, overflow_bytes) = sizes(&args.tether, spec.memory_bytes().saturating_add(disk_bytes));
+    if let (Some(_), Err(why)) = (&tether, can_tether((ring_bytes, overflow_bytes), spec.memory_bytes())) {
+        return usage(&why, SIZES_ADVICE);
+    }
     let proposal = Proposal {
         protocol: PROTOCOL_VERSION,
         vmm: VmmSpec::of_qemu(spec, disks.0.known()),

@@ -20,9 +20,10 @@ mod tally;
 mod verdict;
 
 use crate::exit::Exit;
-use crate::options::FabricChoice;
-use crate::{report, signals};
+use crate::options::{FabricChoice, FabricOptions};
+use crate::{fabric, report, signals};
 use belay_transport::explain;
+use belay_transport::session::{Address, Security};
 use belay_vmm_glue::migrate::observation::Observer;
 use case::{Case, plan};
 use clap::{Args, ValueEnum};
@@ -116,9 +117,24 @@ pub fn run(args: &SoakArgs) -> Exit {
                 report::failed_text(&observer, "--fabric auto", "Name the fabrics to try: local, tcp, verbs.");
                 return report::ended(&observer, Exit::Usage);
             }
-            if args.plan { tell_plan(args) } else { manage(args, &observer) }
+            if args.plan {
+                return tell_plan(args);
+            }
+            // Told once, and not by each run.
+            let verbs = args.case.iter().any(|case| case.fabric == FabricChoice::Verbs)
+                || (args.case.is_empty() && args.fabric.contains(&FabricChoice::Verbs));
+            match verbs.then(lacks_verbs).flatten() {
+                Some(refused) => report::ended(&observer, refused.told(&observer)),
+                None => manage(args, &observer),
+            }
         }
     }
+}
+
+/// Why nothing can run over verbs here.
+fn lacks_verbs() -> Option<fabric::Refused> {
+    let options = FabricOptions { fabric: Some(FabricChoice::Verbs), trusted_fabric: true, ..FabricOptions::default() };
+    fabric::session(&options, Security::LoopbackOnly, &Address::Tcp("127.0.0.1:0".to_owned())).err()
 }
 
 /// The process that makes a run's namespaces.

@@ -53,6 +53,14 @@ impl Claiming {
 }
 
 impl Destination<'_> {
+    /// What an event is called before people. Where there is no arbiter only an operator's order is granted.
+    pub(super) fn named(&self, event: &Event) -> &'static str {
+        match event {
+            Event::ArbiterGranted if self.config.arbiter.is_none() => "PromotedByOrder",
+            event => event.name(),
+        }
+    }
+
     /// Asks the arbiter. Without one only an operator's promotion comes here, and that is granted.
     pub(super) fn claim(&mut self, lent: OwnerEpoch, asked_before: bool) -> Option<Event> {
         let Some(DestinationArbiter { arbitration, .. }) = &self.config.arbiter else {

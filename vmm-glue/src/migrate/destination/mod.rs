@@ -400,8 +400,9 @@ impl Destination<'_> {
             let entered = next.name() != self.state.name();
             self.state = next;
             if entered {
-                self.note(Kind::State { state: next.name().to_lowercase(), why: event.name().to_owned() });
-                let why = if self.why.is_empty() { event.name() } else { &self.why };
+                let named = self.named(&event);
+                self.note(Kind::State { state: next.name().to_lowercase(), why: named.to_owned() });
+                let why = if self.why.is_empty() { named } else { &self.why };
                 self.words.board.entered(next.name(), self.owner_epoch().map(|epoch| epoch.0), why);
             }
             for action in actions {

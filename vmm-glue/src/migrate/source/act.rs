@@ -113,6 +113,16 @@ impl Source<'_> {
 
     pub(super) fn report(&mut self, named: Named) -> Option<Event> {
         self.note(Kind::State { state: named_state(named), why: named.to_string() });
+        let waits_for_a_person = match named {
+            Named::AwaitingOperator => !self.config.catch_on_loss,
+            Named::CannotRevoke | Named::CatchStuck => true,
+            _ => false,
+        };
+        if waits_for_a_person {
+            self.waits_for_a_person = true;
+            let epoch = Some(self.state.owner_epoch().0);
+            self.words.board.entered(&named_state(named), epoch, &named.to_string());
+        }
         let advice = match named {
             Named::AwaitingLease => {
                 // Its proof makes the catch safe at once. Where it is not armed or out of reach the lease decides, as it would have.
@@ -123,9 +133,13 @@ impl Source<'_> {
                 return None;
             }
             Named::AwaitingOperator if self.config.catch_on_loss => return Some(Event::OperatorCatch),
+            Named::AwaitingOperator if self.fence_is_always_asked() => {
+                "The guest's memory is kept here. Only the fence hook's success proves the destination off (--fence-always): it is run until then, \
+                 and no signal ends this process meanwhile."
+            }
             Named::AwaitingOperator => {
-                "The guest's memory is kept here. Make sure that the destination shows no more output, then send SIGINT: that is your \
-                 word for the catch. --catch-on-loss gives it beforehand."
+                "The guest's memory is kept here. Where the destination's death is not proven yet, make sure that it shows no more output, then order \
+                 `belay catch`, or send SIGINT or SIGTERM: either is your word for the catch. --catch-on-loss gives it beforehand."
             }
             Named::CannotRevoke if self.room_due.is_some() => {
                 "The guest's memory is kept here. Make room on the storage, or in memory, or mend it: the catch goes on by itself then. SIGINT tries it again, once."

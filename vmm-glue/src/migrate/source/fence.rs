@@ -25,9 +25,14 @@ pub(super) struct Fence {
 }
 
 impl Source<'_> {
+    /// Whether no catch revokes before the fence hook has succeeded.
+    pub(super) fn fence_is_always_asked(&self) -> bool {
+        self.config.fence.as_ref().is_some_and(|hook| hook.always)
+    }
+
     /// Revokes; where the fence is asked for always, once the destination's death is proven.
     pub(super) fn revoke_once_fenced(&mut self) -> Option<Event> {
-        if self.fence.proven || !self.config.fence.as_ref().is_some_and(|hook| hook.always) {
+        if self.fence.proven || !self.fence_is_always_asked() {
             return self.revoke();
         }
         // What a revocation would do first, and nothing that needs a proof.
@@ -74,7 +79,7 @@ impl Source<'_> {
             let _ = happened.send((NO_SESSION, Happening::Fence(number, report)));
         };
         let target = self.target();
-        let why = format!("of {} under owner epoch {}", target.host, target.owner_epoch);
+        let why = format!("the fence hook is run for {} under owner epoch {}", target.host, target.owner_epoch);
         match Runs::start(hook.clone(), target, Turn::clone(&self.fence.turn), say) {
             Ok(runs) => {
                 self.fence.runs = Some(runs);
@@ -121,8 +126,8 @@ impl Source<'_> {
             Report::Failed { error, again } => {
                 let advice = format!(
                     "This proves nothing, so it is run again in {again:?}; {}.",
-                    if self.fence.awaited {
-                        "the catch waits for it, with the guest stopped here. Mend what it needs; `belay catch` has it run at once"
+                    if self.fence.awaited || self.fence_is_always_asked() {
+                        "the catch waits for it, with the guest stopped here, and no signal ends that. Mend what it needs; `belay catch` has it run at once"
                     } else {
                         "the lease and your own word (`belay catch`) count as without it"
                     }

@@ -78,6 +78,8 @@ impl Source<'_> {
             }
             Happening::GuardGone(why) => {
                 // Only the fastest of several ways to notice is gone; the connection and the lease remain.
+                let why =
+                    format!("the guard there is gone: {why}; a death there is noticed by connection and lease alone");
                 self.note(Kind::State { state: "guard-gone".to_owned(), why });
                 None
             }

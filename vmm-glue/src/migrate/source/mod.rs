@@ -243,6 +243,8 @@ pub struct Source<'a> {
     nonces: Vec<u64>,
     /// The last failure, for reports.
     why: String,
+    /// Its status says so in the place of the state, until that changes.
+    waits_for_a_person: bool,
     ticked_at: Instant,
     /// The signal that said that a catch would lose the guest.
     warned: bool,
@@ -379,6 +381,7 @@ impl<'a> Source<'a> {
             recovered: None,
             nonces: config.proposal.nonces.clone(),
             why: String::new(),
+            waits_for_a_person: false,
             ticked_at: Instant::now(),
             warned: false,
             stuck_told: false,
@@ -461,13 +464,16 @@ impl<'a> Source<'a> {
 
     /// Keeps the state, tells of it, and carries its actions out; what came of them.
     fn enter(&mut self, next: State, why: &str, actions: Vec<Action>) -> Vec<Event> {
-        let entered = next.name() != self.state.name();
-        if next != self.state {
+        let (entered, changed) = (next.name() != self.state.name(), next != self.state);
+        if changed {
             self.keep_state(next);
         }
         self.state = next;
         if entered {
             self.note(Kind::State { state: next.name().to_lowercase(), why: why.to_owned() });
+        }
+        if entered || (changed && std::mem::take(&mut self.waits_for_a_person)) {
+            self.waits_for_a_person = false;
             let why = if self.why.is_empty() { why } else { &self.why };
             self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
         }
