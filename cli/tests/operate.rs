@@ -372,8 +372,13 @@ mod ordering {
         // Frozen, not dead: nothing proves that it shows nothing more.
         pair.destination.signal(libc::SIGSTOP);
         pair.wait_status("here", "the operator to be waited for", |now| now["state"] == "awaiting-operator");
-        let (code, said, complaint) = told(&pair.belay(&["status", "here"]));
-        assert!(code == 0 && said.contains("awaiting-operator"), "{said} {complaint}");
+        // That its lease runs out meanwhile changes nothing about it.
+        pair.wait_status("here", "the lease to run out", |now| now["lease_left_us"] == 0);
+        let end = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < end {
+            let (code, said, complaint) = told(&pair.belay(&["status", "here"]));
+            assert!(code == 0 && said.contains("awaiting-operator"), "{said} {complaint}");
+        }
         let (code, _, complaint) = told(&pair.belay(&["catch", "here"]));
         assert_eq!(code, 0, "{complaint}");
         pair.destination.signal(libc::SIGCONT);

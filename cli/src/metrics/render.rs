@@ -11,7 +11,7 @@ use std::fmt::{Display, Write};
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// States a role can be in, by its name in `belay status`.
-pub const STATES: [&str; 19] = [
+pub const STATES: [&str; 20] = [
     "starting",
     "filling",
     "listening",
@@ -20,6 +20,7 @@ pub const STATES: [&str; 19] = [
     "serving",
     "revoking",
     "awaiting-operator",
+    "awaiting-fence",
     "cannot-revoke",
     "catch-stuck",
     "released",

@@ -137,6 +137,7 @@ fn is_under_way(status: &Status) -> bool {
         "serving",
         "revoking",
         "awaiting-operator",
+        "awaiting-fence",
         "cannot-revoke",
         "catch-stuck",
         "preparing",

@@ -41,6 +41,8 @@ impl Source<'_> {
         }
         self.fence.awaited = true;
         let why = "the catch goes on when the fence hook has succeeded (--fence-always)".to_owned();
+        self.waits_for_a_person = true;
+        self.words.board.entered("awaiting-fence", Some(self.state.owner_epoch().0), &why);
         self.note(Kind::State { state: "awaiting-fence".to_owned(), why });
         None
     }

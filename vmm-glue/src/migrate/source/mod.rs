@@ -472,7 +472,7 @@ impl<'a> Source<'a> {
         if entered {
             self.note(Kind::State { state: next.name().to_lowercase(), why: why.to_owned() });
         }
-        if entered || (changed && std::mem::take(&mut self.waits_for_a_person)) {
+        if entered || (self.waits_for_a_person && !self.needs_a_person()) {
             self.waits_for_a_person = false;
             let why = if self.why.is_empty() { why } else { &self.why };
             self.words.board.entered(next.name(), Some(next.owner_epoch().0), why);
@@ -492,6 +492,15 @@ impl<'a> Source<'a> {
         self.see_to_the_fence();
         self.settle_orders(None);
         events
+    }
+
+    /// Whether what a person was asked for is still to be done: a lease that runs out meanwhile, say, changes nothing about it.
+    fn needs_a_person(&self) -> bool {
+        match self.state {
+            State::Serving(now) => now.failed && !now.catch_ordered,
+            State::Revoking { stuck, .. } => stuck || self.awaits_fence(),
+            _ => false,
+        }
     }
 
     /// Without a tether there is nothing to catch the guest with; and under a lease nothing but the operator's word may.
